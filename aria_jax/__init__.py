@@ -1,0 +1,1 @@
+"""Learning from piano performances in MIDI with JAX and Flax."""

@@ -1,0 +1,29 @@
+"""What the command line shows: progress bars and results, for a person or for a script."""
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+Progress = Callable[[int, int], None]
+"""Libraries report `progress(done, total)`; they never print."""
+
+
+@contextmanager
+def progress_bar(description: str, unit: str):
+    """Yields a `Progress` callback that draws a bar with rate and time left on stderr."""
+    from tqdm import tqdm
+
+    with tqdm(desc=description, unit=unit, dynamic_ncols=True, file=sys.stderr) as bar:
+
+        def update(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield update
+
+
+def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:
+    """Prints `result` as one JSON line where a script asked for it, else `text`."""
+    print(json.dumps(result) if as_json else text)

@@ -1,0 +1,330 @@
+"""Every setting of a run as frozen, typed dataclasses, and the named presets.
+
+A run is one `RunConfig`. `key=value` overrides name a field, with its section where two sections
+share the name (`optimizer.peak_lr=1e-4`, `steps=200`). `RunConfig.problems()` lists all that is
+wrong at once, before any slow work.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from data_pipeline.errors import UserError
+
+Head = Literal["lm", "embedding", "class", "none"]
+Task = Literal["pretrain", "continue", "contrastive", "classify"]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The architecture: what a checkpoint fixes (reference: aria/model.py ModelConfig)."""
+
+    d_model: int = 1536
+    n_heads: int = 24
+    n_layers: int = 16
+    ff_mult: int = 4
+    max_seq_len: int = 8192
+    vocab_size: int = 17_727
+    head: Head = "lm"
+    emb_size: int | None = None
+    """Width of the embedding head, or of the conditioning vector when `head` is "lm"."""
+    class_names: tuple[str, ...] = ()
+    """Labels of the class head, in logit order."""
+    resid_dropout: float = 0.0
+    """Residual dropout of the last layer; earlier layers ramp up to it linearly from 0."""
+
+    @property
+    def d_head(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+    @property
+    def n_params(self) -> int:
+        """Number of parameters, head included."""
+        d, ff = self.d_model, self.d_model * self.ff_mult
+        block = 4 * d * d + 3 * d * ff + 4 * d
+        head = {
+            "lm": d * self.vocab_size + (self.emb_size or 0) * d,
+            "embedding": d * (self.emb_size or 0),
+            "class": d * len(self.class_names),
+            "none": 0,
+        }[self.head]
+        return self.vocab_size * d + self.n_layers * block + 2 * d + head
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the network is computed: changes speed and memory, not what is learned."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of activations and matrix products; parameters, softmax and losses stay float32."""
+    remat: Literal["none", "dots", "full", "offload"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, everything, or
+    everything with block inputs kept in host memory."""
+    attention: Literal["auto", "splash", "cudnn", "blockwise", "plain"] = "auto"
+    scan_layers: bool = True
+    """One compiled block for all layers (compiles fast); False unrolls them (runs faster on CPU)."""
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices per mesh axis; -1 (at most one) takes what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    sequence: int = 1
+    slices: int = 1
+    """TPU slices joined over the data-centre network; they divide the data axis."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule, the reference's by default."""
+
+    peak_lr: float = 3e-4
+    warmup_steps: int = 200
+    schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    end_ratio: float = 0.1
+    """Last learning rate as a fraction of the peak."""
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-5
+    weight_decay: float = 0.1
+    clip_norm: float | None = 1.0
+    ema_decay: float | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the loader delivers."""
+
+    seq_len: int = 512
+    """Tokens per training sequence."""
+    global_batch: int = 8
+    """Sequences (contrastive: pairs) per optimiser step, over all devices and processes."""
+    augment: bool = True
+    packing: Literal["concat", "best-fit"] = "concat"
+    min_slice_notes: int = 100
+    max_slice_notes: int = 650
+    label: str | None = None
+    """Which label `classify` learns."""
+    workers: int = 0
+    """Loader processes; 0 reads in the training process."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 1000
+    seed: int = 0
+    grad_accumulation: int = 1
+    eval_every: int = 500
+    eval_batches: int = 16
+    log_every: int = 10
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 3
+    max_bad_steps: int = 10
+    """Stop after this many non-finite losses in a row."""
+    temperature: float = 0.1
+    """Of the contrastive loss."""
+    z_loss: float = 0.0
+    pooling: Literal["eos", "mean"] = "eos"
+    global_negatives: bool = True
+    """False compares with the pairs of the same process only, as the reference code does."""
+    lora_rank: int = 0
+    """0 trains every parameter."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All there is to say about a run; saved as JSON inside every checkpoint."""
+
+    task: Task = "pretrain"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    def problems(self) -> list[str]:
+        """Everything that contradicts itself, one sentence each."""
+        m, d, t, found = self.model, self.data, self.train, []
+        if m.d_model % m.n_heads:
+            found.append(f"model.d_model={m.d_model} must divide by model.n_heads={m.n_heads}")
+        if m.d_head % 2:
+            found.append(f"rotary positions need an even head width, not {m.d_head}")
+        if d.seq_len > m.max_seq_len:
+            found.append(f"data.seq_len={d.seq_len} exceeds model.max_seq_len={m.max_seq_len}")
+        if d.global_batch % t.grad_accumulation:
+            found.append(
+                f"data.global_batch={d.global_batch} must divide by "
+                f"train.grad_accumulation={t.grad_accumulation}"
+            )
+        if m.head == "embedding" and not m.emb_size:
+            found.append("model.head=embedding needs model.emb_size")
+        if self.task == "classify" and not d.label:
+            found.append("task classify needs data.label=NAME (see `aria-jax data inspect`)")
+        if not 0 < d.min_slice_notes <= d.max_slice_notes:
+            found.append("data.min_slice_notes must be positive and at most data.max_slice_notes")
+        positive = {
+            "data.seq_len": d.seq_len,
+            "data.global_batch": d.global_batch,
+            "train.steps": t.steps,
+            "train.grad_accumulation": t.grad_accumulation,
+            "train.temperature": t.temperature,
+            "optimizer.peak_lr": self.optimizer.peak_lr,
+        }
+        found += [
+            f"{name}={value} must be positive" for name, value in positive.items() if value <= 0
+        ]
+        if [self.mesh.data, self.mesh.fsdp, self.mesh.tensor, self.mesh.sequence].count(-1) > 1:
+            found.append("at most one mesh axis may be -1")
+        return found
+
+    def validate(self) -> "RunConfig":
+        """Returns itself, or raises one `UserError` naming every problem."""
+        if found := self.problems():
+            raise UserError("this run cannot work: " + "; ".join(found))
+        return self
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as plain JSON types."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """The inverse of `to_dict`; unknown keys raise `UserError` (a newer version wrote them)."""
+    hints = typing.get_type_hints(cls)
+    if unknown := set(values) - set(hints):
+        raise UserError(
+            f"{cls.__name__} has no {', '.join(sorted(unknown))}: "
+            "was this file written by a newer aria_jax?"
+        )
+    made = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_dict(typing.cast(type, hints[name]), value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        made[name] = value
+    return cls(**made)
+
+
+def with_overrides(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
+    """Applies `key=value` strings, e.g. `["steps=200", "optimizer.peak_lr=1e-4"]`.
+
+    Raises:
+        UserError: unknown or ambiguous key (the nearest valid ones are named), or a value of the
+            wrong type.
+    """
+    known = {
+        f"{section.name}.{f.name}": typing.get_type_hints(type(getattr(config, section.name)))[
+            f.name
+        ]
+        for section in dataclasses.fields(config)
+        if dataclasses.is_dataclass(getattr(config, section.name))
+        for f in dataclasses.fields(getattr(config, section.name))
+    }
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise UserError(f"{assignment!r} is not of the form key=value")
+        matches = [k for k in known if k == key or k.split(".")[1] == key]
+        if len(matches) != 1:
+            names = [*known, *(k.split(".")[1] for k in known)]
+            near = matches or difflib.get_close_matches(key, names, n=3, cutoff=0.5)
+            what = "is ambiguous" if matches else "is unknown"
+            raise UserError(
+                f"setting {key!r} {what}; nearest: {', '.join(near) or ', '.join(known)}"
+            )
+        section, name = matches[0].split(".")
+        value = _parse(text, known[matches[0]], matches[0])
+        changed = dataclasses.replace(getattr(config, section), **{name: value})
+        config = dataclasses.replace(config, **{section: changed})
+    return config
+
+
+def _parse(text: str, hint: Any, key: str) -> Any:
+    """`text` as the type `hint`; the hints in use are int, float, bool, str, Literal, | None, tuple."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if text.lower() == "none":
+            return None
+        return _parse(text, next(a for a in arguments if a is not type(None)), key)
+    if origin is Literal:
+        if text not in arguments:
+            raise UserError(f"{key}={text} must be one of {', '.join(map(str, arguments))}")
+        return text
+    if origin is tuple:
+        return tuple(part for part in text.split(",") if part)
+    if hint is bool:
+        if text.lower() not in ("true", "false", "1", "0"):
+            raise UserError(f"{key}={text} must be true or false")
+        return text.lower() in ("true", "1")
+    try:
+        if hint is int:
+            return int(text.replace("_", "")) if "e" not in text else int(float(text))
+        return hint(text)
+    except ValueError:
+        raise UserError(f"{key}={text} must be of type {hint.__name__}") from None
+
+
+# --- presets -------------------------------------------------------------------------------------
+
+_MEDIUM = ModelConfig()
+
+MODELS: dict[str, ModelConfig] = {
+    # For tests and `make demo`: trains in minutes on two CPU cores.
+    "tiny": ModelConfig(d_model=128, n_heads=4, n_layers=4, max_seq_len=2048, emb_size=None),
+    # For one GPU or a patient CPU: the paper's shape at a tenth of the size.
+    "small": ModelConfig(d_model=512, n_heads=8, n_layers=8, max_seq_len=4096),
+    # The paper's model, 0.65B parameters (section 3; reference: config/models/medium.json).
+    "medium": _MEDIUM,
+}
+
+
+def for_task(preset: str, task: Task) -> RunConfig:
+    """The run that `aria-jax train TASK --preset PRESET` starts, before overrides.
+
+    Model sizes are in `MODELS`; everything that depends on the task (head, peak learning rate,
+    warm-up, sequence length) follows the reference's training scripts.
+    """
+    if preset not in MODELS:
+        near = difflib.get_close_matches(preset, MODELS, n=1)
+        raise UserError(
+            f"no preset {preset!r}"
+            + (f", did you mean {near[0]!r}?" if near else "")
+            + f" The presets are {', '.join(MODELS)}."
+        )
+    model = MODELS[preset]
+    small_batch = preset in ("tiny", "small")
+    run = RunConfig(task=task, model=model)
+    if task in ("pretrain", "continue"):
+        seq_len = {"tiny": 256, "small": 1024}.get(preset, model.max_seq_len)
+        return dataclasses.replace(
+            run,
+            data=DataConfig(seq_len=seq_len, global_batch=8 if small_batch else 512),
+            optimizer=OptimizerConfig(peak_lr=1e-3 if preset == "tiny" else 3e-4),
+        )
+    head: Head = "embedding" if task == "contrastive" else "class"
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(
+            model,
+            head=head,
+            emb_size=512 if head == "embedding" else None,
+            resid_dropout=0.2 if head == "class" else 0.0,
+        ),
+        data=DataConfig(
+            seq_len=512 if preset == "tiny" else 2048, global_batch=16 if small_batch else 128
+        ),
+        optimizer=OptimizerConfig(peak_lr=3e-4 if preset == "tiny" else 1e-5, warmup_steps=100),
+    )

@@ -1,0 +1,1 @@
+"""Embeddings of many files, and search among them."""

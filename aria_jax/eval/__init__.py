@@ -1,0 +1,1 @@
+"""Probes, retrieval metrics and the listening test."""

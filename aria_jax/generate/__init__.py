@@ -1,0 +1,1 @@
+"""Continuing a performance: cache, sampling, grammar."""

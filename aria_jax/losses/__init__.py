@@ -1,0 +1,1 @@
+"""Pure loss functions: arrays in, scalar and metrics out."""

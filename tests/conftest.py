@@ -1,0 +1,32 @@
+"""Fixtures every room's tests may use."""
+
+import os
+
+# Before jax is imported anywhere: eight virtual CPU devices, so that sharding is tested everywhere.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+
+from pathlib import Path
+
+import pytest
+
+_SHARED = Path(os.environ.get("ARIA_JAX_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """What the reference computed; tests that need it skip where it is absent."""
+    if not (_SHARED / "golden").is_dir():
+        pytest.skip("needs the reference's golden files (shared/golden beside the checkout)")
+    return _SHARED / "golden"
+
+
+@pytest.fixture(scope="session")
+def real_midi() -> Path:
+    """Real performances; tests that need them skip where they are absent."""
+    if not (_SHARED / "data").is_dir():
+        pytest.skip("needs the development performances (shared/data beside the checkout)")
+    return _SHARED / "data"
