@@ -67,7 +67,7 @@ class ComputeConfig:
     everything with block inputs kept in host memory."""
     attention: Literal["auto", "splash", "cudnn", "blockwise", "plain"] = "auto"
     scan_layers: bool = True
-    """One compiled block for all layers (compiles fast); False unrolls them (runs faster on CPU)."""
+    """One compiled block for all layers compiles fast; False unrolls them: faster on CPU."""
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ def with_overrides(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
 
 
 def _parse(text: str, hint: Any, key: str) -> Any:
-    """`text` as the type `hint`; the hints in use are int, float, bool, str, Literal, | None, tuple."""
+    """`text` as the type `hint`: int, float, bool, str, Literal, tuple, or one of them | None."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if text.lower() == "none":

@@ -22,16 +22,22 @@ VERBS = {
     "probe": ("probe", "how much a linear classifier reads from embeddings"),
     "retrieve": ("retrieve", "retrieval metrics of embeddings: MRR, Hit@k"),
     "search": ("search", "the performances nearest to a query"),
+    "bench-suite": (
+        "bench_suite",
+        "every labelled task in a folder, in one table beside the paper's",
+    ),
     "convert": ("convert", "weights from and to published PyTorch checkpoints"),
+    "listening-test": ("listening_test", "blinded A/B pages, and the analysis of their votes"),
+    "compile": ("compile", "what a step costs on a TPU pod, compiled here"),
     "demo": ("demo", "the whole story on a small corpus, ending in an HTML report"),
 }
 
 EPILOG = """\
 examples:
-  aria-jax demo demo-out                                      everything, in a few minutes, without a GPU
-  aria-jax data build my_midis my_data                        tokenise a folder
-  aria-jax train pretrain --data my_data --workdir run1       train on it
-  aria-jax embed my_midis emb.parquet --checkpoint run1       one vector per file
+  aria-jax demo demo-out                                  everything, in minutes, without a GPU
+  aria-jax data build my_midis my_data                    tokenise a folder
+  aria-jax train pretrain --data my_data --workdir run1   train on it
+  aria-jax embed my_midis emb.parquet --checkpoint run1   one vector per file
 
 `aria-jax VERB --help` explains each verb."""
 
