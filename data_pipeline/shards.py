@@ -1,0 +1,288 @@
+"""Token shards on disk: ArrayRecord files of pieces, one index per split, one manifest.
+
+    DATA_DIR/train-00000-of-00004.arrayrecord   one record per piece (msgpack {ids, meta})
+    DATA_DIR/train-index.npz                    tokens, notes, duration and labels of every piece
+    DATA_DIR/manifest.json                      what was built, how, and how much
+    DATA_DIR/rejected.jsonl                     what was left out, and why
+
+Pieces of a split are numbered through its shards in order; the index is in the same order, so
+lengths and labels of a million pieces are known without reading one record.
+"""
+
+import json
+import os
+import threading
+from array import array
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from data_pipeline.errors import UserError
+
+FORMAT_VERSION = 1
+SPLITS = ("train", "val")
+MANIFEST = "manifest.json"
+REJECTED = "rejected.jsonl"
+
+# One record per chunk: a random read decompresses one piece and nothing else.
+_WRITER_OPTIONS = "group_size:1,zstd:3"
+# No read-ahead: batches are drawn at random from the whole corpus.
+_READER_OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+@dataclass(frozen=True)
+class Record:
+    """One piece.
+
+    Attributes:
+        ids: token ids, uint16 [L].
+        meta: path (relative to the source), sha256 (of the MIDI file), duration_ms, n_notes,
+            labels (dict of str to str).
+    """
+
+    ids: np.ndarray
+    meta: dict[str, Any]
+
+
+def shard_name(split: str, index: int, count: int) -> str:
+    """File name of shard `index` of `count`."""
+    return f"{split}-{index:05d}-of-{count:05d}.arrayrecord"
+
+
+def index_name(split: str) -> str:
+    """File name of the split's index."""
+    return f"{split}-index.npz"
+
+
+def pack_record(ids: np.ndarray, meta: dict[str, Any]) -> bytes:
+    """ids uint16 [L] and its meta as the bytes of one record (little-endian on any machine)."""
+    return msgpack.packb({"ids": ids.astype("<u2").tobytes(), "meta": meta})
+
+
+def unpack_record(data: bytes) -> Record:
+    """Inverse of `pack_record`; ids are writable."""
+    record = msgpack.unpackb(data)
+    ids = np.frombuffer(record["ids"], dtype="<u2").astype(np.uint16)
+    return Record(ids=ids, meta=record["meta"])
+
+
+class ShardWriter:
+    """Writes records to one ArrayRecord file; the same records give the same bytes."""
+
+    def __init__(self, path: Path):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self.path = path
+        self.n_pieces = 0
+        self.n_tokens = 0
+        self._writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+
+    def write(self, ids: np.ndarray, meta: dict[str, Any]) -> None:
+        """Appends one piece: ids uint16 [L]."""
+        self._writer.write(pack_record(ids, meta))
+        self.n_pieces += 1
+        self.n_tokens += len(ids)
+
+    def close(self) -> dict[str, Any]:
+        """Flushes to the disk and returns the shard's entry of the manifest."""
+        self._writer.close()
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+        return {
+            "file": self.path.name,
+            "n_pieces": self.n_pieces,
+            "n_tokens": self.n_tokens,
+            "bytes": self.path.stat().st_size,
+        }
+
+
+class IndexWriter:
+    """Collects what the index says of each piece, 12 bytes a piece and 4 for each label."""
+
+    def __init__(self) -> None:
+        self._n_tokens, self._n_notes, self._duration_ms = array("I"), array("I"), array("I")
+        self._values: dict[str, dict[str, int]] = {}
+        self._codes: dict[str, array[int]] = {}
+
+    def add(self, n_tokens: int, n_notes: int, duration_ms: int, labels: dict[str, str]) -> None:
+        """Adds the next piece of the shard."""
+        for name, value in labels.items():
+            values = self._values.setdefault(name, {})
+            codes = self._codes.setdefault(name, array("i"))
+            codes.extend([-1] * (len(self._n_tokens) - len(codes)))
+            codes.append(values.setdefault(value, len(values)))
+        self._n_tokens.append(n_tokens)
+        self._n_notes.append(n_notes)
+        self._duration_ms.append(min(duration_ms, 2**32 - 1))
+
+    def columns(self) -> tuple[dict[str, np.ndarray], dict[str, list[str | None]]]:
+        """Numbers (uint32 [N] each) and, per label name, its value or None for each piece."""
+        n = len(self._n_tokens)
+        numbers = {
+            "n_tokens": np.array(self._n_tokens, dtype=np.uint32),
+            "n_notes": np.array(self._n_notes, dtype=np.uint32),
+            "duration_ms": np.array(self._duration_ms, dtype=np.uint32),
+        }
+        labels = {}
+        for name in sorted(self._codes):
+            names = [*self._values[name], None]
+            codes = [*self._codes[name]] + [-1] * (n - len(self._codes[name]))
+            labels[name] = [names[code] for code in codes]
+        return numbers, labels
+
+
+def write_index(path: Path, shards: Sequence[IndexWriter]) -> None:
+    """Writes the split's index: the pieces of `shards`, one after the other."""
+    columns = [shard.columns() for shard in shards]
+    arrays = {}
+    for name in ("n_tokens", "n_notes", "duration_ms"):
+        arrays[name] = np.concatenate([numbers[name] for numbers, _ in columns])
+    for label in sorted({label for _, labels in columns for label in labels}):
+        column: list[str | None] = []
+        for numbers, labels in columns:
+            column += labels.get(label, [None] * len(numbers["n_tokens"]))
+        values = sorted({value for value in column if value is not None})
+        code_of: dict[str | None, int] = {value: code for code, value in enumerate(values)}
+        code_of[None] = -1
+        arrays[f"label:{label}"] = np.array([code_of[value] for value in column], dtype=np.int32)
+        text = json.dumps(values).encode()
+        arrays[f"values:{label}"] = np.frombuffer(text, dtype=np.uint8)
+    with path.open("wb") as file:
+        np.savez(file, allow_pickle=False, **arrays)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_manifest(data_dir: str | Path) -> dict[str, Any]:
+    """The manifest of a finished build; UserError where there is none or it is of another format."""
+    path = Path(data_dir) / MANIFEST
+    if not path.is_file():
+        unfinished = (Path(data_dir) / ".build").is_dir()
+        hint = (
+            "the build there is unfinished: run the same `aria-jax data build` again"
+            if unfinished
+            else "make it with `aria-jax data build MIDI_DIR OUT_DIR`"
+        )
+        raise UserError(f"{data_dir}: no token shards here ({MANIFEST} is missing); {hint}")
+    try:
+        manifest = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); build the data again") from error
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: shard format {version}, this program reads {FORMAT_VERSION}; "
+            "build the data again"
+        )
+    return manifest
+
+
+class TokenShards:
+    """A split as a sequence of `Record`s with random access; may be pickled and shared by threads.
+
+    Args:
+        data_dir: folder written by `data build`.
+        split: "train" or "val".
+        tokenizer: the tokenizer the ids will be used with (its `hash` must be the shards'); None
+            where ids are not interpreted.
+
+    Raises:
+        UserError: no shards there, unknown split, wrong tokenizer, missing or cut shard file.
+    """
+
+    def __init__(self, data_dir: str | Path, split: str, tokenizer: Any = None):
+        self.data_dir = Path(data_dir)
+        self.split = split
+        self.manifest = load_manifest(data_dir)
+        if split not in self.manifest["splits"]:
+            raise UserError(
+                f"{data_dir}: no split {split!r}; it has {', '.join(self.manifest['splits'])}"
+            )
+        built_with = self.manifest["tokenizer"]
+        if tokenizer is not None and tokenizer.hash != built_with["hash"]:
+            raise UserError(
+                f"{data_dir}: built with tokenizer preset {built_with['preset']!r} "
+                f"(hash {built_with['hash'][:12]}), the model uses hash {tokenizer.hash[:12]}; "
+                "build the data again with the model's preset (--preset)"
+            )
+        shards = self.manifest["splits"][split]["shards"]
+        self._paths = [self._checked(shard) for shard in shards]
+        self._first = np.cumsum([0] + [shard["n_pieces"] for shard in shards])
+        self._readers: dict[int, Any] = {}
+        self._lock = threading.Lock()
+        index_path = self.data_dir / index_name(split)
+        if not index_path.is_file():
+            raise UserError(f"{index_path}: missing; build the data again")
+        with np.load(index_path, allow_pickle=False) as index:
+            self._index = {name: index[name] for name in index.files}
+
+    def _checked(self, shard: dict[str, Any]) -> Path:
+        path = self.data_dir / shard["file"]
+        size = path.stat().st_size if path.is_file() else None
+        if size != shard["bytes"]:
+            found = "missing" if size is None else f"{size} bytes instead of {shard['bytes']}"
+            raise UserError(f"{path}: {found}; copy it again or build the data again")
+        return path
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def __getitem__(self, i: int) -> Record:
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"piece {i} of {len(self)} in {self.data_dir} ({self.split})")
+        i %= len(self)
+        shard = int(np.searchsorted(self._first, i, side="right")) - 1
+        return unpack_record(self._reader(shard).read([i - int(self._first[shard])])[0])
+
+    def _reader(self, shard: int) -> Any:
+        with self._lock:
+            if shard not in self._readers:
+                from array_record.python.array_record_module import ArrayRecordReader
+
+                self._readers[shard] = ArrayRecordReader(str(self._paths[shard]), _READER_OPTIONS)
+            return self._readers[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_readers": {}, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each piece, int64 [N]; reads no record."""
+        return self._index["n_tokens"].astype(np.int64)
+
+    @property
+    def n_notes(self) -> np.ndarray:
+        """Notes of each piece, int64 [N]; reads no record."""
+        return self._index["n_notes"].astype(np.int64)
+
+    @property
+    def duration_ms(self) -> np.ndarray:
+        """Duration of each piece in ms, int64 [N]; reads no record."""
+        return self._index["duration_ms"].astype(np.int64)
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """Names of the labels that at least one piece has."""
+        names = (key.partition(":") for key in self._index)
+        return tuple(sorted(name for prefix, _, name in names if prefix == "label"))
+
+    def label_codes(self, label: str) -> tuple[np.ndarray, tuple[str, ...]]:
+        """Per piece the position of its value in the sorted values, or -1; int32 [N], values."""
+        if label not in self.label_names:
+            return np.full(len(self), -1, dtype=np.int32), ()
+        values = tuple(json.loads(self._index[f"values:{label}"].tobytes()))
+        return self._index[f"label:{label}"], values
+
+
+def rejections(data_dir: str | Path) -> Iterable[dict[str, Any]]:
+    """The lines of rejected.jsonl: path, stage, reason, value."""
+    with (Path(data_dir) / REJECTED).open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)
