@@ -158,7 +158,7 @@ def write_index(path: Path, shards: Sequence[IndexWriter]) -> None:
 
 
 def load_manifest(data_dir: str | Path) -> dict[str, Any]:
-    """The manifest of a finished build; UserError where there is none or it is of another format."""
+    """The manifest of a finished build; UserError where none is, or one of another format."""
     path = Path(data_dir) / MANIFEST
     if not path.is_file():
         unfinished = (Path(data_dir) / ".build").is_dir()

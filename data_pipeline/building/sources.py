@@ -1,0 +1,137 @@
+"""Where MIDI files come from: a folder, a tar archive read in place, or a compressed one.
+
+Every source is listed in the same order (by path, code point by code point), so that a folder and
+the archive made of it give the same corpus.
+"""
+
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.errors import UserError
+
+SUFFIXES = (".mid", ".midi", ".kar")
+_COPY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file of a source.
+
+    Attributes:
+        path: relative to the source, "/" between parts.
+        size: bytes.
+        offset: where its bytes begin in the archive; -1 for a file of a folder.
+    """
+
+    path: str
+    size: int
+    offset: int = -1
+
+
+def is_midi_name(name: str) -> bool:
+    """Whether a file name has a MIDI suffix, in any case; macOS resource forks (._x.mid) do not count."""
+    return name.lower().endswith(SUFFIXES) and not name.startswith("._")
+
+
+def list_source(source: Path, spool: Path) -> Iterator[Entry]:
+    """Yields the MIDI files of a folder or archive, sorted by path.
+
+    Args:
+        source: folder, .tar, or a tar compressed as tarfile can read it (.tar.gz, .tgz, .tar.xz…).
+        spool: file that takes the MIDI bytes of a compressed archive, which has no random access;
+            untouched otherwise.
+
+    Raises:
+        UserError: no such folder or archive, or an archive that cannot be read.
+    """
+    if source.is_dir():
+        yield from _walk(str(source), "")
+    elif source.is_file():
+        yield from _list_archive(source, spool)
+    else:
+        raise UserError(
+            f"{source}: no such folder or tar archive; give the folder of your MIDI files"
+        )
+
+
+def read_entry(root: Path, entry: Entry) -> bytes:
+    """The bytes of a file; `root` is the folder, the archive or the spool. Raises OSError."""
+    if entry.offset < 0:
+        return (root / entry.path).read_bytes()
+    with root.open("rb") as file:
+        file.seek(entry.offset)
+        return file.read(entry.size)
+
+
+def readable_root(source: Path, spool: Path) -> Path:
+    """What `read_entry` reads from, once `list_source` was exhausted."""
+    return spool if source.is_file() and _is_compressed(source) else source
+
+
+def _walk(root: str, prefix: str) -> Iterator[Entry]:
+    """Depth first; memory is bounded by the largest single folder."""
+    found = []
+    with os.scandir(os.path.join(root, prefix)) as items:
+        for item in items:
+            if item.is_dir(follow_symlinks=False):
+                found.append((item.name + "/", 0))
+            elif is_midi_name(item.name) and item.is_file():
+                found.append((item.name, item.stat().st_size))
+    for name, size in sorted(found):
+        if name.endswith("/"):
+            yield from _walk(root, prefix + name)
+        else:
+            yield Entry(prefix + name, size)
+
+
+def _is_compressed(source: Path) -> bool:
+    """Whether the archive's bytes are not those of the files in it."""
+    try:
+        with tarfile.open(source, "r:"):
+            return False
+    except tarfile.ReadError:
+        return True
+
+
+def _list_archive(source: Path, spool: Path) -> Iterator[Entry]:
+    try:
+        if _is_compressed(source):
+            found = _spool_members(source, spool)
+        else:
+            with tarfile.open(source, "r:") as archive:
+                found = {
+                    path: Entry(path, member.size, member.offset_data)
+                    for path, member in _members(archive)
+                }
+    except (tarfile.TarError, EOFError) as error:
+        raise UserError(
+            f"{source}: not a readable tar archive ({error}); give a folder, .tar or .tar.gz"
+        ) from error
+    for path in sorted(found):
+        yield found[path]
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
+    for member in archive:
+        archive.members = []  # tarfile keeps every header it read: a million of them
+        path = member.name.removeprefix("./")
+        # Sparse members are stored in pieces, so their bytes cannot be read in place.
+        if member.isreg() and not member.issparse() and is_midi_name(path.rpartition("/")[2]):
+            yield path, member
+
+
+def _spool_members(source: Path, spool: Path) -> dict[str, Entry]:
+    """One streaming pass over a compressed archive; only its MIDI files are written out."""
+    found = {}
+    with tarfile.open(source, "r|*") as archive, spool.open("wb") as out:
+        for path, member in _members(archive):
+            found[path] = Entry(path, member.size, out.tell())
+            stream = archive.extractfile(member)
+            while stream is not None and (block := stream.read(_COPY_BYTES)):
+                out.write(block)
+        out.flush()
+        os.fsync(out.fileno())
+    return found

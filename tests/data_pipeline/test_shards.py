@@ -1,0 +1,156 @@
+"""Shards give back what was written, the index agrees with the records, misuse is explained."""
+
+import json
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from data_pipeline.building.journal import pack_unit, rejection, write_atomically
+from data_pipeline.building.merge import MergeSettings, merge, split_compositions
+from data_pipeline.errors import UserError
+from data_pipeline.shards import FORMAT_VERSION, MANIFEST, TokenShards, rejections
+
+HOW = MergeSettings(val_fraction=0.3, dedup="exact", max_per_composition=None, shards=3)
+
+
+def _pieces(n, seed=0):
+    """n made-up pieces: (summary, ids), three to a composition, every fifth without labels."""
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        ids = rng.integers(0, 17727, size=int(rng.integers(5, 400)), dtype=np.uint16)
+        labels = {} if i % 5 == 0 else {"composition": f"work {i // 3}", "composer": f"c{i % 4}"}
+        yield (
+            {
+                "path": f"a/{i:03d} é.mid",
+                "sha256": f"{i:064x}",
+                "duration_ms": 1000 * i,
+                "n_notes": len(ids) // 3,
+                "n_tokens": len(ids),
+                "labels": labels,
+                "content": f"content {i}",
+            },
+            ids,
+        )
+
+
+def _write_units(folder, results, size=7):
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for start in range(0, len(results), size):
+        part = results[start : start + size]
+        path = folder / f"unit-{start:04d}"
+        blobs = [ids.astype("<u2").tobytes() for _, ids in part]
+        write_atomically(path, pack_unit([summary for summary, _ in part], blobs))
+        paths.append(path)
+    return paths
+
+
+def _corpus(tmp_path, results, how=HOW, tokenizer_hash="a" * 64):
+    out = tmp_path / "out"
+    out.mkdir(parents=True)
+    counts = merge(_write_units(tmp_path / "units", results), out / "final", out, how)
+    tokenizer = {"preset": "aria", "hash": tokenizer_hash}
+    manifest = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer, **counts}
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    return out, counts
+
+
+def test_every_piece_comes_back_once_with_its_meta_and_index(tmp_path):
+    results = list(_pieces(40))
+    out, counts = _corpus(tmp_path, results)
+    want = {summary["path"]: (summary, ids) for summary, ids in results}
+    for split in ("train", "val"):
+        shards = TokenShards(out, split)
+        for i in range(len(shards)):
+            record = shards[i]
+            summary, ids = want.pop(record.meta["path"])
+            np.testing.assert_array_equal(record.ids, ids)
+            assert record.ids.dtype == np.uint16
+            for key in ("sha256", "duration_ms", "n_notes", "labels"):
+                assert record.meta[key] == summary[key]
+            assert shards.lengths[i] == len(ids)
+            assert shards.n_notes[i] == summary["n_notes"]
+            for label in ("composer", "composition"):
+                codes, values = shards.label_codes(label)
+                value = None if codes[i] < 0 else values[codes[i]]
+                assert value == summary["labels"].get(label)
+    assert not want
+    assert counts["n_accepted"] == 40 and counts["n_rejected"] == 0
+
+
+def test_no_composition_is_in_both_splits(tmp_path):
+    out, _ = _corpus(tmp_path, list(_pieces(60)))
+    found = {}
+    for split in ("train", "val"):
+        codes, values = TokenShards(out, split).label_codes("composition")
+        found[split] = {values[code] for code in codes if code >= 0}
+    assert found["train"] and found["val"] and not found["train"] & found["val"]
+
+
+def test_shards_differ_by_at_most_one_piece_of_tokens(tmp_path):
+    results = list(_pieces(60))
+    _, counts = _corpus(tmp_path, results)
+    longest = max(summary["n_tokens"] for summary, _ in results)
+    tokens = [shard["n_tokens"] for shard in counts["splits"]["train"]["shards"]]
+    assert len(tokens) == 3 and max(tokens) - min(tokens) <= longest
+
+
+def test_duplicates_and_caps_are_recorded_and_the_first_piece_stays(tmp_path):
+    results = list(_pieces(9))
+    results[4][0]["content"] = results[1][0]["content"]
+    results.append((rejection("bad.mid", "parse", "not-midi", "no MThd"), np.zeros(0, np.uint16)))
+    how = MergeSettings(val_fraction=0.0, dedup="exact", max_per_composition=2, shards=1)
+    out, counts = _corpus(tmp_path, results, how)
+    lines = {(line["path"], line["reason"]): line for line in rejections(out)}
+    assert lines["a/004 é.mid", "exact-duplicate"]["value"] == "a/001 é.mid"
+    assert ("a/008 é.mid", "composition-cap") in lines
+    assert lines["bad.mid", "not-midi"]["stage"] == "parse"
+    assert len(lines) == counts["n_rejected"] == 3 and counts["n_accepted"] == 7
+
+
+def test_equal_results_give_equal_bytes_even_over_a_half_written_merge(tmp_path):
+    results = list(_pieces(30))
+    out, _ = _corpus(tmp_path / "a", results)
+    again = tmp_path / "b"
+    (again / "final").mkdir(parents=True)
+    (again / "final" / "train-00000-of-00003.arrayrecord").write_bytes(b"cut short")
+    merge(_write_units(tmp_path / "units", results, size=4), again / "final", again, HOW)
+    made = {path.name: path.read_bytes() for path in again.iterdir() if path.is_file()}
+    assert made and made == {name: (out / name).read_bytes() for name in made}
+
+
+def test_split_by_hash_never_leaves_a_split_empty_and_moves_nothing_as_music_is_added():
+    names = [f"work {i}" for i in range(200)]
+    assert 20 <= sum(split_compositions(names, 0.2)) <= 60
+    assert split_compositions(names, 0.2)[:150] == split_compositions(names[:150], 0.2)
+    for fraction in (0.001, 0.999):
+        assert 0 < sum(split_compositions(names[:3], fraction)) < 3
+    assert not any(split_compositions(names, 0.0))
+
+
+def test_shards_work_in_another_process_or_thread(tmp_path):
+    out, _ = _corpus(tmp_path, list(_pieces(20)))
+    shards = TokenShards(out, "train")
+    first = shards[0]
+    copy = pickle.loads(pickle.dumps(shards))
+    np.testing.assert_array_equal(copy[0].ids, first.ids)
+    np.testing.assert_array_equal(copy[-1].ids, shards[len(shards) - 1].ids)
+    with pytest.raises(IndexError):
+        shards[len(shards)]
+
+
+def test_misuse_is_explained(tmp_path):
+    out, counts = _corpus(tmp_path, list(_pieces(20)))
+    with pytest.raises(UserError, match="--preset"):
+        TokenShards(out, "train", SimpleNamespace(hash="b" * 64))
+    TokenShards(out, "train", SimpleNamespace(hash="a" * 64))
+    with pytest.raises(UserError, match="no split 'test'"):
+        TokenShards(out, "test")
+    with pytest.raises(UserError, match="data build"):
+        TokenShards(tmp_path, "train")
+    shard = out / counts["splits"]["train"]["shards"][0]["file"]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UserError, match="bytes instead of"):
+        TokenShards(out, "train")
