@@ -32,7 +32,7 @@ class Entry:
 
 
 def is_midi_name(name: str) -> bool:
-    """Whether a file name has a MIDI suffix, in any case; macOS resource forks (._x) do not count."""
+    """Whether a file name has a MIDI suffix, in any case; macOS forks (._x) do not count."""
     return name.lower().endswith(SUFFIXES) and not name.startswith("._")
 
 
