@@ -24,7 +24,7 @@ VERBS = {
     "search": ("search", "the performances nearest to a query"),
     "bench-suite": (
         "bench_suite",
-        "every labelled task in a folder, in one table beside the paper's",
+        "every labelled task in a folder, beside the paper's table",
     ),
     "convert": ("convert", "weights from and to published PyTorch checkpoints"),
     "listening-test": ("listening_test", "blinded A/B pages, and the analysis of their votes"),

@@ -1,0 +1,51 @@
+# `make` lists the targets. Every target sets up its own environment first; a second run is instant.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO_OUT ?= demo-out
+# The pins were made with Python 3.11; a newer Python takes the tested ranges of setup.cfg.
+PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
+
+.PHONY: help setup demo test test-slow fuzz lint bench bench-data compile-check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.ready ## create .venv with pinned versions (nothing to do when up to date)
+
+$(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "aria_jax needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
+	@echo "setting up $(VENV) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) -e '.[demo,test,lint]'
+	@touch $@
+
+demo: setup ## sample corpus, training, embeddings, probe, continuation, report (minutes, no GPU)
+	$(BIN)/aria-jax demo $(DEMO_OUT)
+
+test: setup ## the test suite
+	$(BIN)/python -m pytest -n 2 -m "not slow and not aot"
+
+test-slow: setup ## the tests that take minutes
+	$(BIN)/python -m pytest -m "slow"
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: bench-data ## every benchmark: both sides measured in one run, ratios printed
+
+bench-data: setup ## reading, tokenising and augmenting against mido and miditoolkit
+	$(BIN)/python -m benchmarks.bench_data
+
+compile-check: setup ## compile the sharded steps and kernels for TPU, on this machine
+	@$(PIP) -e '.[aot]'
+	$(BIN)/python -m pytest -m aot
+
+clean: ## remove .venv, caches and the demo's output
+	rm -rf $(VENV) $(DEMO_OUT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,440 @@
+"""Aria's absolute-onset vocabulary, and performances to token ids and back.
+
+A note is three tokens, (instrument, pitch, velocity) (onset) (duration); a drum hit two. Onsets
+count from the last `<T>`, one of which stands at every 5 s. Reference: ariautils
+tokenizer/absolute.py; published weights depend on the ids.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from data_pipeline.errors import InvalidMidi, UserError
+from data_pipeline.midi import (
+    DRUM_CHANNEL,
+    NOTE,
+    PEDAL,
+    PEDAL_DOWN,
+    PROGRAM,
+    Performance,
+    pedalled_ends,
+)
+
+SEGMENT_MS = 5000
+STEP_MS = 10
+VELOCITY_STEP = 10
+DRUM_VELOCITY = 60
+LOWEST_DRUM, HIGHEST_DRUM = 35, 81
+
+# General MIDI families of eight programs. The reference maps program 7 // 8 = 0 to piano and so on.
+FAMILIES = (
+    "piano", "chromatic", "organ", "guitar", "bass", "strings", "ensemble", "brass", "reed", "pipe",
+    "synth_lead", "synth_pad", "synth_effect", "ethnic", "percussive", "sfx",
+)  # fmt: skip
+IGNORED = {"chromatic", "synth_pad", "synth_effect", "ethnic", "percussive", "sfx"}
+INSTRUMENTS = tuple(family for family in FAMILIES if family not in IGNORED)
+# The program that an instrument is played with when ids become MIDI again.
+PROGRAMS = {"piano": 0, "organ": 16, "guitar": 24, "bass": 32, "strings": 40, "ensemble": 48,
+            "brass": 56, "reed": 64, "pipe": 73, "synth_lead": 80}  # fmt: skip
+LABELS = {
+    "composer": ("bach", "beethoven", "mozart", "chopin", "rachmaninoff", "liszt", "debussy",
+                 "schubert", "brahms", "ravel", "satie", "scarlatti"),
+    "form": ("sonata", "prelude", "nocturne", "étude", "waltz", "mazurka", "impromptu", "fugue"),
+    "genre": ("jazz", "classical"),
+}  # fmt: skip
+SPECIAL = ("<S>", "<E>", "<P>", "<U>", "<D>", "<T>")
+
+
+class Kind(IntEnum):
+    """What a token says."""
+
+    SPECIAL = 0
+    TIME = 1
+    PREFIX = 2
+    NOTE = 3
+    DRUM = 4
+    DUR = 5
+    ONSET = 6
+    PEDAL = 7
+
+
+def _nearest(n_values: int, limit: int, step: int) -> np.ndarray:
+    """For 0..limit, the index of the closest of 0, step, 2 step, … ; int64 [limit + 1].
+
+    Ties fall as the reference's binary search lets them fall: the value it met first wins.
+    """
+    numbers = np.arange(limit + 1)
+    left, right = np.zeros_like(numbers), np.full_like(numbers, n_values - 1)
+    best = np.zeros_like(numbers)
+    while np.any(active := left <= right):
+        middle = (left + right) // 2
+        closer = active & (np.abs(middle * step - numbers) < np.abs(best * step - numbers))
+        best = np.where(closer, middle, best)
+        below = middle * step < numbers
+        left = np.where(active & below, middle + 1, left)
+        right = np.where(active & ~below, middle - 1, right)
+    return best
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A vocabulary and the two directions through it.
+
+    Attributes:
+        preset_name: "aria" (17,727 ids) or "pedal": piano with pedal events, as the reference's
+            real-time demo uses it (two ids more).
+    """
+
+    preset_name: str = "aria"
+
+    @staticmethod
+    @lru_cache
+    def preset(name: str) -> "Tokenizer":
+        """The tokenizer of that name, built once.
+
+        Raises:
+            UserError: no such preset.
+        """
+        if name not in ("aria", "pedal"):
+            raise UserError(f"no tokenizer preset {name!r}; the presets are aria and pedal")
+        return Tokenizer(name)
+
+    # --- vocabulary ---
+
+    @cached_property
+    def tokens(self) -> tuple:
+        """Token of each id: a string, or a tuple such as ("piano", 60, 70) or ("onset", 1230)."""
+        prefixes = [("prefix", "instrument", name) for name in (*INSTRUMENTS, "drum")]
+        prefixes += [("prefix", label, name) for label in LABELS for name in LABELS[label]]
+        notes = [
+            (instrument, pitch, velocity)
+            for instrument in INSTRUMENTS
+            for pitch in range(128)
+            for velocity in range(0, 121, VELOCITY_STEP)
+        ]
+        drums = [("drum", pitch) for pitch in range(LOWEST_DRUM, HIGHEST_DRUM + 1)]
+        durations = [("dur", ms) for ms in range(0, SEGMENT_MS + 1, STEP_MS)]
+        onsets = [("onset", ms) for ms in range(0, SEGMENT_MS, STEP_MS)]
+        pedal = ["<PED_ON>", "<PED_OFF>"] if self.has_pedal else []
+        return (*SPECIAL, *prefixes, *notes, *drums, *durations, *onsets, *pedal)
+
+    @property
+    def has_pedal(self) -> bool:
+        """Whether pedal events are tokens."""
+        return self.preset_name == "pedal"
+
+    @cached_property
+    def _id_of(self) -> dict:
+        return {token: i for i, token in enumerate(self.tokens)}
+
+    def id_of(self, token: str | tuple) -> int:
+        """The id of a token; UserError where the vocabulary has none such."""
+        try:
+            return self._id_of[token]
+        except KeyError:
+            raise UserError(f"the {self.preset_name} vocabulary has no token {token!r}") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return len(self.tokens)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of vocabulary and settings: data and models with the same hash fit together."""
+        settings = [self.tokens, SEGMENT_MS, STEP_MS, VELOCITY_STEP]
+        return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+
+    bos_id, eos_id, pad_id, unk_id, dim_id, time_id = range(6)
+
+    @cached_property
+    def kind(self) -> np.ndarray:
+        """`Kind` of each id, uint8 [V]."""
+        of_first = {"prefix": Kind.PREFIX, "drum": Kind.DRUM, "dur": Kind.DUR, "onset": Kind.ONSET,
+                    "<T>": Kind.TIME, "<PED_ON>": Kind.PEDAL, "<PED_OFF>": Kind.PEDAL}  # fmt: skip
+        of_first |= {name: Kind.NOTE for name in INSTRUMENTS}
+        heads = (token if isinstance(token, str) else token[0] for token in self.tokens)
+        return np.array([of_first.get(head, Kind.SPECIAL) for head in heads], np.uint8)
+
+    def _table(self, kinds: tuple[Kind, ...], column: int) -> np.ndarray:
+        """Component `column` of the tokens of `kinds`, -1 for the others; int32 [V]."""
+        table = np.full(self.vocab_size, -1, np.int32)
+        for i in np.flatnonzero(np.isin(self.kind, kinds)):
+            table[i] = self.tokens[i][column]
+        return table
+
+    @cached_property
+    def onset_ms(self) -> np.ndarray:
+        """Onset of each onset token in ms, else -1; int32 [V]."""
+        return self._table((Kind.ONSET,), 1)
+
+    @cached_property
+    def dur_ms(self) -> np.ndarray:
+        """Duration of each duration token in ms, else -1; int32 [V]."""
+        return self._table((Kind.DUR,), 1)
+
+    @cached_property
+    def pitch(self) -> np.ndarray:
+        """Pitch of each note or drum token, else -1; int32 [V]."""
+        return self._table((Kind.NOTE, Kind.DRUM), 1)
+
+    @cached_property
+    def velocity(self) -> np.ndarray:
+        """Velocity of each note token, else -1; int32 [V]."""
+        return self._table((Kind.NOTE,), 2)
+
+    @cached_property
+    def instrument(self) -> np.ndarray:
+        """Index into (*INSTRUMENTS, "drum") of note, drum and instrument-prefix tokens, else -1."""
+        table = np.full(self.vocab_size, -1, np.int32)
+        first = self.first_note_id
+        table[first : first + len(INSTRUMENTS) * 128 * 13] = np.repeat(
+            np.arange(len(INSTRUMENTS)), 128 * 13
+        )
+        table[self.kind == Kind.DRUM] = len(INSTRUMENTS)
+        table[len(SPECIAL) : len(SPECIAL) + len(INSTRUMENTS) + 1] = np.arange(len(INSTRUMENTS) + 1)
+        return table
+
+    # Where each block of the vocabulary begins; ids within a block are in the order of its values.
+    first_note_id = len(SPECIAL) + len(INSTRUMENTS) + 1 + sum(map(len, LABELS.values()))
+    first_drum_id = first_note_id + len(INSTRUMENTS) * 128 * 13
+    first_dur_id = first_drum_id + HIGHEST_DRUM - LOWEST_DRUM + 1
+    first_onset_id = first_dur_id + SEGMENT_MS // STEP_MS + 1
+    first_pedal_id = first_onset_id + SEGMENT_MS // STEP_MS
+
+    # --- performance -> ids ---
+
+    def encode(
+        self,
+        performance: Performance,
+        *,
+        labels: Mapping[str, str] | None = None,
+        remove_preceding_silence: bool = True,
+        add_dim: bool = False,
+        add_eos: bool = True,
+        rng: np.random.Generator | None = None,
+    ) -> np.ndarray:
+        """Token ids of a performance, uint16 [L] (reference: AbsTokenizer.tokenize + encode).
+
+        Args:
+            performance: what to tokenise.
+            labels: composer, form, genre; those the vocabulary knows become prefix tokens.
+            remove_preceding_silence: begin at the first note.
+            add_dim: put `<D>` about 100 tokens before the end of pieces of over 150 tokens.
+            add_eos: end with `<E>`.
+            rng: draws the order of the prefix (without: ascending ids) and jitters `<D>` by ±10.
+
+        Raises:
+            InvalidMidi: no note is left once unsupported instruments are removed; or the pedal
+                preset was given anything but a piano.
+        """
+        performance = remove_ignored_instruments(performance)
+        if not len(performance.notes):
+            raise InvalidMidi("no-notes", "no notes of a supported instrument")
+        instrument_of_channel, prefix = self._prefix(performance, labels or {})
+        body = self._body(performance, instrument_of_channel, remove_preceding_silence)
+        if rng is not None:
+            prefix = rng.permutation(prefix)
+        if add_dim and len(body) > 150:
+            body = self._with_dim(body, rng)
+        ending = [self.eos_id] if add_eos else []
+        return np.concatenate([prefix, [self.bos_id], body, ending]).astype(np.uint16)
+
+    def _prefix(
+        self, performance: Performance, labels: Mapping[str, str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Instrument index per channel, int64 [16], and the prefix ids in ascending order."""
+        of_channel = np.zeros(16, np.int64)  # a channel without program change plays the piano
+        used = {int(c) for c in np.unique(performance.notes["channel"])}
+        named = {int(c) for c in performance.programs["channel"]} - {DRUM_CHANNEL}
+        for row in performance.programs:
+            if row["channel"] != DRUM_CHANNEL:
+                of_channel[row["channel"]] = INSTRUMENTS.index(FAMILIES[row["program"] // 8])
+        present = {int(of_channel[c]) for c in named | (used - {DRUM_CHANNEL})}
+        if self.has_pedal and present != {0}:
+            raise InvalidMidi("not-piano", "the pedal preset takes solo piano only")
+        ids = [len(SPECIAL) + i for i in present]
+        if DRUM_CHANNEL in used:
+            ids.append(len(SPECIAL) + len(INSTRUMENTS))
+        for label, names in LABELS.items():
+            if labels.get(label) in names:
+                ids.append(self.id_of(("prefix", label, labels[label])))
+        return of_channel, np.array(sorted(ids), np.int64)
+
+    def _body(
+        self, performance: Performance, of_channel: np.ndarray, remove_preceding_silence: bool
+    ) -> np.ndarray:
+        """Ids between `<S>` and `<E>`: events of up to three tokens, each after its `<T>`s."""
+        notes = performance.notes
+        ticks = notes["start"]
+        if self.has_pedal:
+            ticks = np.concatenate([ticks, performance.pedals["tick"]])
+        order = np.argsort(ticks, kind="stable")
+        begin = 0 if not remove_preceding_silence else int(ticks[order[0]])
+        onsets_ms = performance.between_ms(begin, ticks)
+        events = np.full((len(ticks), 3), -1, np.int64)
+        n = len(notes)
+        drum = notes["channel"] == DRUM_CHANNEL
+        velocity = _VELOCITY_INDEX[notes["velocity"]]
+        durations_ms = performance.between_ms(notes["start"], pedalled_ends(performance))
+        duration = np.maximum(_DUR_INDEX[np.clip(durations_ms, 0, SEGMENT_MS)], 1)
+        row = of_channel[notes["channel"]] * 128 + notes["pitch"]
+        events[:n, 0] = self.first_note_id + row * 13 + velocity
+        events[:n, 2] = np.where(drum, -1, self.first_dur_id + duration)
+        pitch = notes["pitch"].astype(np.int64)
+        known = (pitch >= LOWEST_DRUM) & (pitch <= HIGHEST_DRUM)
+        drum_ids = np.where(known, self.first_drum_id + pitch - LOWEST_DRUM, self.unk_id)
+        events[:n, 0] = np.where(drum, drum_ids, events[:n, 0])
+        if self.has_pedal:
+            events[n:, 0] = self.first_pedal_id + (performance.pedals["value"] < PEDAL_DOWN)
+        events[:, 1] = self.first_onset_id + _ONSET_INDEX[onsets_ms % SEGMENT_MS]
+        segments = (onsets_ms // SEGMENT_MS)[order]
+        n_time_tokens = np.maximum(np.diff(segments, prepend=0), 0)
+        return _interleave(events[order], n_time_tokens, self.time_id)
+
+    def _with_dim(self, body: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """`body` with `<D>` before the event about 100 tokens from its end."""
+        jitter = int(rng.integers(-10, 11)) if rng is not None else 0
+        at = len(body) - 100 + jitter
+        at -= {Kind.ONSET: 1, Kind.DUR: 2}.get(Kind(self.kind[body[at]]), 0)
+        return np.insert(body, at, self.dim_id)
+
+    # --- ids -> performance ---
+
+    def events(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Whole notes, drum hits and pedal events in `ids`: position of the first token of each,
+        and its onset in ms from the first token; int64 [N] both.
+        """
+        ids = np.asarray(ids, np.int64)
+        kind = self.kind[ids]
+        following = np.append(kind[1:], [Kind.SPECIAL])
+        third = np.append(kind[2:], [Kind.SPECIAL, Kind.SPECIAL])
+        whole = ((kind == Kind.NOTE) & (third == Kind.DUR)) | np.isin(kind, (Kind.DRUM, Kind.PEDAL))
+        at = np.flatnonzero(whole & (following == Kind.ONSET))
+        segment = np.cumsum(kind == Kind.TIME)
+        return at, segment[at] * SEGMENT_MS + self.onset_ms[ids[at + 1]]
+
+    def decode(self, ids: np.ndarray) -> Performance:
+        """A performance of 1 tick = 1 ms (reference: AbsTokenizer.detokenize).
+
+        Incomplete events and notes of instruments that the prefix does not announce are left out.
+        """
+        ids = np.asarray(ids, np.int64)
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            raise UserError(f"token ids must lie in 0..{self.vocab_size - 1}")
+        at, onset_ms = self.events(ids)
+        first_event = at[0] if len(at) else len(ids)
+        channel_of, programs = self._channels(ids[:first_event])
+        kind = self.kind[ids[at]]
+        pedal = kind == Kind.PEDAL
+        pedals = np.zeros(int(pedal.sum()), PEDAL)
+        pedals["tick"] = onset_ms[pedal]
+        pedals["value"] = np.where(ids[at[pedal]] == self.first_pedal_id, 127, 0)
+        at, onset_ms, kind = at[~pedal], onset_ms[~pedal], kind[~pedal]
+        drum = kind == Kind.DRUM
+        channel = channel_of[self.instrument[ids[at]]]
+        notes = np.zeros(len(at), NOTE)
+        notes["pitch"] = self.pitch[ids[at]]
+        notes["velocity"] = np.where(drum, DRUM_VELOCITY, self.velocity[ids[at]])
+        notes["channel"] = np.maximum(channel, 0)
+        notes["start"] = onset_ms
+        dur_at = np.minimum(at + 2, len(ids) - 1)
+        notes["end"] = onset_ms + np.where(drum, STEP_MS, self.dur_ms[ids[dur_at]])
+        notes = notes[channel >= 0]
+        notes = notes[np.argsort(notes["start"], kind="stable")]
+        pedals = pedals[np.argsort(pedals["tick"], kind="stable")]
+        if len(programs):
+            return Performance(500, notes, pedals, programs=programs)
+        return Performance(500, notes, pedals)
+
+    def _channels(self, prefix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Channel of each instrument (-1: not announced), int64 [11]; `PROGRAM` rows."""
+        channel_of = np.full(len(INSTRUMENTS) + 1, -1, np.int64)
+        rows, free = [], 0
+        for instrument in self.instrument[prefix[self.kind[prefix] == Kind.PREFIX]]:
+            if instrument < 0 or channel_of[instrument] >= 0:
+                continue
+            if instrument == len(INSTRUMENTS):
+                channel_of[instrument] = DRUM_CHANNEL
+                rows.append((0, 0, DRUM_CHANNEL))
+                continue
+            free += free == DRUM_CHANNEL
+            channel_of[instrument] = free
+            rows.append((0, PROGRAMS[INSTRUMENTS[instrument]], free))
+            free += 1
+        return channel_of, np.array(rows, PROGRAM)
+
+    # --- ids -> ids ---
+
+    def n_notes(self, ids: np.ndarray) -> int:
+        """Notes and drum hits in `ids`."""
+        kind = self.kind[np.asarray(ids)]
+        return int(np.count_nonzero((kind == Kind.NOTE) | (kind == Kind.DRUM)))
+
+    def slice_notes(self, ids: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Notes `start:stop` of a piece as a piece of their own: prefix, `<S>`, notes from onset
+        0, `<E>`; uint16.
+
+        Onsets are multiples of 10 ms and so is the shift: nothing is quantised twice.
+        """
+        ids = np.asarray(ids, np.int64)
+        at, onset_ms = self.events(ids)
+        prefix = ids[: np.argmax(ids == self.bos_id)] if self.bos_id in ids else ids[:0]
+        at, onset_ms = at[start:stop], onset_ms[start:stop]
+        if not len(at):
+            return np.concatenate([prefix, [self.bos_id, self.eos_id]]).astype(np.uint16)
+        onset_ms = onset_ms - onset_ms[0]
+        events = np.full((len(at), 3), -1, np.int64)
+        events[:, 0] = ids[at]
+        events[:, 1] = self.first_onset_id + onset_ms % SEGMENT_MS // STEP_MS
+        note = self.kind[ids[at]] == Kind.NOTE
+        events[note, 2] = ids[at[note] + 2]
+        n_time_tokens = np.diff(onset_ms // SEGMENT_MS, prepend=0)
+        body = _interleave(events, n_time_tokens, self.time_id)
+        return np.concatenate([prefix, [self.bos_id], body, [self.eos_id]]).astype(np.uint16)
+
+
+_DUR_INDEX = _nearest(SEGMENT_MS // STEP_MS + 1, SEGMENT_MS, STEP_MS)
+_ONSET_INDEX = _nearest(SEGMENT_MS // STEP_MS, SEGMENT_MS - 1, STEP_MS)
+_VELOCITY_INDEX = _nearest(13, 127, VELOCITY_STEP)
+_VELOCITY_INDEX[1:] = np.maximum(_VELOCITY_INDEX[1:], 1)  # a played note never becomes silent
+
+
+def _interleave(events_Nx3: np.ndarray, n_time_tokens: np.ndarray, time_id: int) -> np.ndarray:
+    """Tokens of the events in order, each after its `<T>`s; -1 marks a token that is not there."""
+    lengths = (events_Nx3 >= 0).sum(axis=1)
+    ends = np.cumsum(n_time_tokens + lengths)
+    out = np.full(ends[-1] if len(ends) else 0, time_id, np.int64)
+    begins = ends - lengths
+    for column in range(3):
+        here = events_Nx3[:, column] >= 0
+        out[begins[here] + column] = events_Nx3[here, column]
+    return out
+
+
+def remove_ignored_instruments(performance: Performance) -> Performance:
+    """Without the channels that ever play an unsupported instrument (reference:
+    remove_instruments); drums stay.
+    """
+    programs = performance.programs
+    ignored = np.array([family in IGNORED for family in FAMILIES])[programs["program"] // 8]
+    channels = set(programs["channel"][ignored].tolist()) - {DRUM_CHANNEL}
+    if not channels:
+        return performance
+
+    def kept(rows: np.ndarray) -> np.ndarray:
+        return rows[~np.isin(rows["channel"], list(channels))]
+
+    return Performance(
+        performance.ticks_per_beat,
+        kept(performance.notes),
+        kept(performance.pedals),
+        performance.tempi,
+        kept(programs),
+        performance.texts,
+    )
