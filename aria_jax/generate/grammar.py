@@ -1,0 +1,179 @@
+"""The grammar of Aria tokens as an automaton: which ids may come next, as a mask inside jit.
+
+    piece  = prefix* <S> ( event | <T> | <D> )* <E>
+    event  = note onset duration | drum onset | pedal onset
+
+Within a segment (between two `<T>`) onsets do not decrease. Only instruments that the prefix
+announces may play, no note is silent or without length, and `<D>` comes at most once. So every
+token of a generated sequence means something to the detokeniser.
+"""
+
+from enum import IntEnum
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipeline.errors import UserError
+from data_pipeline.tokenizer import Kind, Tokenizer
+
+MAX_EMPTY_SEGMENTS = 12
+"""`<T>` in a row that may be generated: a minute of silence, more than any performance holds."""
+
+
+class Expect(IntEnum):
+    """What the automaton waits for."""
+
+    EVENT = 0
+    NOTE_ONSET = 1
+    SHORT_ONSET = 2
+    DURATION = 3
+    NOTHING = 4
+
+
+_AN_ONSET = len(Expect)  # in `next_V`: what follows an onset depends on what came before it
+
+
+@flax.struct.dataclass
+class GrammarState:
+    """Where each sequence stands.
+
+    Attributes:
+        expect_B: `Expect`, int32.
+        onset_B: latest onset within the segment in ms, int32.
+        silence_B: `<T>` since the last event, int32.
+        dim_seen_B: whether `<D>` has come.
+    """
+
+    expect_B: jax.Array
+    onset_B: jax.Array
+    silence_B: jax.Array
+    dim_seen_B: jax.Array
+
+
+@flax.struct.dataclass
+class Grammar:
+    """The automaton's tables; a pytree, so that jitted functions take it as an argument.
+
+    Attributes:
+        allowed_SxV: bool; ids that state S may be followed by, before onset and counts.
+        onset_V: onset in ms of onset tokens, for others a number no onset reaches; int32.
+        begins_V: bool; first tokens of events.
+        next_V: the state after this id, except for onsets; int32.
+        time_id, dim_id: `<T>` and `<D>`.
+    """
+
+    allowed_SxV: jax.Array
+    onset_V: jax.Array
+    begins_V: jax.Array
+    next_V: jax.Array
+    time_id: int = flax.struct.field(pytree_node=False)
+    dim_id: int = flax.struct.field(pytree_node=False)
+
+    def allowed(self, state: GrammarState, remaining: jax.Array | int) -> jax.Array:
+        """bool[B, V]: ids that may come next when `remaining` tokens fit, this one included.
+
+        No event begins that could not be finished within the space left.
+        """
+        ids_V = jnp.arange(self.onset_V.shape[0])
+        forbidden_BxV = (
+            ((ids_V == self.time_id) & (state.silence_B >= MAX_EMPTY_SEGMENTS)[:, None])
+            | ((ids_V == self.dim_id) & state.dim_seen_B[:, None])
+            | (self.begins_V & (jnp.asarray(remaining) < 3))
+            | (self.onset_V < state.onset_B[:, None])
+        )
+        return self.allowed_SxV[state.expect_B] & ~forbidden_BxV
+
+    def advance(self, state: GrammarState, token_B: jax.Array) -> GrammarState:
+        """The state after each sequence's next token, int32[B]."""
+        is_onset_B = self.next_V[token_B] == _AN_ONSET
+        after_onset_B = jnp.where(
+            state.expect_B == Expect.NOTE_ONSET, Expect.DURATION, Expect.EVENT
+        )
+        is_time_B = token_B == self.time_id
+        silence_B = jnp.where(is_time_B, state.silence_B + 1, state.silence_B)
+        ended_B = state.expect_B == Expect.NOTHING
+        return GrammarState(
+            expect_B=jnp.where(
+                ended_B,
+                Expect.NOTHING,
+                jnp.where(is_onset_B, after_onset_B, self.next_V[token_B]),
+            ),
+            onset_B=jnp.where(
+                is_time_B, 0, jnp.where(is_onset_B, self.onset_V[token_B], state.onset_B)
+            ),
+            silence_B=jnp.where(self.begins_V[token_B], 0, silence_B),
+            dim_seen_B=state.dim_seen_B | (token_B == self.dim_id),
+        )
+
+
+def make_grammar(tokenizer: Tokenizer, prompt: np.ndarray) -> Grammar:
+    """The automaton for what may follow `prompt`, whose prefix names the instruments.
+
+    Raises:
+        UserError: the prompt announces no instrument, so that no note could be decoded.
+    """
+    kind = tokenizer.kind
+    announced = np.unique(tokenizer.instrument[prompt[kind[prompt] == Kind.PREFIX]])
+    announced = announced[announced >= 0]
+    if not len(announced):
+        raise UserError(
+            "the prompt announces no instrument before <S>: begin it with a token such as "
+            '("prefix", "instrument", "piano"), or switch the grammar off'
+        )
+    plays = np.isin(tokenizer.instrument, announced)
+    note = (kind == Kind.NOTE) & plays & (tokenizer.velocity > 0)
+    drum = (kind == Kind.DRUM) & plays
+    pedal = kind == Kind.PEDAL
+    onset = kind == Kind.ONSET
+    ids = np.arange(tokenizer.vocab_size)
+    between = np.isin(ids, [tokenizer.time_id, tokenizer.dim_id, tokenizer.eos_id])
+
+    allowed = np.zeros((len(Expect), tokenizer.vocab_size), bool)
+    allowed[Expect.EVENT] = note | drum | pedal | between
+    allowed[Expect.NOTE_ONSET] = allowed[Expect.SHORT_ONSET] = onset
+    allowed[Expect.DURATION] = tokenizer.dur_ms > 0
+    allowed[Expect.NOTHING, tokenizer.pad_id] = True
+
+    following = np.full(tokenizer.vocab_size, Expect.EVENT, np.int32)
+    following[kind == Kind.NOTE] = Expect.NOTE_ONSET
+    following[(kind == Kind.DRUM) | pedal] = Expect.SHORT_ONSET
+    following[onset] = _AN_ONSET
+    following[tokenizer.eos_id] = Expect.NOTHING
+    return Grammar(
+        allowed_SxV=jnp.asarray(allowed),
+        onset_V=jnp.asarray(np.where(onset, tokenizer.onset_ms, np.iinfo(np.int32).max)),
+        begins_V=jnp.asarray((kind == Kind.NOTE) | (kind == Kind.DRUM) | pedal),
+        next_V=jnp.asarray(following),
+        time_id=tokenizer.time_id,
+        dim_id=tokenizer.dim_id,
+    )
+
+
+def state_after(tokenizer: Tokenizer, prompt: np.ndarray, batch: int) -> GrammarState:
+    """The state that `batch` continuations of one prompt begin in, even in the middle of an event."""
+    kind = tokenizer.kind[prompt]
+    last, before = (kind[-1:].tolist() or [None])[0], (kind[-2:-1].tolist() or [None])[0]
+    expect = Expect.EVENT
+    if last == Kind.NOTE:
+        expect = Expect.NOTE_ONSET
+    elif last in (Kind.DRUM, Kind.PEDAL):
+        expect = Expect.SHORT_ONSET
+    elif last == Kind.ONSET and before == Kind.NOTE:
+        expect = Expect.DURATION
+    elif len(prompt) and prompt[-1] == tokenizer.eos_id:
+        expect = Expect.NOTHING
+    times = np.flatnonzero(kind == Kind.TIME)
+    segment = prompt[times[-1] + 1 :] if len(times) else prompt
+    onsets = tokenizer.onset_ms[segment]
+    onset_ms = int(onsets[onsets >= 0][-1]) if (onsets >= 0).any() else 0
+    events = np.flatnonzero(np.isin(kind, (Kind.NOTE, Kind.DRUM, Kind.PEDAL)))
+    silence = int(np.count_nonzero(times > (events[-1] if len(events) else -1)))
+    dim_seen = bool((prompt == tokenizer.dim_id).any())
+    return GrammarState(
+        expect_B=jnp.full(batch, expect, jnp.int32),
+        onset_B=jnp.full(batch, onset_ms, jnp.int32),
+        silence_B=jnp.full(batch, silence, jnp.int32),
+        dim_seen_B=jnp.full(batch, dim_seen),
+    )

@@ -1,0 +1,196 @@
+"""How the next token is chosen from logits: one frozen dataclass per method.
+
+Every method has `keep(logits_BxV) -> bool[B, V]`, the tokens it may draw, and
+`draw(logits_BxV, keys_B) -> int32[B]`. One key per sequence makes a sequence's randomness
+independent of how many others are decoded beside it.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+
+from data_pipeline.errors import UserError
+
+
+class Sampler(Protocol):
+    """A way to choose the next token; hashable, so that it can be a static jit argument."""
+
+    def draw(self, logits_BxV: jax.Array, keys_B: jax.Array) -> jax.Array:
+        """One token id (int32) per row; a logit of -inf is never drawn."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Greedy:
+    """The most likely token, always (temperature 0 of the reference)."""
+
+    def draw(self, logits_BxV: jax.Array, keys_B: jax.Array) -> jax.Array:
+        """The argmax of every row, int32[B]; the keys are not used."""
+        del keys_B
+        return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Temperature:
+    """Draws from the softmax of logits / temperature, every token included."""
+
+    temperature: float = 0.98
+
+    def __post_init__(self) -> None:
+        if not 0 < self.temperature <= 2:
+            raise UserError(
+                f"temperature {self.temperature} must be above 0 and at most 2 (0 means greedy)"
+            )
+
+    def probabilities(self, logits_BxV: jax.Array) -> jax.Array:
+        """float32[B, V], before anything is cut."""
+        return jax.nn.softmax(logits_BxV.astype(jnp.float32) / self.temperature, axis=-1)
+
+    def keep(self, logits_BxV: jax.Array) -> jax.Array:
+        """bool[B, V]: which tokens may be drawn."""
+        return self.probabilities(logits_BxV) > 0
+
+    def draw(self, logits_BxV: jax.Array, keys_B: jax.Array) -> jax.Array:
+        """One kept token per row, in proportion to its probability."""
+        scaled_BxV = logits_BxV.astype(jnp.float32) / self.temperature
+        kept_BxV = jnp.where(self.keep(logits_BxV), scaled_BxV, -jnp.inf)
+        return jax.vmap(jax.random.categorical)(keys_B, kept_BxV).astype(jnp.int32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MinP(Temperature):
+    """Keeps tokens at least `p` times as likely as the likeliest.
+
+    Source: arXiv 2407.01082; reference: aria/inference/__init__.py sample_min_p.
+    """
+
+    p: float = 0.035
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.p <= 1:
+            raise UserError(f"min-p {self.p} must lie between 0 and 1")
+
+    def keep(self, logits_BxV: jax.Array) -> jax.Array:
+        """bool[B, V]: probability >= p * the row's greatest."""
+        probs_BxV = self.probabilities(logits_BxV)
+        return (probs_BxV >= self.p * probs_BxV.max(-1, keepdims=True)) & (probs_BxV > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopP(Temperature):
+    """Keeps the likeliest tokens until their mass passes `p`.
+
+    Equally likely tokens are kept or dropped together. Reference: aria/inference/__init__.py
+    sample_top_p.
+    """
+
+    p: float = 0.95
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.p <= 1:
+            raise UserError(f"top-p {self.p} must lie above 0 and at most 1")
+
+    def keep(self, logits_BxV: jax.Array) -> jax.Array:
+        """bool[B, V]: the mass of likelier tokens is at most p."""
+        probs_BxV = self.probabilities(logits_BxV)
+        falling_BxV = -jnp.sort(-probs_BxV, axis=-1)
+        likelier_BxV = jnp.cumsum(falling_BxV, axis=-1) - falling_BxV
+        least_Bx1 = jnp.min(
+            jnp.where(likelier_BxV <= self.p, falling_BxV, jnp.inf), axis=-1, keepdims=True
+        )
+        return (probs_BxV >= least_Bx1) & (probs_BxV > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopK(Temperature):
+    """Keeps the `k` likeliest tokens, and those as likely as the last of them."""
+
+    k: int = 50
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.k < 1:
+            raise UserError(f"top-k {self.k} must be at least 1")
+
+    def keep(self, logits_BxV: jax.Array) -> jax.Array:
+        """bool[B, V]: at least as likely as the k-th."""
+        k = min(self.k, logits_BxV.shape[-1])
+        least_Bx1 = jax.lax.top_k(logits_BxV, k)[0][:, -1:]
+        return (logits_BxV >= least_Bx1) & (logits_BxV > -jnp.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepetitionPenalty:
+    """Makes the tokens of the last `window` steps less likely (CTRL, arXiv 1909.05858 section 4.1).
+
+    Attributes:
+        penalty: 1 changes nothing; positive logits are divided by it, negative multiplied.
+        window: how many of the latest tokens count.
+    """
+
+    penalty: float = 1.0
+    window: int = 96
+
+    def __post_init__(self) -> None:
+        if self.penalty < 1 or self.window < 1:
+            raise UserError(
+                f"a repetition penalty of {self.penalty} over {self.window} tokens makes no sense: "
+                "the penalty is 1 (off) or greater, the window at least 1"
+            )
+
+    def apply(self, logits_BxV: jax.Array, recent_BxW: jax.Array, counts_V: jax.Array) -> jax.Array:
+        """Penalised logits [B, V].
+
+        Args:
+            logits_BxV: of the next token.
+            recent_BxW: the latest ids, -1 where there is none.
+            counts_V: bool; which ids can be penalised (notes: onsets and durations repeat anyway).
+        """
+        batch, vocab = logits_BxV.shape
+        rows_Bx1 = jnp.arange(batch)[:, None]
+        seen_BxV = jnp.zeros((batch, vocab + 1), bool).at[rows_Bx1, recent_BxW].set(True)
+        seen_BxV = seen_BxV[:, :vocab] & counts_V
+        lowered_BxV = jnp.where(
+            logits_BxV > 0, logits_BxV / self.penalty, logits_BxV * self.penalty
+        )
+        return jnp.where(seen_BxV, lowered_BxV, logits_BxV)
+
+
+def choose_sampler(
+    temperature: float,
+    *,
+    min_p: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+) -> Sampler:
+    """The sampler for these settings; temperature 0 is greedy, at most one cut may be given.
+
+    Raises:
+        UserError: two cuts at once, or a value out of range.
+    """
+    given = {
+        name: value
+        for name, value in (("min-p", min_p), ("top-p", top_p), ("top-k", top_k))
+        if value is not None
+    }
+    if len(given) > 1:
+        raise UserError(f"give at most one of {' and '.join(given)}: each is its own way to sample")
+    if temperature == 0:
+        return Greedy()
+    if top_k is not None:
+        return TopK(temperature=temperature, k=top_k)
+    if top_p is not None:
+        return TopP(temperature=temperature, p=top_p)
+    if min_p is not None:
+        return MinP(temperature=temperature, p=min_p)
+    return Temperature(temperature=temperature)
+
+
+def step_keys(key: jax.Array, sequence_S: jax.Array, step: jax.Array | int) -> jax.Array:
+    """One key per sequence for one step, from the sequence's own index only."""
+    at_step = jax.random.fold_in(key, step)
+    return jax.vmap(lambda index: jax.random.fold_in(at_step, index))(sequence_S)

@@ -1,0 +1,172 @@
+"""The automaton accepts what the tokenizer writes and makes only what the tokenizer reads."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aria_jax.generate.grammar import Expect, make_grammar, state_after
+from data_pipeline.errors import UserError
+from data_pipeline.tokenizer import Kind, Tokenizer
+
+ARIA = Tokenizer.preset("aria")
+
+
+def ids(tokenizer, *tokens):
+    return np.array([tokenizer.id_of(token) for token in tokens])
+
+
+def piano(tokenizer=ARIA):
+    return ids(tokenizer, ("prefix", "instrument", "piano"), "<S>")
+
+
+def may_follow(prompt, tokenizer=ARIA, remaining=100):
+    grammar = make_grammar(tokenizer, prompt)
+    mask = grammar.allowed(state_after(tokenizer, prompt, 1), remaining)[0]
+    return {tokenizer.tokens[i] for i in np.flatnonzero(mask)}
+
+
+def read_strictly(tokenizer, body):
+    """Reads events as the detokeniser must; returns their number, fails on any stray token."""
+    n_events, at, onset, dims = 0, 0, 0, 0
+    while at < len(body):
+        kind = Kind(tokenizer.kind[body[at]])
+        if kind in (Kind.NOTE, Kind.DRUM, Kind.PEDAL):
+            length = 3 if kind == Kind.NOTE else 2
+            kinds = [Kind(k) for k in tokenizer.kind[body[at : at + length]]]
+            assert kinds[1:] == [Kind.ONSET, Kind.DUR][: length - 1]
+            assert tokenizer.onset_ms[body[at + 1]] >= onset
+            onset = tokenizer.onset_ms[body[at + 1]]
+            assert length == 2 or tokenizer.dur_ms[body[at + 2]] > 0
+            n_events += 1
+            at += length
+        else:
+            assert body[at] in (tokenizer.time_id, tokenizer.dim_id, tokenizer.eos_id)
+            onset = 0 if body[at] == tokenizer.time_id else onset
+            dims += body[at] == tokenizer.dim_id
+            if body[at] == tokenizer.eos_id:
+                assert (body[at + 1 :] == tokenizer.pad_id).all()
+                break
+            at += 1
+    assert dims <= 1
+    return n_events
+
+
+@partial(jax.jit, static_argnames=("length", "batch"))
+def random_walk(grammar, state, key, bias_V, *, length, batch):
+    def step(state, t):
+        mask = grammar.allowed(state, length - t)
+        noise = 3 * jax.random.normal(jax.random.fold_in(key, t), (batch, mask.shape[1]))
+        token = jnp.argmax(jnp.where(mask, noise + bias_V, -jnp.inf), -1)
+        return grammar.advance(state, token), token
+
+    return jax.lax.scan(step, state, jnp.arange(length))[1].T
+
+
+@pytest.mark.parametrize(
+    ("preset", "instruments"),
+    [("aria", ["piano"]), ("aria", ["organ", "drum"]), ("pedal", ["piano"])],
+)
+def test_any_walk_decodes_without_loss(preset, instruments):
+    tokenizer = Tokenizer.preset(preset)
+    prompt = ids(tokenizer, *[("prefix", "instrument", name) for name in instruments], "<S>")
+    # Rare classes are made likely, so that every transition is walked.
+    bias = 8.0 * np.isin(tokenizer.kind, (Kind.SPECIAL, Kind.TIME, Kind.DRUM, Kind.PEDAL))
+    bias[tokenizer.eos_id] = 4.0
+    batch, length = 24, 50
+    walks = random_walk(
+        make_grammar(tokenizer, prompt),
+        state_after(tokenizer, prompt, batch),
+        jax.random.key(3),
+        jnp.asarray(bias),
+        length=length,
+        batch=batch,
+    )
+    n_ended = 0
+    for walk in np.asarray(walks):
+        n_events = read_strictly(tokenizer, walk)
+        whole = np.concatenate([prompt, walk])
+        decoded = tokenizer.decode(whole)
+        assert len(decoded.notes) + len(decoded.pedals) == n_events
+        assert len(decoded.notes) == tokenizer.n_notes(whole)
+        n_ended += tokenizer.eos_id in walk
+    assert 0 < n_ended < batch
+
+
+def test_every_real_piece_is_grammatical(golden):
+    for path in sorted((golden / "tokenizer").glob("*.json"))[::8]:
+        piece = json.loads(path.read_text())
+        prefix, body = np.array(piece["prefix_ids"]), np.array(piece["body_ids"][:3000])
+        prompt = np.append(prefix, body[0])
+        grammar = make_grammar(ARIA, prompt)
+
+        @jax.jit
+        def accepts(grammar, state, body):
+            def step(state, token):
+                good = grammar.allowed(state, 10_000)[0, token]
+                return grammar.advance(state, token[None]), good
+
+            return jax.lax.scan(step, state, body)[1]
+
+        good = np.asarray(accepts(grammar, state_after(ARIA, prompt, 1), jnp.asarray(body[1:])))
+        assert good.all(), (path.name, [ARIA.tokens[i] for i in body[1:][~good]])
+
+
+def test_after_a_note_only_its_onset_and_duration_follow():
+    note = ids(ARIA, ("piano", 60, 70))
+    onset = ids(ARIA, ("onset", 4980))
+    assert may_follow(np.concatenate([piano(), note])) == {
+        ("onset", ms) for ms in range(0, 5000, 10)
+    }
+    assert may_follow(np.concatenate([piano(), note, onset])) == {
+        ("dur", ms) for ms in range(10, 5001, 10)
+    }
+    again = np.concatenate([piano(), note, onset, ids(ARIA, ("dur", 10)), note])
+    assert may_follow(again) == {("onset", 4980), ("onset", 4990)}
+
+
+def test_between_events():
+    follow = may_follow(piano())
+    assert {"<T>", "<D>", "<E>", ("piano", 60, 70)} <= follow
+    assert not {"<S>", "<P>", "<U>", ("piano", 60, 0), ("organ", 60, 70), ("drum", 40)} & follow
+    assert not any(token[0] in ("prefix", "onset", "dur") for token in follow)
+
+
+def test_counts_and_space():
+    assert may_follow(piano(), remaining=2) == {"<T>", "<D>", "<E>"}
+    assert "<T>" not in may_follow(np.concatenate([piano(), ids(ARIA, *["<T>"] * 12)]))
+    assert "<D>" not in may_follow(np.concatenate([piano(), ids(ARIA, "<D>")]))
+    assert may_follow(np.concatenate([piano(), ids(ARIA, "<E>")])) == {"<P>"}
+
+
+def test_time_token_begins_a_new_segment():
+    prompt = np.concatenate(
+        [
+            piano(),
+            ids(ARIA, ("piano", 60, 70), ("onset", 4000), ("dur", 10), "<T>", ("piano", 60, 70)),
+        ]
+    )
+    assert ("onset", 0) in may_follow(prompt)
+
+
+def test_scanning_a_prompt_equals_advancing_through_it():
+    tokenizer = Tokenizer.preset("pedal")
+    body = ids(
+        tokenizer, ("piano", 60, 70), ("onset", 400), ("dur", 10), "<PED_ON>", ("onset", 900), "<T>",
+        "<T>", "<D>", ("piano", 2, 70), ("onset", 10), ("dur", 30), "<E>",
+    )  # fmt: skip
+    prompt = piano(tokenizer)
+    grammar, state = make_grammar(tokenizer, prompt), state_after(tokenizer, prompt, 2)
+    for n, token in enumerate(body):
+        state = grammar.advance(state, jnp.array([token, token]))
+        scanned = state_after(tokenizer, np.concatenate([prompt, body[: n + 1]]), 2)
+        jax.tree.map(np.testing.assert_array_equal, state, scanned)
+    assert state.expect_B.tolist() == [Expect.NOTHING] * 2
+
+
+def test_a_prompt_without_instrument_is_refused():
+    with pytest.raises(UserError, match="announces no instrument"):
+        make_grammar(ARIA, ids(ARIA, "<S>"))
