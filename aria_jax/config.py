@@ -62,10 +62,8 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matrix products; parameters, softmax and losses stay float32."""
-    remat: Literal["none", "dots", "full", "offload"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, everything, or
-    everything with block inputs kept in host memory."""
-    attention: Literal["auto", "splash", "cudnn", "blockwise", "plain"] = "auto"
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products, or everything."""
     scan_layers: bool = True
     """One compiled block for all layers compiles fast; False unrolls them: faster on CPU."""
 
@@ -77,9 +75,6 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
-    sequence: int = 1
-    slices: int = 1
-    """TPU slices joined over the data-centre network; they divide the data axis."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ class OptimizerConfig:
 
     peak_lr: float = 3e-4
     warmup_steps: int = 200
-    schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
     end_ratio: float = 0.1
     """Last learning rate as a fraction of the peak."""
     b1: float = 0.9
@@ -96,7 +91,6 @@ class OptimizerConfig:
     eps: float = 1e-5
     weight_decay: float = 0.1
     clip_norm: float | None = 1.0
-    ema_decay: float | None = None
 
 
 @dataclass(frozen=True)
@@ -135,10 +129,6 @@ class TrainConfig:
     """Of the contrastive loss."""
     z_loss: float = 0.0
     pooling: Literal["eos", "mean"] = "eos"
-    global_negatives: bool = True
-    """False compares with the pairs of the same process only, as the reference code does."""
-    lora_rank: int = 0
-    """0 trains every parameter."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +159,8 @@ class RunConfig:
             )
         if m.head == "embedding" and not m.emb_size:
             found.append("model.head=embedding needs model.emb_size")
+        if t.steps < 0:
+            found.append(f"train.steps={t.steps} must not be negative")
         if self.task == "classify" and not d.label:
             found.append("task classify needs data.label=NAME (see `aria-jax data inspect`)")
         if not 0 < d.min_slice_notes <= d.max_slice_notes:
@@ -176,7 +168,6 @@ class RunConfig:
         positive = {
             "data.seq_len": d.seq_len,
             "data.global_batch": d.global_batch,
-            "train.steps": t.steps,
             "train.grad_accumulation": t.grad_accumulation,
             "train.temperature": t.temperature,
             "optimizer.peak_lr": self.optimizer.peak_lr,
@@ -184,7 +175,7 @@ class RunConfig:
         found += [
             f"{name}={value} must be positive" for name, value in positive.items() if value <= 0
         ]
-        if [self.mesh.data, self.mesh.fsdp, self.mesh.tensor, self.mesh.sequence].count(-1) > 1:
+        if [self.mesh.data, self.mesh.fsdp, self.mesh.tensor].count(-1) > 1:
             found.append("at most one mesh axis may be -1")
         return found
 

@@ -1,0 +1,132 @@
+"""The network with its head: next-token logits, an embedding, or class logits."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from aria_jax.config import ComputeConfig, ModelConfig
+from aria_jax.models.transformer import Transformer, uniform_init
+from aria_jax.sharding import parameter_shardings
+
+
+class Model(nnx.Module):
+    """Transformer and linear head (reference: TransformerLM, _EMB, _CL and LM_CND in one).
+
+    Attributes:
+        backbone: the `Transformer`.
+        head: float32 [D, V, E or C]; None for `config.head == "none"`.
+        adapter: float32 [E, D], projects a conditioning embedding to a prefix token; None unless
+            the model is a language model with `config.emb_size`.
+    """
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        self.config, self.compute = config, compute
+        d = config.d_model
+        self.backbone = Transformer(config, compute, rngs=rngs)
+        width = head_width(config)
+        self.head = nnx.Param(uniform_init(rngs.params(), (d, width), d)) if width else None
+        conditioned = config.head == "lm" and config.emb_size
+        shape = (config.emb_size or 0, d)
+        self.adapter = (
+            nnx.Param(uniform_init(rngs.params(), shape, shape[0])) if conditioned else None
+        )
+
+    def hidden(
+        self,
+        tokens_BxL: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        condition_BxE: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the head reads, float32 [B, L, D]; with a condition [B, L - 1, D].
+
+        The conditioning vector stands before the first token; the last token makes room for it,
+        and its own position is dropped from the output (reference: TransformerLM_CND).
+        """
+        prefix = None
+        if condition_BxE is not None and self.adapter is not None:
+            prefix = condition_BxE @ self.adapter[...]
+        hidden = self.backbone(
+            tokens_BxL,
+            positions=positions,
+            segment_ids=segment_ids,
+            prefix_BxD=prefix,
+            dropout_key=dropout_key,
+        )
+        return hidden if prefix is None else hidden[:, 1:]
+
+    def __call__(self, tokens_BxL: jax.Array, **inputs) -> jax.Array:
+        """Head outputs at every position, float32; `inputs` as for `hidden`."""
+        hidden = self.hidden(tokens_BxL, **inputs)
+        return hidden if self.head is None else hidden @ self.head[...]
+
+    def pooled(
+        self, tokens_BxL: jax.Array, eos_B: jax.Array, pooling: str = "eos", **inputs
+    ) -> jax.Array:
+        """Head output of each sequence, float32 [B, E or C].
+
+        Args:
+            eos_B: position of each sequence's `<E>`; what follows is padding.
+            pooling: "eos" reads there (the reference), "mean" averages all positions up to it.
+        """
+        hidden = self.hidden(tokens_BxL, **inputs)
+        if pooling == "eos":
+            pooled_BxD = jnp.take_along_axis(hidden, eos_B[:, None, None], axis=1)[:, 0]
+        else:
+            used_BxL = jnp.arange(hidden.shape[1])[None] <= eos_B[:, None]
+            pooled_BxD = (hidden * used_BxL[..., None]).sum(1) / (eos_B[:, None] + 1)
+        return pooled_BxD if self.head is None else pooled_BxD @ self.head[...]
+
+
+def head_width(config: ModelConfig) -> int:
+    """Outputs of the head: vocabulary, embedding size or number of classes; 0 for none."""
+    return {
+        "lm": config.vocab_size,
+        "embedding": config.emb_size or 0,
+        "class": len(config.class_names),
+        "none": 0,
+    }[config.head]
+
+
+def build_model(config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs) -> Model:
+    """A freshly initialised model on the default device."""
+    return Model(config, compute, rngs=rngs)
+
+
+Parameters = dict
+"""Nested dict of arrays: what is optimised, saved and sharded."""
+
+
+def split_model(model: Model) -> tuple[Callable[[Parameters], Model], Parameters]:
+    """The parameters of a model, and the function that puts any such parameters into it."""
+    graph, state = nnx.split(model)
+
+    def merge(parameters: Parameters) -> Model:
+        # `map` makes a new state: the one above must not keep arrays of another trace.
+        filled = jax.tree.map(lambda leaf: leaf, state)
+        nnx.replace_by_pure_dict(filled, parameters)
+        return nnx.merge(graph, filled)
+
+    return merge, nnx.to_pure_dict(state)
+
+
+def init_sharded(
+    config: ModelConfig, compute: ComputeConfig, key: jax.Array, mesh: jax.sharding.Mesh
+) -> Model:
+    """A freshly initialised model, born sharded: no device ever holds all of it."""
+    graph, state = nnx.split(abstract_model(config, compute))
+
+    def make(key: jax.Array):
+        return nnx.state(build_model(config, compute, rngs=nnx.Rngs(params=key)))
+
+    made = jax.jit(make, out_shardings=parameter_shardings(state, mesh))(key)
+    return nnx.merge(graph, made)
+
+
+def abstract_model(config: ModelConfig, compute: ComputeConfig) -> Model:
+    """A model of shapes only; takes no memory."""
+    return nnx.eval_shape(lambda: build_model(config, compute, rngs=nnx.Rngs(params=0)))

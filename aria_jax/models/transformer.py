@@ -1,0 +1,183 @@
+"""The decoder: pre-norm blocks of rotary attention and SwiGLU (reference: aria/model.py).
+
+All weights of one kind are one array with the layer as its leading axis, so that the layers are
+one `lax.scan` and one sharding rule serves them all. A block is made of pure functions on one
+layer's weights (`project_qkv`, `finish_block`), which the KV-cache decoder uses too.
+
+Sizes: B batch, L length, D d_model, H heads, K head width, F feed-forward, V vocabulary, N layers.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from aria_jax.config import ComputeConfig, ModelConfig
+from aria_jax.kernels.attention import attention, causal_mask
+
+ROPE_BASE = 500_000.0
+NORM_EPSILON = 1e-5
+
+LayerWeights = Mapping[str, jax.Array]
+"""Weights of one layer: qkv [D, 3, D], out [D, D], gate and up [D, F], down [F, D], and
+norm1_scale, norm1_bias, norm2_scale, norm2_bias [D]."""
+
+
+def uniform_init(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """PyTorch's default for linear layers, as the reference has it: U(-1/√fan_in, 1/√fan_in)."""
+    bound = fan_in**-0.5
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+class Blocks(nnx.Module):
+    """The stacked weights of all blocks, float32, layer first."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        n, d, f = config.n_layers, config.d_model, config.d_model * config.ff_mult
+        self.qkv = nnx.Param(uniform_init(rngs.params(), (n, d, 3, d), d))
+        self.out = nnx.Param(uniform_init(rngs.params(), (n, d, d), d))
+        self.gate = nnx.Param(uniform_init(rngs.params(), (n, d, f), d))
+        self.up = nnx.Param(uniform_init(rngs.params(), (n, d, f), d))
+        self.down = nnx.Param(uniform_init(rngs.params(), (n, f, d), f))
+        self.norm1_scale = nnx.Param(jnp.ones((n, d)))
+        self.norm1_bias = nnx.Param(jnp.zeros((n, d)))
+        self.norm2_scale = nnx.Param(jnp.ones((n, d)))
+        self.norm2_bias = nnx.Param(jnp.zeros((n, d)))
+
+    def stacked(self) -> dict[str, jax.Array]:
+        """Every weight by name, [N, ...]."""
+        return {name: param[...] for name, param in nnx.state(self, nnx.Param).items()}
+
+
+class Transformer(nnx.Module):
+    """Token ids to hidden states."""
+
+    def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+        self.config, self.compute = config, compute
+        shape = (config.vocab_size, config.d_model)
+        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+        self.blocks = Blocks(config, rngs)
+        self.norm_scale = nnx.Param(jnp.ones(config.d_model))
+        self.norm_bias = nnx.Param(jnp.zeros(config.d_model))
+
+    def __call__(
+        self,
+        tokens_BxL: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        prefix_BxD: jax.Array | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Hidden states after the last norm, float32 [B, L, D].
+
+        Args:
+            tokens_BxL: integer ids.
+            positions: int [B, L] for rotary embedding; 0, 1, 2, … without.
+            segment_ids: int [B, L]; attention stays within a segment.
+            prefix_BxD: a vector put before the first token; the last token is dropped for it.
+            dropout_key: switches residual dropout on.
+        """
+        x_BxLxD = self.embedding[...][tokens_BxL].astype(self.compute.dtype)
+        if prefix_BxD is not None:
+            prefix = prefix_BxD[:, None].astype(x_BxLxD.dtype)
+            x_BxLxD = jnp.concatenate([prefix, x_BxLxD[:, :-1]], axis=1)
+        length = tokens_BxL.shape[1]
+        if positions is None:
+            positions = jnp.arange(length)[None]
+        cos, sin = rope_tables(positions, self.config.d_head)
+        mask = causal_mask(length, segment_ids)
+
+        def layer(x_BxLxD: jax.Array, scanned: tuple) -> tuple[jax.Array, None]:
+            weights, drop_rate, key = scanned
+            q, k, v = project_qkv(weights, x_BxLxD, cos, sin, self.config.n_heads)
+            keys = (None, None) if key is None else jax.random.split(key)
+            drop = tuple(None if k is None else (k, drop_rate) for k in keys)
+            return finish_block(weights, x_BxLxD, attention(q, k, v, mask), drop), None
+
+        n = self.config.n_layers
+        drop_rates = self.config.resid_dropout * jnp.arange(n) / max(n - 1, 1)
+        keys = None
+        if dropout_key is not None and self.config.resid_dropout > 0:
+            keys = jax.random.split(dropout_key, n)
+        x_BxLxD, _ = jax.lax.scan(
+            _rematerialised(layer, self.compute.remat),
+            x_BxLxD,
+            (self.blocks.stacked(), drop_rates, keys),
+            unroll=1 if self.compute.scan_layers else n,
+        )
+        return layer_norm(x_BxLxD.astype(jnp.float32), self.norm_scale[...], self.norm_bias[...])
+
+
+def _rematerialised(layer, policy: str):
+    """`layer` with the backward pass of that policy (see `ComputeConfig.remat`)."""
+    if policy == "none":
+        return layer
+    kept = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}[policy]
+    return jax.checkpoint(layer, policy=kept, prevent_cse=False)
+
+
+def rope_tables(positions_BxL: jax.Array, d_head: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary angles, float32 [B, L, 1, K/2] each."""
+    frequencies = ROPE_BASE ** (-jnp.arange(0, d_head, 2, dtype=jnp.float32) / d_head)
+    angles = positions_BxL[..., None, None].astype(jnp.float32) * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x_BxLxHxK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the pairs (k, k + K/2) in float32; keeps the dtype."""
+    first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x_BxLxHxK.dtype)
+
+
+def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
+    """Normalises the last axis in float32; keeps the dtype of `x`."""
+    x32 = x.astype(jnp.float32)
+    mean = x32.mean(-1, keepdims=True)
+    variance = jnp.square(x32 - mean).mean(-1, keepdims=True)
+    y = (x32 - mean) * jax.lax.rsqrt(variance + NORM_EPSILON) * scale_D + bias_D
+    return y.astype(x.dtype)
+
+
+def project_qkv(
+    weights: LayerWeights, x_BxLxD: jax.Array, cos: jax.Array, sin: jax.Array, n_heads: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """First norm, then queries and keys (rotated) and values, each [B, L, H, K]."""
+    batch, length, d_model = x_BxLxD.shape
+    y = layer_norm(x_BxLxD, weights["norm1_scale"], weights["norm1_bias"])
+    qkv = jnp.einsum("bld,dce->blce", y, weights["qkv"].astype(y.dtype))
+    qkv = qkv.reshape(batch, length, 3, n_heads, d_model // n_heads)
+    return (
+        apply_rope(qkv[:, :, 0], cos, sin),
+        apply_rope(qkv[:, :, 1], cos, sin),
+        qkv[:, :, 2],
+    )
+
+
+def finish_block(
+    weights: LayerWeights,
+    x_BxLxD: jax.Array,
+    attended_BxLxHxK: jax.Array,
+    dropout: tuple = (None, None),
+) -> jax.Array:
+    """Output projection, residual, second norm, SwiGLU, residual; [B, L, D].
+
+    Args:
+        dropout: for either residual, None or (key, rate).
+    """
+    dtype = x_BxLxD.dtype
+    merged = attended_BxLxHxK.reshape(x_BxLxD.shape)
+    x_BxLxD = x_BxLxD + _dropped(merged @ weights["out"].astype(dtype), dropout[0])
+    y = layer_norm(x_BxLxD, weights["norm2_scale"], weights["norm2_bias"])
+    gated = jax.nn.silu(y @ weights["gate"].astype(dtype)) * (y @ weights["up"].astype(dtype))
+    return x_BxLxD + _dropped(gated @ weights["down"].astype(dtype), dropout[1])
+
+
+def _dropped(x: jax.Array, dropout: tuple | None) -> jax.Array:
+    if dropout is None:
+        return x
+    key, rate = dropout
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
