@@ -152,7 +152,7 @@ def make_grammar(tokenizer: Tokenizer, prompt: np.ndarray) -> Grammar:
 
 
 def state_after(tokenizer: Tokenizer, prompt: np.ndarray, batch: int) -> GrammarState:
-    """The state that `batch` continuations of one prompt begin in, even in the middle of an event."""
+    """The state in which `batch` continuations of a prompt begin, even inside an event."""
     kind = tokenizer.kind[prompt]
     last, before = (kind[-1:].tolist() or [None])[0], (kind[-2:-1].tolist() or [None])[0]
     expect = Expect.EVENT

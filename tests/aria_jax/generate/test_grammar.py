@@ -155,8 +155,8 @@ def test_time_token_begins_a_new_segment():
 def test_scanning_a_prompt_equals_advancing_through_it():
     tokenizer = Tokenizer.preset("pedal")
     body = ids(
-        tokenizer, ("piano", 60, 70), ("onset", 400), ("dur", 10), "<PED_ON>", ("onset", 900), "<T>",
-        "<T>", "<D>", ("piano", 2, 70), ("onset", 10), ("dur", 30), "<E>",
+        tokenizer, ("piano", 60, 70), ("onset", 400), ("dur", 10), "<PED_ON>", ("onset", 900),
+        "<T>", "<T>", "<D>", ("piano", 2, 70), ("onset", 10), ("dur", 30), "<E>",
     )  # fmt: skip
     prompt = piano(tokenizer)
     grammar, state = make_grammar(tokenizer, prompt), state_after(tokenizer, prompt, 2)

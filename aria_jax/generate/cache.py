@@ -1,0 +1,201 @@
+"""The network with a key-value cache: keys and values of a prompt are shared by what follows it.
+
+Rows R are branch-major: P guidance branches (one, or with classifier-free guidance the conditioned
+and the unconditioned one) times S sequences. The prompt's keys and values exist once per branch,
+those of generated tokens once per row. T is the number of prompt slots, G of generated slots; both
+are static, padded and masked. Reference: aria/inference/model_cuda.py.
+"""
+
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from aria_jax.generate.weights import DecoderWeights
+from aria_jax.models.transformer import finish_block, layer_norm, project_qkv, rope_tables
+from aria_jax.sharding import LOGICAL_RULES
+
+QUERY_CHUNK = 256
+"""Prompt positions attended at a time: bounds the score matrix of a long prefill."""
+_LOWEST = float(jnp.finfo(jnp.float32).min)  # a row that sees nothing must stay finite
+
+
+class LayerCache(NamedTuple):
+    """Keys and values of one layer, [rows, H, slots, K] each."""
+
+    keys: jax.Array
+    values: jax.Array
+
+
+@flax.struct.dataclass
+class PromptCache:
+    """What every continuation of one prompt shares.
+
+    Attributes:
+        layers: [P, H, T, K] per layer.
+        visible_PxT: bool; slots that hold a token this branch may see.
+        next_position: rotary position of the first generated token, int32.
+    """
+
+    layers: tuple[LayerCache, ...]
+    visible_PxT: jax.Array
+    next_position: jax.Array
+
+
+def _causal_attention(
+    q_PxTxHxK: jax.Array, shared: LayerCache, visible_PxT: jax.Array
+) -> jax.Array:
+    """[P, T, H, K]: every position attends to visible slots up to itself."""
+    length, width = q_PxTxHxK.shape[1], q_PxTxHxK.shape[3]
+    chunk = min(QUERY_CHUNK, length)
+    slot_T = jnp.arange(length)
+
+    def attend(start: jax.Array) -> jax.Array:
+        q = jax.lax.dynamic_slice_in_dim(q_PxTxHxK, start, chunk, axis=1)
+        scores = jnp.einsum("pqhk,phtk->phqt", q, shared.keys, preferred_element_type=jnp.float32)
+        seen = (slot_T <= start + jnp.arange(chunk)[:, None]) & visible_PxT[:, None, None, :]
+        scores = jnp.where(seen, scores * width**-0.5, _LOWEST)
+        weights = jax.nn.softmax(scores, axis=-1).astype(shared.values.dtype)
+        return jnp.einsum("phqt,phtk->pqhk", weights, shared.values)
+
+    chunks = jax.lax.map(attend, jnp.arange(0, length, chunk))
+    return jnp.moveaxis(chunks, 0, 1).reshape(q_PxTxHxK.shape)
+
+
+def _logits(weights: DecoderWeights, x_RxD: jax.Array) -> jax.Array:
+    normed_RxD = layer_norm(x_RxD, weights.norm_scale_D, weights.norm_bias_D)
+    return (normed_RxD @ weights.head_DxV.astype(normed_RxD.dtype)).astype(jnp.float32)
+
+
+def prefill(
+    weights: DecoderWeights,
+    prompt_T: jax.Array,
+    length: jax.Array,
+    condition_E: jax.Array | None = None,
+) -> tuple[jax.Array, PromptCache]:
+    """Reads a prompt once.
+
+    Args:
+        prompt_T: int32 ids, padded on the right; T is at most `QUERY_CHUNK` or a multiple of it.
+        length: int32; ids that count.
+        condition_E: conditioning embedding. With it there are two branches, the second blind to it
+            (reference: sample_batch_cfg), the condition holds slot 0, and T - 1 ids fit.
+
+    Returns:
+        logits [P, V] (float32) of the first token to generate, and the cache.
+    """
+    x_PxTxD = weights.embedding_VxD[prompt_T][None]
+    slot_T = jnp.arange(prompt_T.shape[0])
+    visible_PxT = (slot_T < length)[None]
+    if condition_E is not None:
+        first_D = condition_E.astype(x_PxTxD.dtype) @ weights.adapter_ExD
+        x_1xTxD = jnp.concatenate([first_D[None, None], x_PxTxD[:, :-1]], axis=1)
+        x_PxTxD = jnp.concatenate([x_1xTxD, x_1xTxD])
+        length = length + 1
+        visible_T = slot_T < length
+        visible_PxT = jnp.stack([visible_T, visible_T & (slot_T > 0)])
+    cos, sin = rope_tables(slot_T[None], x_PxTxD.shape[-1] // weights.n_heads)
+    layers = []
+    for block in weights.blocks:
+        q, k, v = project_qkv(block, x_PxTxD, cos, sin, weights.n_heads)
+        shared = LayerCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+        x_PxTxD = finish_block(block, x_PxTxD, _causal_attention(q, shared, visible_PxT))
+        layers.append(shared)
+    last_PxD = jax.lax.dynamic_index_in_dim(x_PxTxD, length - 1, axis=1, keepdims=False)
+    return _logits(weights, last_PxD), PromptCache(
+        layers=tuple(layers), visible_PxT=visible_PxT, next_position=length.astype(jnp.int32)
+    )
+
+
+def empty_cache(
+    weights: DecoderWeights, rows: int, slots: int, mesh: Mesh | None = None
+) -> tuple[LayerCache, ...]:
+    """Zeros for the keys and values of generated tokens, [R, H, G, K] per layer.
+
+    On a mesh rows spread as batches do and heads as attention's weights do, where they divide.
+    """
+    d_model = weights.embedding_VxD.shape[1]
+    shape = (rows, weights.n_heads, slots, d_model // weights.n_heads)
+    placement = None if mesh is None else cache_sharding(mesh, rows, weights.n_heads)
+    return tuple(
+        LayerCache(
+            jnp.zeros(shape, weights.embedding_VxD.dtype, device=placement),
+            jnp.zeros(shape, weights.embedding_VxD.dtype, device=placement),
+        )
+        for _ in weights.blocks
+    )
+
+
+def cache_sharding(mesh: Mesh, rows: int, n_heads: int) -> NamedSharding:
+    """Of the cache of generated tokens, [R, H, G, K]."""
+
+    def dividing(logical: str, size: int) -> tuple[str, ...] | None:
+        rule = LOGICAL_RULES[logical]
+        axes = (rule,) if isinstance(rule, str) else tuple(rule or ())
+        devices = 1
+        for axis in axes:
+            devices *= mesh.shape[axis]
+        return axes if size % devices == 0 else None
+
+    return NamedSharding(mesh, PartitionSpec(dividing("batch", rows), dividing("heads", n_heads)))
+
+
+def _two_part_attention(
+    q_RxHxK: jax.Array,
+    shared: LayerCache,
+    own: LayerCache,
+    visible_PxT: jax.Array,
+    filled: jax.Array,
+) -> jax.Array:
+    """[R, H, K]: one softmax over the branch's prompt and the row's own past."""
+    rows, heads, width = q_RxHxK.shape
+    branches, _, prompt_slots, _ = shared.keys.shape
+    q_RxHxK = q_RxHxK * jnp.asarray(width**-0.5, q_RxHxK.dtype)
+    # All sequences of a branch read its prompt in one matrix product.
+    q_PxSxHxK = q_RxHxK.reshape(branches, -1, heads, width)
+    of_prompt = jnp.einsum(
+        "pshk,phtk->psht", q_PxSxHxK, shared.keys, preferred_element_type=jnp.float32
+    )
+    of_prompt = jnp.where(visible_PxT[:, None, None, :], of_prompt, _LOWEST)
+    of_own = jnp.einsum("rhk,rhgk->rhg", q_RxHxK, own.keys, preferred_element_type=jnp.float32)
+    of_own = jnp.where(jnp.arange(own.keys.shape[2]) <= filled, of_own, _LOWEST)
+    scores = jnp.concatenate([of_prompt.reshape(rows, heads, prompt_slots), of_own], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1).astype(shared.values.dtype)
+    to_prompt, to_own = jnp.split(weights, [prompt_slots], axis=-1)
+    to_prompt = to_prompt.reshape(branches, -1, heads, prompt_slots)
+    from_prompt = jnp.einsum("psht,phtk->pshk", to_prompt, shared.values)
+    from_own = jnp.einsum("rhg,rhgk->rhk", to_own, own.values)
+    return from_prompt.reshape(rows, heads, width) + from_own
+
+
+def decode_step(
+    weights: DecoderWeights,
+    prompt: PromptCache,
+    own: tuple[LayerCache, ...],
+    token_R: jax.Array,
+    filled: jax.Array,
+) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+    """Reads one generated token per row.
+
+    Args:
+        filled: int32; generated tokens already in `own`, so the slot this token goes to.
+
+    Returns:
+        logits [R, V] (float32) of the next token, and the cache with this token in it.
+    """
+    x_Rx1xD = weights.embedding_VxD[token_R][:, None]
+    position = (prompt.next_position + filled)[None, None]
+    cos, sin = rope_tables(position, x_Rx1xD.shape[-1] // weights.n_heads)
+    layers = []
+    for block, shared, past in zip(weights.blocks, prompt.layers, own, strict=True):
+        q, k, v = project_qkv(block, x_Rx1xD, cos, sin, weights.n_heads)
+        past = LayerCache(
+            jax.lax.dynamic_update_slice_in_dim(past.keys, k[:, 0, :, None], filled, axis=2),
+            jax.lax.dynamic_update_slice_in_dim(past.values, v[:, 0, :, None], filled, axis=2),
+        )
+        attended = _two_part_attention(q[:, 0], shared, past, prompt.visible_PxT, filled)
+        x_Rx1xD = finish_block(block, x_Rx1xD, attended)
+        layers.append(past)
+    return _logits(weights, x_Rx1xD[:, 0]), tuple(layers)

@@ -1,0 +1,300 @@
+"""The sampling loop: a jitted `lax.while_loop` over cached steps, in chunks the host can watch."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from aria_jax.generate.cache import (
+    LayerCache,
+    PromptCache,
+    decode_step,
+    empty_cache,
+    prefill,
+)
+from aria_jax.generate.grammar import Grammar, GrammarState, make_grammar, state_after
+from aria_jax.generate.sampler import MinP, RepetitionPenalty, Sampler, step_keys
+from aria_jax.generate.weights import DecoderWeights
+from data_pipeline.errors import UserError
+from data_pipeline.tokenizer import Kind, Tokenizer
+
+GUIDANCE_WARM_UP = 250
+"""Steps over which guidance grows to its full strength (reference: sample_batch_cfg)."""
+ENDING_TOKENS = 130
+"""Where `<D>` is forced, counted from the last token that fits (reference: update_seq_ids_)."""
+SLOTS = 256
+"""Caches are padded to multiples of this, so that other lengths reuse a compiled loop."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How to continue a prompt.
+
+    Attributes:
+        sampler: how each token is chosen.
+        max_tokens: tokens generated per sequence, at most.
+        use_grammar: forbid what the detokeniser could not read.
+        force_end: ask for an ending with `<D>` where the space runs out.
+        guidance: strength of classifier-free guidance; needs a condition.
+        repetition: penalty on recently played notes.
+        chunk: tokens between two looks of the host.
+    """
+
+    sampler: Sampler = field(default_factory=MinP)
+    max_tokens: int = 1024
+    use_grammar: bool = True
+    force_end: bool = False
+    guidance: float = 1.0
+    repetition: RepetitionPenalty = field(default_factory=RepetitionPenalty)
+    chunk: int = 32
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise UserError(f"max tokens {self.max_tokens} must be at least 1")
+        if self.force_end and self.max_tokens <= ENDING_TOKENS:
+            raise UserError(
+                f"an ending needs room: {self.max_tokens} tokens are to be generated, "
+                f"more than {ENDING_TOKENS} are needed"
+            )
+        if not 0 <= self.guidance <= 10:
+            raise UserError(f"guidance {self.guidance} must lie between 0 and 10")
+
+
+@flax.struct.dataclass
+class LoopState:
+    """Everything the loop changes.
+
+    Attributes:
+        n: tokens generated so far, int32.
+        ids_SxG: generated ids, int32, padded with `<P>`.
+        logits_RxV: of the next token, float32.
+        cache: keys and values of generated tokens.
+        ended_S, dim_seen_S: whether `<E>` and `<D>` have come.
+        recent_SxW: the latest ids, for the repetition penalty; -1 where there is none.
+        grammar: the automaton's state, None without.
+    """
+
+    n: jax.Array
+    ids_SxG: jax.Array
+    logits_RxV: jax.Array
+    cache: tuple[LayerCache, ...]
+    ended_S: jax.Array
+    dim_seen_S: jax.Array
+    recent_SxW: jax.Array
+    grammar: GrammarState | None
+
+
+@flax.struct.dataclass
+class Vocabulary:
+    """What the loop knows of the tokenizer.
+
+    Attributes:
+        penalised_V: bool; ids that count as repetition.
+        inside_event_V: bool; onsets and durations, before which `<D>` is never put.
+    """
+
+    penalised_V: jax.Array
+    inside_event_V: jax.Array
+    eos_id: int = flax.struct.field(pytree_node=False)
+    pad_id: int = flax.struct.field(pytree_node=False)
+    dim_id: int = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer) -> "Vocabulary":
+        """The tables of a tokenizer."""
+        return cls(
+            penalised_V=jnp.asarray(np.isin(tokenizer.kind, (Kind.NOTE, Kind.DRUM))),
+            inside_event_V=jnp.asarray(np.isin(tokenizer.kind, (Kind.ONSET, Kind.DUR))),
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            dim_id=tokenizer.dim_id,
+        )
+
+
+def _guided(logits_RxV: jax.Array, step: jax.Array, settings: Decoding, n_branches: int):
+    """[S, V]: the branches combined, guidance growing over the first steps."""
+    if n_branches == 1:
+        return logits_RxV
+    with_condition, without = jnp.split(logits_RxV, 2)
+    warm_up = min(GUIDANCE_WARM_UP, settings.max_tokens)
+    gamma = settings.guidance * jnp.minimum(1.0, (step + 1) / warm_up)
+    return gamma * with_condition + (1 - gamma) * without
+
+
+def _choose(
+    state: LoopState,
+    key: jax.Array,
+    grammar: Grammar | None,
+    vocabulary: Vocabulary,
+    settings: Decoding,
+    n_branches: int,
+) -> jax.Array:
+    """The next token of every sequence, int32[S]."""
+    logits_SxV = _guided(state.logits_RxV, state.n, settings, n_branches)
+    if settings.repetition.penalty != 1:
+        logits_SxV = settings.repetition.apply(logits_SxV, state.recent_SxW, vocabulary.penalised_V)
+    if n_branches == 2:  # a guided piece ends where it is told to, as in the reference
+        logits_SxV = logits_SxV.at[:, vocabulary.dim_id].set(-jnp.inf)
+    if grammar is not None:
+        allowed_SxV = grammar.allowed(state.grammar, settings.max_tokens - state.n)
+        logits_SxV = jnp.where(allowed_SxV, jnp.nan_to_num(logits_SxV), -jnp.inf)
+    keys_S = step_keys(key, jnp.arange(logits_SxV.shape[0]), state.n)
+    token_S = settings.sampler.draw(logits_SxV, keys_S)
+    if settings.force_end:
+        due = state.n >= settings.max_tokens - ENDING_TOKENS
+        at_event_S = ~vocabulary.inside_event_V[token_S] & ~state.dim_seen_S
+        token_S = jnp.where(due & at_event_S, vocabulary.dim_id, token_S)
+    return jnp.where(state.ended_S, vocabulary.pad_id, token_S)
+
+
+@partial(jax.jit, static_argnames=("settings", "n_branches"), donate_argnames=("state",))
+def _advance_chunk(
+    weights: DecoderWeights,
+    prompt: PromptCache,
+    state: LoopState,
+    key: jax.Array,
+    grammar: Grammar | None,
+    vocabulary: Vocabulary,
+    *,
+    settings: Decoding,
+    n_branches: int,
+) -> LoopState:
+    """Generates until the chunk is full, the space is, or every sequence has ended."""
+    stop = jnp.minimum(state.n + settings.chunk, settings.max_tokens)
+
+    def unfinished(state: LoopState) -> jax.Array:
+        return (state.n < stop) & ~state.ended_S.all()
+
+    def step(state: LoopState) -> LoopState:
+        token_S = _choose(state, key, grammar, vocabulary, settings, n_branches)
+        token_R = jnp.tile(token_S, n_branches)
+        logits_RxV, cache = decode_step(weights, prompt, state.cache, token_R, state.n)
+        return LoopState(
+            n=state.n + 1,
+            ids_SxG=jax.lax.dynamic_update_slice_in_dim(
+                state.ids_SxG, token_S[:, None], state.n, axis=1
+            ),
+            logits_RxV=logits_RxV,
+            cache=cache,
+            ended_S=state.ended_S | (token_S == vocabulary.eos_id),
+            dim_seen_S=state.dim_seen_S | (token_S == vocabulary.dim_id),
+            recent_SxW=jnp.concatenate([state.recent_SxW[:, 1:], token_S[:, None]], axis=1),
+            grammar=None if grammar is None else grammar.advance(state.grammar, token_S),
+        )
+
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+_prefill = jax.jit(prefill)
+
+
+def _padded_size(n: int) -> int:
+    return -(-n // SLOTS) * SLOTS
+
+
+def _initial_state(
+    weights: DecoderWeights,
+    logits_PxV: jax.Array,
+    prompt: np.ndarray,
+    tokenizer: Tokenizer,
+    n_sequences: int,
+    settings: Decoding,
+    mesh: Mesh | None,
+) -> LoopState:
+    slots = _padded_size(settings.max_tokens)
+    window = settings.repetition.window if settings.repetition.penalty != 1 else 1
+    tail = np.full(window, -1, np.int32)
+    tail[max(0, window - len(prompt)) :] = prompt[-window:]
+    return LoopState(
+        n=jnp.int32(0),
+        ids_SxG=jnp.full((n_sequences, slots), tokenizer.pad_id, jnp.int32),
+        logits_RxV=jnp.repeat(logits_PxV, n_sequences, axis=0),
+        cache=empty_cache(weights, logits_PxV.shape[0] * n_sequences, slots, mesh),
+        ended_S=jnp.zeros(n_sequences, bool),
+        dim_seen_S=jnp.full(n_sequences, bool((prompt == tokenizer.dim_id).any())),
+        recent_SxW=jnp.tile(jnp.asarray(tail), (n_sequences, 1)),
+        grammar=state_after(tokenizer, prompt, n_sequences) if settings.use_grammar else None,
+    )
+
+
+def decode(
+    weights: DecoderWeights,
+    tokenizer: Tokenizer,
+    prompt: np.ndarray,
+    *,
+    n_sequences: int,
+    key: jax.Array,
+    settings: Decoding,
+    condition_E: np.ndarray | None = None,
+    mesh: Mesh | None = None,
+) -> Iterator[np.ndarray]:
+    """Continues one prompt `n_sequences` times, yielding what there is after every chunk.
+
+    Sequence i depends on (key, i) only, not on how many others there are.
+
+    Args:
+        weights: see `aria_jax.generate.weights.decoder_weights`.
+        prompt: ids [T], int.
+        condition_E: embedding the model is conditioned on, float [E].
+        mesh: spreads the cache; the mesh that the weights are spread over.
+
+    Yields:
+        int32 [S, n]: generated ids so far, `<P>` after `<E>`; the last one is the result.
+
+    Raises:
+        UserError: an empty or ended prompt, or a condition for a model without an adapter.
+    """
+    prompt = np.asarray(prompt, np.int64)
+    _check(weights, tokenizer, prompt, condition_E)
+    guided = condition_E is not None
+    padded = np.full(_padded_size(len(prompt) + guided), tokenizer.pad_id, np.int32)
+    padded[: len(prompt)] = prompt
+    logits_PxV, cache = _prefill(
+        weights,
+        jnp.asarray(padded),
+        jnp.int32(len(prompt)),
+        jnp.asarray(condition_E, jnp.float32) if guided else None,
+    )
+    state = _initial_state(weights, logits_PxV, prompt, tokenizer, n_sequences, settings, mesh)
+    grammar = make_grammar(tokenizer, prompt) if settings.use_grammar else None
+    vocabulary = Vocabulary.of(tokenizer)
+    while True:
+        state = _advance_chunk(
+            weights,
+            cache,
+            state,
+            key,
+            grammar,
+            vocabulary,
+            settings=settings,
+            n_branches=logits_PxV.shape[0],
+        )
+        n = int(state.n)
+        ids_SxN = np.asarray(state.ids_SxG)[:, :n]
+        yield ids_SxN
+        if n >= settings.max_tokens or bool(state.ended_S.all()):
+            return
+
+
+def _check(
+    weights: DecoderWeights,
+    tokenizer: Tokenizer,
+    prompt: np.ndarray,
+    condition_E: np.ndarray | None,
+) -> None:
+    if not len(prompt):
+        raise UserError("the prompt is empty: it needs at least an instrument token and <S>")
+    if prompt.min() < 0 or prompt.max() >= tokenizer.vocab_size:
+        raise UserError(f"prompt ids must lie in 0..{tokenizer.vocab_size - 1}")
+    if (prompt == tokenizer.eos_id).any():
+        raise UserError("the prompt holds <E>: nothing can follow the end of a piece; leave it out")
+    if condition_E is not None and weights.adapter_ExD is None:
+        raise UserError(
+            "this model was not trained with a conditioning embedding: "
+            "leave the embedding out, or use a checkpoint that has an embedding adapter"
+        )
