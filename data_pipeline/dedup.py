@@ -20,17 +20,11 @@ the one with the smallest content hash.
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_pipeline.errors import UserError
-
-if TYPE_CHECKING:
-    from data_pipeline.midi import Performance
-
-DRUM_CHANNEL = 9
-PEDAL_DOWN = 64
+from data_pipeline.midi import DRUM_CHANNEL, PEDAL_DOWN, Performance
 
 BANDS = 32
 ROWS_PER_BAND = 3
@@ -53,7 +47,7 @@ _POSITION = _random.integers(1, 2**63, _WINDOW + 2, dtype=np.uint64) | np.uint64
 _BAND = _random.integers(1, 2**63, ROWS_PER_BAND, dtype=np.uint64) | np.uint64(1)
 
 
-def content_hash(performance: "Performance") -> str:
+def content_hash(performance: Performance) -> str:
     """SHA-256 (hex) of what is played: onset and end in ms, pitch, velocity, program, pedal.
 
     Independent of ticks per beat, tempo map, track layout, channel numbers, text events and
@@ -94,7 +88,7 @@ def content_hash(performance: "Performance") -> str:
     return digest.hexdigest()
 
 
-def fingerprint(performance: "Performance") -> np.ndarray:
+def fingerprint(performance: Performance) -> np.ndarray:
     """MinHash of the performance, uint32 [N_HASHES]; drums are ignored.
 
     Pieces of fewer than `MIN_NOTES` notes get a fingerprint that is like no other.

@@ -1,0 +1,13 @@
+"""Batches of token shards, as Grain delivers them to a training loop.
+
+Every loader is a `BatchStream`: batch number `step` is a function of (seed, step) and nothing
+else, so resuming is starting at another step, and a batch does not depend on the number of
+hosts or worker processes.
+"""
+
+from data_pipeline.loaders.labelled import label_values, labelled_slices
+from data_pipeline.loaders.pairs import contrastive_pairs
+from data_pipeline.loaders.stream import BatchStream
+from data_pipeline.loaders.windows import lm_windows
+
+__all__ = ["BatchStream", "contrastive_pairs", "label_values", "labelled_slices", "lm_windows"]

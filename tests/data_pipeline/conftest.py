@@ -1,0 +1,67 @@
+"""Small self-made corpora for the tests of the data room."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline import shards
+from data_pipeline.midi import NOTE, Performance
+from data_pipeline.tokenizer import Tokenizer
+
+
+def random_performance(rng: np.random.Generator, n_notes: int) -> Performance:
+    """A piano performance at 1 tick = 1 ms with chords, rests and every velocity."""
+    notes = np.zeros(n_notes, NOTE)
+    notes["start"] = np.cumsum(rng.choice([0, 40, 130, 260, 500, 2500], n_notes))
+    notes["end"] = notes["start"] + rng.integers(50, 1500, n_notes)
+    notes["pitch"] = rng.integers(30, 100, n_notes)
+    notes["velocity"] = rng.integers(10, 120, n_notes)
+    return Performance(500, notes)
+
+
+def write_corpus(
+    folder: Path, split: str, pieces: list[tuple[np.ndarray, dict[str, str]]], n_shards: int = 2
+) -> None:
+    """Writes (ids, labels) as token shards of `split`."""
+    tokenizer = Tokenizer.preset("aria")
+    entries, indexes = [], []
+    for number, part in enumerate(np.array_split(np.arange(len(pieces)), n_shards)):
+        writer = shards.ShardWriter(folder / shards.shard_name(split, number, n_shards))
+        index = shards.IndexWriter()
+        for i in part:
+            ids, labels = pieces[i]
+            n_notes = tokenizer.n_notes(ids)
+            meta = {"path": f"{i}.mid", "sha256": "", "duration_ms": 0}
+            writer.write(ids, {**meta, "n_notes": n_notes, "labels": labels})
+            index.add(len(ids), n_notes, 0, labels)
+        entries.append(writer.close())
+        indexes.append(index)
+    shards.write_index(folder / shards.index_name(split), indexes)
+    path = folder / shards.MANIFEST
+    manifest = json.loads(path.read_text()) if path.exists() else {"splits": {}}
+    manifest |= {
+        "format_version": shards.FORMAT_VERSION,
+        "tokenizer": {"preset": "aria", "hash": tokenizer.hash},
+    }
+    manifest["splits"][split] = {"shards": entries}
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Token shards of 23 pieces of 12 to 400 notes (train) and 5 (val) by three composers."""
+    folder = tmp_path_factory.mktemp("corpus")
+    rng, tokenizer = np.random.default_rng(0), Tokenizer.preset("aria")
+    for split, count in (("train", 23), ("val", 5)):
+        pieces = []
+        for i in range(count):
+            performance = random_performance(rng, int(rng.integers(12, 400)))
+            labels = {
+                "composer": ("bach", "chopin", "liszt")[i % 3],
+                "composition": f"work {i // 2}",
+            }
+            pieces.append((tokenizer.encode(performance, labels=labels), labels))
+        write_corpus(folder, split, pieces)
+    return folder

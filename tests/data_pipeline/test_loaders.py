@@ -1,0 +1,166 @@
+"""What every loader promises: any host count, any start, any number of workers, same batches."""
+
+import subprocess
+import sys
+from functools import partial
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from data_pipeline.augment import AugmentConfig
+from data_pipeline.errors import UserError
+from data_pipeline.loaders import contrastive_pairs, label_values, labelled_slices, lm_windows
+from data_pipeline.shards import TokenShards
+from data_pipeline.tokenizer import Tokenizer
+
+COMMON = {"split": "train", "seq_len": 96, "global_batch": 6, "seed": 3, "augment": AugmentConfig()}
+SLICES = {"min_slice_notes": 8, "max_slice_notes": 40}
+LABELS = {"label": "composer", "class_names": ("bach", "chopin", "liszt")}
+LOADERS = {
+    "concat": partial(lm_windows, **COMMON),
+    "concat-dim": partial(lm_windows, **COMMON, add_dim=True),
+    "best-fit": partial(lm_windows, **COMMON, packing="best-fit"),
+    "pairs": partial(contrastive_pairs, **COMMON, **SLICES),
+    "pairs-consecutive": partial(contrastive_pairs, **COMMON, **SLICES, consecutive=True),
+    "pairs-same-composer": partial(contrastive_pairs, **COMMON, **SLICES, composer_group=3),
+    "labelled": partial(labelled_slices, **COMMON, **SLICES, **LABELS),
+    "evaluation": partial(labelled_slices, **COMMON, **LABELS, slice_notes=50, shuffle=False),
+}
+N_STEPS = 9  # of six rows: more than an epoch of 23 pieces
+
+
+@pytest.fixture(params=LOADERS)
+def loader(request, corpus):
+    return partial(LOADERS[request.param], corpus)
+
+
+def first(stream, n_steps=N_STEPS, start_step=0):
+    return list(islice(stream.iterate(start_step), n_steps))
+
+
+def assert_same(left, right):
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+            assert a[key].dtype == b[key].dtype
+
+
+def test_hosts_share_the_batches_of_one_host(loader):
+    whole = first(loader())
+    for count in (2, 3, 6):
+        parts = [first(loader(shard_index=h, shard_count=count)) for h in range(count)]
+        joined = [
+            {key: np.concatenate([part[key] for part in step]) for key in step[0]}
+            for step in zip(*parts, strict=True)
+        ]
+        assert_same(joined, whole)
+
+
+def test_resuming_in_the_middle_of_an_epoch_equals_going_on(loader):
+    whole = first(loader())
+    for start in (1, 4, 7):
+        assert_same(first(loader(), N_STEPS - start, start), whole[start:])
+
+
+def test_batches_differ_by_step_and_seed(loader, request):
+    one, other, reseeded = *first(loader(), 2), first(loader(seed=4), 1)[0]
+    key = "inputs" if "inputs" in one else "tokens"
+    assert (one[key] != other[key]).any()
+    assert (one[key] != reseeded[key]).any()
+
+
+def test_worker_processes_change_nothing(corpus):
+    make = partial(LOADERS["pairs"], corpus)
+    assert_same(first(make(workers=2), 5, 2), first(make(), 5, 2))
+
+
+def test_finite_stream_ends_with_filler_rows(corpus):
+    stream = LOADERS["labelled"](corpus, epochs=1)
+    batches = list(stream.iterate())
+    assert len(batches) == stream.n_steps == 4
+    pieces = np.concatenate([batch["piece"] for batch in batches])
+    assert sorted(pieces) == [-1, *range(23)]  # every piece exactly once, and one row to fill up
+    filler = pieces == -1
+    assert (np.concatenate([batch["n_tokens"] for batch in batches])[filler] == 0).all()
+    assert list(stream.iterate(4)) == []
+
+
+def test_every_piece_once_an_epoch_on_two_hosts(corpus):
+    pieces = []
+    for host in range(2):
+        stream = LOADERS["labelled"](corpus, epochs=2, shard_index=host, shard_count=2)
+        pieces += [batch["piece"] for batch in stream.iterate()]
+    counts = np.bincount(np.concatenate(pieces) + 1, minlength=24)
+    assert counts[1:].tolist() == [2] * 23
+
+
+def test_evaluation_covers_every_note_in_order(corpus):
+    tokenizer = Tokenizer.preset("aria")
+    stream = labelled_slices(
+        corpus, **{**COMMON, "augment": None, "seq_len": 512}, **LABELS,
+        slice_notes=50, shuffle=False, epochs=1,
+    )  # fmt: skip
+    rows = [row for batch in stream.iterate() for row in zip(*batch.values(), strict=True)]
+    shards = TokenShards(corpus, "train")
+    notes = {piece: [] for piece in range(23)}
+    for tokens, eos, label, piece, n_tokens in rows:
+        if piece < 0:
+            continue
+        assert n_tokens == eos + 1 == (tokens != tokenizer.pad_id).sum()
+        assert tokens[eos] == tokenizer.eos_id
+        assert LABELS["class_names"][label] == shards[piece].meta["labels"]["composer"]
+        notes[piece].append(tokenizer.decode(tokens[:n_tokens]).notes["pitch"])
+    for piece, slices in notes.items():
+        expected = tokenizer.decode(shards[piece].ids).notes["pitch"]
+        assert [len(part) for part in slices[:-1]] == [50] * (len(slices) - 1)
+        np.testing.assert_array_equal(np.concatenate(slices), expected)
+
+
+def test_label_values(corpus):
+    assert label_values(corpus, "composer") == ("bach", "chopin", "liszt")
+    with pytest.raises(UserError, match=r"no piece has a label .*composer, composition"):
+        label_values(corpus, "mood")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shard_count": 4}, "global_batch=6 must be a positive multiple"),
+        ({"shard_index": 2, "shard_count": 2}, "host 2 of 2"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"split": "test"}, "no split 'test'"),
+    ],
+)
+def test_unusable_arguments_are_explained(loader, change, message):
+    with pytest.raises(UserError, match=message):
+        loader(**change)
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "message"),
+    [
+        ("concat", {"packing": "tight"}, "packing='tight' is none of concat, best-fit"),
+        ("concat", {"seq_len": 1}, "seq_len=1"),
+        ("pairs", {"min_slice_notes": 50}, "min_slice_notes=50 must be positive and at most"),
+        ("pairs", {"composer_group": 0}, "composer_group=0"),
+        ("labelled", {"class_names": ("ravel",)}, "no piece of split 'train' has 'composer'"),
+    ],
+)
+def test_unusable_settings_are_explained(corpus, make, change, message):
+    with pytest.raises(UserError, match=message):
+        LOADERS[make](corpus, **change)
+
+
+def test_loading_needs_no_jax(corpus):
+    """In a fresh interpreter: grain would import jax if it could."""
+    program = (
+        "import sys; from data_pipeline.loaders import lm_windows; "
+        f"s = lm_windows({str(corpus)!r}, split='train', seq_len=64, global_batch=2, seed=0); "
+        "print(next(s.iterate())['inputs'].shape, 'jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "(2, 64) False", done.stderr
+    assert done.stderr == ""
