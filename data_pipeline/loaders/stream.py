@@ -77,6 +77,11 @@ class BatchStream:
         return self.examples.n_examples
 
     @property
+    def steps_per_epoch(self) -> int:
+        """Batches in which every example is seen at least once."""
+        return -(-self.n_examples // self.global_batch)
+
+    @property
     def n_steps(self) -> int | None:
         """Number of batches; None if there is no end."""
         if self.epochs is None:
