@@ -12,13 +12,18 @@ Progress = Callable[[int, int], None]
 
 @contextmanager
 def progress_bar(description: str, unit: str):
-    """Yields a `Progress` callback that draws a bar with rate and time left on stderr."""
+    """Yields a `Progress` callback that draws a bar with rate and time left on stderr.
+
+    The callback also takes `note=`, a few words to stand behind the bar.
+    """
     from tqdm import tqdm
 
     with tqdm(desc=description, unit=unit, dynamic_ncols=True, file=sys.stderr) as bar:
 
-        def update(done: int, total: int) -> None:
+        def update(done: int, total: int, note: str = "") -> None:
             bar.total = total
+            if note:
+                bar.set_postfix_str(note, refresh=False)
             bar.update(done - bar.n)
 
         yield update

@@ -1,4 +1,4 @@
-"""Cached decoding equals the plain network, the reference, itself in other batches and on a mesh."""
+"""Cached decoding equals the plain network, the reference, itself in any batch and on a mesh."""
 
 import json
 

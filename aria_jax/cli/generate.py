@@ -1,0 +1,238 @@
+"""`aria-jax generate`: continue a performance."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from aria_jax.generate.continuation import Continuation
+    from aria_jax.generate.decoding import Decoding
+    from data_pipeline.tokenizer import Tokenizer
+
+DESCRIPTION = """\
+Continue a performance. Per continuation there is a MIDI file with the prompt, one without, and a
+piano roll; one HTML page plays them all. Without a prompt the piece begins from nothing.
+
+What is generated can always be decoded: a grammar of notes forbids everything else
+(--no-grammar switches it off). The same --seed gives the same music, whatever --n is.
+
+examples:
+  aria-jax generate --checkpoint run1 --prompt nocturne.mid --out out
+  aria-jax generate --checkpoint run1 --prompt nocturne.mid --seconds 20 --n 8 --end --out out
+  aria-jax generate --checkpoint run1 --out out                        from nothing
+  aria-jax generate --checkpoint run1 --prompt-ids ids.json --temperature 0 --json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `aria-jax generate`."""
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="C", help="workdir of a language model's run")
+    add("--out", metavar="DIR", help="folder for the files; only --json can do without")
+    prompt = parser.add_argument_group("prompt (default: none)").add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="X.mid", help="continue its first 15 seconds")
+    prompt.add_argument(
+        "--prompt-ids", metavar="IDS.json", help='token ids, as a list or {"ids": [...]}'
+    )
+    length = parser.add_mutually_exclusive_group()
+    length.add_argument("--seconds", type=float, help="length of the prompt (15)")
+    length.add_argument("--notes", type=int, help="length of the prompt, in notes")
+    add("--n", type=int, default=1, help="continuations (1)")
+    add("--max-tokens", type=int, default=1024, help="tokens of each, 3 a note (1024)")
+    add("--seed", type=int, default=0, help="of the random choices (0)")
+    how = parser.add_argument_group("sampling")
+    how.add_argument("--temperature", type=float, default=0.98, help="0 is greedy (0.98)")
+    how.add_argument("--min-p", type=float, help="least share of the likeliest token (0.035)")
+    how.add_argument("--top-p", type=float, help="instead: likeliest tokens up to this mass")
+    how.add_argument("--top-k", type=int, help="instead: this many likeliest tokens")
+    how.add_argument(
+        "--repetition-penalty", type=float, default=1.0, help="over recent notes; 1 is none (1)"
+    )
+    how.add_argument("--no-grammar", action="store_true", help="sample without the grammar")
+    how.add_argument("--end", action="store_true", help="ask for an ending within --max-tokens")
+    like = parser.add_argument_group("in the manner of another piece")
+    like.add_argument("--embedding", metavar="E.mid", help="piece to condition on")
+    like.add_argument("--embedding-checkpoint", metavar="C", help="contrastive run to embed it")
+    like.add_argument("--cfg", type=float, default=1.0, help="strength of the condition (1)")
+    add(
+        "--precision",
+        default="float32",
+        choices=("float32", "bfloat16", "int8"),
+        help="of the weights; fastest are float32 on CPU, bfloat16 and int8 on GPU and TPU",
+    )
+    add("--mesh", metavar="AXIS=N,…", help="spread over devices, e.g. tensor=4")
+    add("--wav", metavar="FONT.sf2", help="also render sound with this SoundFont")
+    add("--json", action="store_true", help='print {"ids": [[…]], …} of the continuations')
+
+
+def run(args: argparse.Namespace) -> None:
+    """Generates and saves."""
+    from data_pipeline.errors import UserError
+
+    if args.out is None and not args.json:
+        raise UserError("say where to save with --out DIR (or --json to print the ids only)")
+    if args.n < 1:
+        raise UserError(f"--n {args.n} must be at least 1")
+    if args.embedding and not args.embedding_checkpoint:
+        raise UserError("--embedding needs --embedding-checkpoint: the run that embeds the piece")
+    limits = _limits(args)
+    settings = _settings(args)
+    for path in (args.prompt, args.prompt_ids, args.embedding, args.wav):
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"{path}: no such file")
+
+    from aria_jax.cli.console import print_result
+    from aria_jax.generate.weights import decoder_weights
+    from aria_jax.train.checkpoint import load_model
+    from data_pipeline.tokenizer import Tokenizer
+
+    mesh = _mesh(args.mesh)
+    loaded = load_model(args.checkpoint, mesh=mesh)
+    tokenizer = Tokenizer.preset(loaded.tokenizer)
+    prompt = _prompt(args, tokenizer, limits)
+    weights = decoder_weights(loaded.model, args.precision)
+    condition = _condition(args, loaded.config.emb_size)
+    continuations = _generate(args, weights, tokenizer, prompt, settings, condition, mesh)
+    name = Path(args.prompt).stem if args.prompt else "prompt" if args.prompt_ids else "piece"
+    files = _save(args, name, continuations) if args.out else []
+    result = {
+        "ids": [c.ids.tolist() for c in continuations],
+        "prompt_ids": prompt.tolist(),
+        "n_notes": [c.n_notes for c in continuations],
+        "seconds": [c.seconds for c in continuations],
+        "ended": [c.ended for c in continuations],
+        "files": files,
+    }
+    lines = [
+        f"{paths['midi']}: {_remark(c)}" for paths, c in zip(files, continuations, strict=False)
+    ]
+    if files:
+        lines.append(f"listen: {files[0]['page']}")
+    print_result(result, args.json, "\n".join(lines))
+
+
+def _limits(args: argparse.Namespace) -> dict[str, Any]:
+    if args.notes is not None:
+        return {"notes": args.notes}
+    return {"seconds": 15.0 if args.seconds is None else args.seconds}
+
+
+def _settings(args: argparse.Namespace) -> "Decoding":
+    from aria_jax.generate.decoding import Decoding
+    from aria_jax.generate.sampler import RepetitionPenalty, choose_sampler
+
+    uncut = args.min_p is None and args.top_p is None and args.top_k is None
+    return Decoding(
+        sampler=choose_sampler(
+            args.temperature,
+            min_p=0.035 if uncut else args.min_p,
+            top_p=args.top_p,
+            top_k=args.top_k,
+        ),
+        max_tokens=args.max_tokens,
+        use_grammar=not args.no_grammar,
+        force_end=args.end,
+        guidance=args.cfg,
+        repetition=RepetitionPenalty(penalty=args.repetition_penalty),
+    )
+
+
+def _mesh(text: str | None):
+    if text is None:
+        return None
+    from aria_jax.config import RunConfig, with_overrides
+    from aria_jax.sharding import make_mesh
+
+    assignments = [f"mesh.{part}" for part in text.split(",") if part]
+    return make_mesh(with_overrides(RunConfig(), assignments).mesh)
+
+
+def _prompt(args, tokenizer: "Tokenizer", limits: dict[str, Any]) -> "np.ndarray":
+    from aria_jax.generate.continuation import prompt_of_file, unconditional_prompt
+
+    if args.prompt:
+        return prompt_of_file(args.prompt, tokenizer, **limits)
+    return read_ids(args.prompt_ids) if args.prompt_ids else unconditional_prompt(tokenizer)
+
+
+def read_ids(path: str) -> "np.ndarray":
+    """Token ids of a JSON file, int64; what `aria-jax tokenize --json` prints, or a bare list.
+
+    Raises:
+        UserError: something else.
+    """
+    import numpy as np
+
+    from data_pipeline.errors import UserError
+
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        ids = content["ids"] if isinstance(content, dict) else content
+        whole = isinstance(ids, list) and all(type(i) is int for i in ids)
+    except (ValueError, KeyError, UnicodeDecodeError):
+        whole = False
+    if not whole:
+        raise UserError(f'{path}: expected token ids as JSON, [6, 0, …] or {{"ids": [6, 0, …]}}')
+    return np.array(ids, np.int64)
+
+
+def _condition(args: argparse.Namespace, emb_size: int | None) -> "np.ndarray | None":
+    """The embedding of --embedding: the mean over its slices, as `aria-jax embed` computes it."""
+    from data_pipeline.errors import UserError
+
+    if not args.embedding:
+        return None
+    if not emb_size:
+        raise UserError(
+            f"{args.checkpoint}: this model takes no embedding (it was trained without an adapter, "
+            "model.emb_size); leave --embedding out"
+        )
+    from aria_jax.embed.export import model_encoder
+    from aria_jax.embed.pieces import midi_slices
+    from aria_jax.train.checkpoint import load_model
+    from data_pipeline.midi import read_midi
+    from data_pipeline.tokenizer import Tokenizer
+
+    loaded = load_model(args.embedding_checkpoint)
+    tokenizer = Tokenizer.preset(loaded.tokenizer)
+    max_tokens = min(2048, loaded.config.max_seq_len)
+    slices = midi_slices(read_midi(args.embedding), tokenizer, 300, max_tokens)
+    condition = model_encoder(loaded.model, tokenizer.pad_id)(slices).mean(axis=0)
+    if len(condition) != emb_size:
+        raise UserError(
+            f"{args.embedding_checkpoint} embeds in {len(condition)} numbers, "
+            f"{args.checkpoint} is conditioned on {emb_size}: use the pair trained together"
+        )
+    return condition
+
+
+def _generate(args, weights, tokenizer, prompt, settings, condition, mesh) -> "list[Continuation]":
+    from aria_jax.cli.console import progress_bar
+    from aria_jax.generate.continuation import continue_prompt
+
+    with progress_bar("generate", "token") as bar:
+        return continue_prompt(
+            weights,
+            tokenizer,
+            prompt,
+            n=args.n,
+            seed=args.seed,
+            settings=settings,
+            condition_E=condition,
+            mesh=mesh,
+            progress=lambda pace: bar(pace.n_tokens, pace.max_tokens, str(pace)),
+        )
+
+
+def _remark(continuation: "Continuation") -> str:
+    ending = ", ended by the model" if continuation.ended else ""
+    return f"{continuation.n_notes} notes, {continuation.seconds:.1f} s{ending}"
+
+
+def _save(args, name: str, continuations: "list[Continuation]") -> list[dict[str, str]]:
+    from aria_jax.report.continuations import Result, save_continuations
+
+    results = [Result(c.whole, c.prompt, c.added, c.alone, _remark(c)) for c in continuations]
+    return save_continuations(args.out, name, results, soundfont=args.wav)

@@ -1,0 +1,238 @@
+"""Performance to prompt, and generated ids to performances on the timeline of the prompt."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from aria_jax.generate.decoding import Decoding, decode
+from aria_jax.generate.weights import DecoderWeights
+from data_pipeline.errors import UserError
+from data_pipeline.midi import Performance
+from data_pipeline.tokenizer import SEGMENT_MS, Kind, Tokenizer
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """One continuation of a prompt.
+
+    Attributes:
+        prompt_ids: int [T].
+        ids: generated ids, `<E>` included where it came, int [N].
+        tokenizer: of both.
+    """
+
+    prompt_ids: np.ndarray
+    ids: np.ndarray
+    tokenizer: Tokenizer
+
+    @property
+    def whole(self) -> Performance:
+        """Prompt and continuation, in ms from the prompt's first note."""
+        return self.tokenizer.decode(np.concatenate([self.prompt_ids, self.ids]))
+
+    @property
+    def prompt(self) -> Performance:
+        """The notes of the prompt, each with its full duration."""
+        return self.tokenizer.decode(self.prompt_ids[: self._border])
+
+    @property
+    def added(self) -> Performance:
+        """The generated notes alone, on the timeline of `whole`."""
+        prompt, begun = self.prompt_ids[: self._border], self.prompt_ids[self._border :]
+        kind = self.tokenizer.kind[prompt]
+        header = prompt[np.isin(kind, (Kind.PREFIX, Kind.TIME)) | (prompt == self.tokenizer.bos_id)]
+        return self.tokenizer.decode(np.concatenate([header, begun, self.ids]))
+
+    @property
+    def alone(self) -> Performance:
+        """The generated notes, counted from the onset of the prompt's last note."""
+        added, join_ms = self.added, self.join_ms
+        notes, pedals = added.notes.copy(), added.pedals.copy()
+        notes["start"] -= join_ms
+        notes["end"] -= join_ms
+        pedals["tick"] -= join_ms
+        # Without the grammar a model may step back in time; nothing begins before the file does.
+        notes = notes[notes["start"] >= 0]
+        return replace(added, notes=notes, pedals=pedals[pedals["tick"] >= 0])
+
+    @property
+    def join_ms(self) -> int:
+        """Onset of the prompt's last event, in ms from its first."""
+        onsets_ms = self.tokenizer.events(self.prompt_ids[: self._border])[1]
+        return int(onsets_ms[-1]) if len(onsets_ms) else 0
+
+    @property
+    def _border(self) -> int:
+        """Where the prompt's last complete event ends; an event begun there is the model's."""
+        kind = self.tokenizer.kind[self.prompt_ids]
+        last, before = kind[-1], kind[-2] if len(kind) > 1 else Kind.SPECIAL
+        if last in (Kind.NOTE, Kind.DRUM, Kind.PEDAL):
+            return len(kind) - 1
+        return len(kind) - 2 if (last, before) == (Kind.ONSET, Kind.NOTE) else len(kind)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the model ended the piece itself."""
+        return bool(len(self.ids)) and self.ids[-1] == self.tokenizer.eos_id
+
+    @property
+    def n_notes(self) -> int:
+        """Generated notes and drum hits."""
+        return len(self.added.notes)
+
+    @property
+    def seconds(self) -> float:
+        """Music generated: from the prompt's last onset to the last generated one."""
+        notes = self.alone.notes
+        return float(notes["start"].max()) / 1000 if len(notes) else 0.0
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How far a batch of continuations is.
+
+    Attributes:
+        n_tokens, max_tokens: per sequence.
+        n_notes: events over all sequences.
+        music_seconds: of the longest sequence, from the prompt's last onset.
+        wall_seconds: since the start, prefill and compilation included.
+    """
+
+    n_tokens: int
+    max_tokens: int
+    n_notes: int
+    music_seconds: float
+    wall_seconds: float
+
+    def __str__(self) -> str:
+        wall = max(self.wall_seconds, 1e-9)
+        return f"{self.n_notes / wall:.1f} notes/s, {self.music_seconds / wall:.1f}x real time"
+
+
+def unconditional_prompt(tokenizer: Tokenizer, instrument: str = "piano") -> np.ndarray:
+    """The start of a piece of which nothing is known, int64."""
+    return np.array([tokenizer.id_of(("prefix", "instrument", instrument)), tokenizer.bos_id])
+
+
+def make_prompt(
+    performance: Performance,
+    tokenizer: Tokenizer,
+    *,
+    seconds: float | None = None,
+    notes: int | None = None,
+    labels: dict[str, str] | None = None,
+) -> np.ndarray:
+    """The beginning of a performance as ids, int64 (reference: get_inference_prompt).
+
+    A note belongs to the prompt when it begins in it, and keeps its whole duration, the pedal's
+    share included, even where that reaches past the prompt. Seconds count from the first note.
+    Without a single note (0 seconds) the prompt is the unconditional one.
+
+    Raises:
+        UserError: both limits given, or a negative one.
+    """
+    if (seconds is None) == (notes is None):
+        raise UserError("a prompt is measured in seconds or in notes: give one of them")
+    if (seconds is not None and seconds < 0) or (notes is not None and notes < 0):
+        raise UserError(f"a prompt cannot last {seconds if notes is None else notes}; 0 is empty")
+    starts = performance.notes["start"]
+    starts_ms = performance.ms(starts)
+    n_notes = notes
+    if seconds is not None and len(starts):
+        n_notes = int(np.searchsorted(starts_ms - starts_ms[0], seconds * 1000, side="right"))
+    if not len(starts) or not n_notes or seconds == 0:
+        return unconditional_prompt(tokenizer)
+    cut = performance.slice_notes(0, n_notes)
+    if tokenizer.has_pedal:
+        last = cut.notes["start"][-1]
+        cut = replace(cut, pedals=cut.pedals[cut.pedals["tick"] <= last])
+    return tokenizer.encode(cut, labels=labels, add_eos=False).astype(np.int64)
+
+
+def prompt_of_file(path: str | Path, tokenizer: Tokenizer, **limits) -> np.ndarray:
+    """`make_prompt` of a MIDI file."""
+    from data_pipeline.midi import read_midi
+
+    return make_prompt(read_midi(path), tokenizer, **limits)
+
+
+def fitting_tokens(weights: DecoderWeights, prompt: np.ndarray, wanted: int) -> int:
+    """How many of the wanted tokens fit behind the prompt.
+
+    Raises:
+        UserError: the prompt fills the context.
+    """
+    # One position less, as a condition takes one.
+    room = weights.max_seq_len - len(prompt) - 1
+    if room < 1:
+        raise UserError(
+            f"the prompt takes {len(prompt)} tokens of the {weights.max_seq_len} the model sees; "
+            "use a shorter one"
+        )
+    return min(room, wanted)
+
+
+def continue_prompt(
+    weights: DecoderWeights,
+    tokenizer: Tokenizer,
+    prompt: np.ndarray,
+    *,
+    n: int,
+    seed: int,
+    settings: Decoding,
+    condition_E: np.ndarray | None = None,
+    mesh: Mesh | None = None,
+    progress: Callable[[Pace], None] | None = None,
+) -> list[Continuation]:
+    """`n` continuations of a prompt; variation i of a seed is the same whatever `n` is.
+
+    Raises:
+        UserError: see `decode` and `fitting_tokens`.
+    """
+    room = fitting_tokens(weights, prompt, settings.max_tokens)
+    settings = replace(settings, max_tokens=room)
+    began = time.monotonic()
+    ids_SxN = np.zeros((n, 0), np.int32)
+    for ids_SxN in decode(
+        weights,
+        tokenizer,
+        prompt,
+        n_sequences=n,
+        key=jax.random.key(seed),
+        settings=settings,
+        condition_E=condition_E,
+        mesh=mesh,
+    ):
+        if progress is not None:
+            progress(_pace(tokenizer, prompt, ids_SxN, room, time.monotonic() - began))
+    return [Continuation(prompt, _until_end(tokenizer, ids), tokenizer) for ids in ids_SxN]
+
+
+def _until_end(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
+    ends = np.flatnonzero(ids == tokenizer.eos_id)
+    return ids[: ends[0] + 1] if len(ends) else ids
+
+
+def _pace(
+    tokenizer: Tokenizer,
+    prompt: np.ndarray,
+    ids_SxN: np.ndarray,
+    max_tokens: int,
+    wall_seconds: float,
+) -> Pace:
+    segment_start_ms = np.count_nonzero(tokenizer.kind[prompt] == Kind.TIME) * SEGMENT_MS
+    prompt_onsets_ms = tokenizer.events(prompt)[1]
+    join_ms = prompt_onsets_ms[-1] - segment_start_ms if len(prompt_onsets_ms) else 0
+    onsets_ms = [tokenizer.events(ids)[1] for ids in ids_SxN]
+    return Pace(
+        n_tokens=ids_SxN.shape[1],
+        max_tokens=max_tokens,
+        n_notes=sum(map(len, onsets_ms)),
+        music_seconds=max((o[-1] - join_ms for o in onsets_ms if len(o)), default=0) / 1000,
+        wall_seconds=wall_seconds,
+    )

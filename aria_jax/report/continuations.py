@@ -1,0 +1,110 @@
+"""What a user gets of continuations: MIDI files, piano rolls, sound, and a page to hear them on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from aria_jax.report.page import Section, link, paragraph, write_page
+from aria_jax.report.piano_roll import Part, save_piano_roll
+from aria_jax.report.player import PLAYER_SCRIPT, player
+from data_pipeline.errors import UserError
+from data_pipeline.midi import Performance, write_midi
+
+SAMPLE_RATE = 44_100
+
+
+@dataclass(frozen=True)
+class Result:
+    """One continuation as performances on one timeline.
+
+    Attributes:
+        whole: prompt and continuation.
+        prompt, added: the notes of either, on the timeline of `whole`.
+        alone: the continuation as a piece of its own.
+        remark: a few words under its heading.
+    """
+
+    whole: Performance
+    prompt: Performance
+    added: Performance
+    alone: Performance
+    remark: str = ""
+
+    @property
+    def parts(self) -> list[Part]:
+        """Prompt and continuation as the two colours of a roll."""
+        prompt = [Part.of(self.prompt, "prompt")] if len(self.prompt.notes) else []
+        return [*prompt, Part.of(self.added, "continuation")]
+
+
+def save_continuations(
+    out_dir: str | Path,
+    name: str,
+    results: Sequence[Result],
+    *,
+    soundfont: str | Path | None = None,
+) -> list[dict[str, str]]:
+    """Writes, per continuation, NAME-i.mid, NAME-i-continuation.mid and NAME-i.png, and NAME.html.
+
+    Args:
+        soundfont: an .sf2 or .sf3 file; with it NAME-i.wav is rendered too.
+
+    Returns:
+        Paths by kind ("midi", "continuation", "picture", "sound", "page"), one dict a result.
+    """
+    out_dir = Path(out_dir)
+    out_dir.mkdir(parents=True, exist_ok=True)
+    page = out_dir / f"{name}.html"
+    saved = []
+    for number, result in enumerate(results, start=1):
+        base = out_dir / f"{name}-{number}"
+        paths = {
+            "midi": f"{base}.mid",
+            "continuation": f"{base}-continuation.mid",
+            "picture": f"{base}.png",
+        }
+        write_midi(result.whole, paths["midi"])
+        write_midi(result.alone, paths["continuation"])
+        save_piano_roll(paths["picture"], result.parts)
+        if soundfont is not None:
+            paths["sound"] = f"{base}.wav"
+            render_wav(paths["midi"], paths["sound"], soundfont)
+        saved.append(paths | {"page": str(page)})
+    sections = [
+        Section(f"Continuation {number}", _section(result, paths))
+        for number, (result, paths) in enumerate(zip(results, saved, strict=True), start=1)
+    ]
+    intro = PLAYER_SCRIPT + paragraph(
+        "Click into a roll to listen from there. The sound is a plain synthesiser of this page; "
+        "the MIDI files sound as good as the instrument that plays them.",
+        "note",
+    )
+    write_page(page, f"Continuations of {name}", intro, sections)
+    return saved
+
+
+def _section(result: Result, paths: dict[str, str]) -> str:
+    names = {"midi": "with the prompt", "continuation": "continuation only", "sound": "sound"}
+    links = " · ".join(
+        link(Path(paths[kind]).name, text) for kind, text in names.items() if kind in paths
+    )
+    return player(result.parts) + paragraph(result.remark) + f"<p>{links}</p>"
+
+
+def render_wav(midi_path: str | Path, wav_path: str | Path, soundfont: str | Path) -> None:
+    """Plays a MIDI file through a SoundFont (16-bit stereo, 44.1 kHz).
+
+    Raises:
+        UserError: the synthesiser is not installed, or there is no such SoundFont.
+    """
+    try:
+        import symusic
+    except ImportError:
+        raise UserError(
+            "sound needs the package symusic: pip install 'aria-jax[audio]' (or symusic)"
+        ) from None
+    if not Path(soundfont).is_file():
+        raise UserError(f"{soundfont}: no such SoundFont (.sf2 or .sf3 file)")
+    synthesizer = symusic.Synthesizer(sf_path=str(soundfont), sample_rate=SAMPLE_RATE)
+    audio = synthesizer.render(symusic.Score(str(midi_path)), stereo=True)
+    symusic.dump_wav(str(wav_path), audio, sample_rate=SAMPLE_RATE, use_int16=True)
