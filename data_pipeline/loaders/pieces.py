@@ -124,10 +124,12 @@ def augmented(
     rng: np.random.Generator,
     tokenizer: Tokenizer,
 ) -> np.ndarray:
-    """Augmented ids without padding; the ids themselves where `config` is None."""
+    """Augmented ids without padding, a little longer if slower; `ids` where `config` is None."""
     if config is None:
         return ids
-    changed = augment.augment(ids, config, rng, tokenizer)
+    # `augment` keeps the length, but a slower tempo needs more `<T>`s: at most one for each.
+    room = np.full(np.count_nonzero(ids == tokenizer.time_id) + 2, tokenizer.pad_id, ids.dtype)
+    changed = augment.augment(np.concatenate([ids, room]), config, rng, tokenizer)
     return changed[changed != tokenizer.pad_id]
 
 

@@ -1,357 +1,188 @@
-"""Loaders lose nothing, repeat exactly, resume anywhere and share batches among hosts."""
+"""What every loader promises: any host count, any start, any number of workers, same batches."""
 
-import shutil
 import subprocess
 import sys
+from functools import partial
+from itertools import islice
 
 import numpy as np
 import pytest
 
 from data_pipeline.augment import AugmentConfig
 from data_pipeline.errors import UserError
-from data_pipeline.loaders import (
-    contrastive_pairs,
-    label_values,
-    labelled_slices,
-    lm_windows,
-)
-from data_pipeline.loaders.packing import pack_best_fit
-from data_pipeline.shards import TokenShards, index_name
+from data_pipeline.loaders import contrastive_pairs, label_values, labelled_slices, lm_windows
+from data_pipeline.shards import TokenShards
 from data_pipeline.tokenizer import Tokenizer
 
-ARIA = Tokenizer.preset("aria")
-COMPOSERS = ("bach", "chopin", "liszt")
-
-
-def windows(corpus, **options):
-    defaults = {"split": "train", "seq_len": 128, "global_batch": 4, "seed": 0, "augment": None}
-    return lm_windows(corpus, **(defaults | options))
-
-
-def pairs(corpus, **options):
-    defaults = {"split": "train", "seq_len": 256, "global_batch": 4, "seed": 0}
-    notes = {"min_slice_notes": 10, "max_slice_notes": 60, "augment": AugmentConfig()}
-    return contrastive_pairs(corpus, **(defaults | notes | options))
-
-
-def labelled(corpus, **options):
-    defaults = {"split": "train", "seq_len": 256, "global_batch": 4, "seed": 0}
-    labels = {"label": "composer", "class_names": COMPOSERS}
-    return labelled_slices(corpus, **(defaults | labels | options))
-
-
+COMMON = {"split": "train", "seq_len": 96, "global_batch": 6, "seed": 3, "augment": AugmentConfig()}
+SLICES = {"min_slice_notes": 8, "max_slice_notes": 40}
+LABELS = {"label": "composer", "class_names": ("bach", "chopin", "liszt")}
 LOADERS = {
-    "concat": lambda corpus, **o: windows(corpus, augment=AugmentConfig(), **o),
-    "best-fit": lambda corpus, **o: windows(
-        corpus, packing="best-fit", augment=AugmentConfig(), add_dim=True, **o
-    ),
-    "pairs": pairs,
-    "labelled": labelled,
+    "concat": partial(lm_windows, **COMMON),
+    "concat-dim": partial(lm_windows, **COMMON, add_dim=True),
+    "best-fit": partial(lm_windows, **COMMON, packing="best-fit"),
+    "pairs": partial(contrastive_pairs, **COMMON, **SLICES),
+    "pairs-consecutive": partial(contrastive_pairs, **COMMON, **SLICES, consecutive=True),
+    "pairs-same-composer": partial(contrastive_pairs, **COMMON, **SLICES, composer_group=3),
+    "labelled": partial(labelled_slices, **COMMON, **SLICES, **LABELS),
+    "evaluation": partial(labelled_slices, **COMMON, **LABELS, slice_notes=50, shuffle=False),
 }
+N_STEPS = 9  # of six rows: more than an epoch of 23 pieces
 
 
-def take(loader, n, start_step=0):
-    batches = loader.iterate(start_step)
-    return [next(batches) for _ in range(n)]
+@pytest.fixture(params=LOADERS)
+def loader(request, corpus):
+    return partial(LOADERS[request.param], corpus)
 
 
-def assert_same(got, want):
-    assert len(got) == len(want) and got
-    for one, other in zip(got, want, strict=True):
-        assert one.keys() == other.keys()
-        for key in one:
-            np.testing.assert_array_equal(one[key], other[key], err_msg=key)
+def first(stream, n_steps=N_STEPS, start_step=0):
+    return list(islice(stream.iterate(start_step), n_steps))
 
 
-def joined(batches, key):
-    return np.concatenate([batch[key] for batch in batches])
+def assert_same(left, right):
+    assert len(left) == len(right) > 0
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+            assert a[key].dtype == b[key].dtype
 
 
-def corpus_stream(corpus, split="train"):
-    shards = TokenShards(corpus, split)
-    return np.concatenate([shards[i].ids for i in range(len(shards))])
-
-
-# --- windows ---
-
-
-def test_windows_in_order_are_the_corpus(corpus):
-    batches = list(windows(corpus, shuffle=False, epochs=1).iterate())
-    mask = joined(batches, "loss_mask")
-    stream = corpus_stream(corpus)
-    np.testing.assert_array_equal(joined(batches, "targets")[mask], stream[1:])
-    np.testing.assert_array_equal(joined(batches, "inputs")[mask], stream[:-1])
-    for batch in batches:
-        assert batch["inputs"].dtype == batch["targets"].dtype == np.int32
-        assert batch["segment_ids"].dtype == batch["positions"].dtype == np.int32
-        assert batch["loss_mask"].dtype == bool and batch["inputs"].shape == (4, 128)
-        np.testing.assert_array_equal(batch["segment_ids"] > 0, batch["inputs"] != ARIA.pad_id)
-        np.testing.assert_array_equal(batch["positions"][0], np.arange(128))
-
-
-def test_each_shuffled_epoch_holds_every_token_in_another_order(corpus):
-    # One row a batch: batches end where epochs end, so that epochs can be told apart.
-    loader = windows(corpus, global_batch=1, epochs=2)
-    batches = list(loader.iterate())
-    n = loader.steps_per_epoch
-    assert len(batches) == 2 * n
-    want = np.bincount(corpus_stream(corpus), minlength=ARIA.vocab_size)
-    epochs = []
-    for part in (batches[:n], batches[n:]):
-        inputs, targets = joined(part, "inputs"), joined(part, "targets")
-        epochs.append(targets)
-        mask = joined(part, "loss_mask")
-        counts = np.bincount(targets[mask], minlength=ARIA.vocab_size)
-        missing = want - counts  # the epoch's first token is nobody's target
-        assert missing.sum() == 1 and missing.min() == 0
-        np.testing.assert_array_equal(inputs[:, 1:], targets[:, :-1])
-    assert not np.array_equal(*epochs)
-
-
-def test_best_fit_loses_nothing_and_crosses_no_piece(corpus):
-    shards = TokenShards(corpus, "train")
-    pieces = {shards[i].ids.tobytes() for i in range(len(shards))}
-    loader = windows(corpus, packing="best-fit", epochs=1, seq_len=2048)
-    assert max(shards.lengths) <= 2048  # whole pieces only
-    found = []
-    for batch in loader.iterate():
-        for row in range(len(batch["inputs"])):
-            segments = batch["segment_ids"][row]
-            for segment in range(1, segments.max() + 1):
-                here = segments == segment
-                ids = batch["inputs"][row][here]
-                found.append(ids.astype(np.uint16).tobytes())
-                np.testing.assert_array_equal(batch["positions"][row][here], np.arange(len(ids)))
-                mask = batch["loss_mask"][row][here]
-                np.testing.assert_array_equal(batch["targets"][row][here][mask], ids[1:])
-                assert mask[:-1].all() and not mask[-1]
-            assert not batch["loss_mask"][row][segments == 0].any()
-    assert len(found) == len(shards) and set(found) == pieces
-
-
-def test_best_fit_cuts_long_pieces_and_predicts_across_the_cut(corpus):
-    batches = list(windows(corpus, packing="best-fit", epochs=1, seq_len=64).iterate())
-    real = joined(batches, "segment_ids") > 0
-    stream = corpus_stream(corpus)
-    want = np.bincount(stream, minlength=ARIA.vocab_size)
-    inputs = joined(batches, "inputs")[real]
-    np.testing.assert_array_equal(np.bincount(inputs, minlength=ARIA.vocab_size), want)
-    targets = joined(batches, "targets")[joined(batches, "loss_mask")]
-    assert len(targets) == len(stream) - len(TokenShards(corpus, "train"))
-
-
-def test_packing_is_tight_and_whole():
-    lengths = np.random.default_rng(0).integers(1, 300, 400)
-    plan = pack_best_fit(lengths, 100)
-    assert plan.length.sum() == lengths.sum()
-    covered = np.zeros(len(lengths), int)
-    np.add.at(covered, plan.piece, plan.length)
-    np.testing.assert_array_equal(covered, lengths)
-    fill = np.add.reduceat(plan.length, plan.first[:-1])
-    assert fill.max() <= 100
-    assert len(fill) <= 1.03 * lengths.sum() / 100 + 1
-    assert pack_best_fit(np.array([60, 60, 40, 40]), 100).first.tolist() == [0, 2, 4]
-
-
-@pytest.mark.parametrize("packing", ["concat", "best-fit"])
-def test_dim_tokens_stand_between_notes_near_the_end(corpus, packing):
-    options = {"packing": packing, "shuffle": False, "epochs": 1}
-    batches = list(windows(corpus, add_dim=True, **options).iterate())
-    inputs = joined(batches, "inputs")
-    n_long = int((TokenShards(corpus, "train").lengths > 160).sum())
-    assert np.count_nonzero(inputs == ARIA.dim_id) == n_long > 0
-    if packing == "concat":
-        stream = inputs.reshape(-1)
-        after = stream[np.flatnonzero(stream[:-1] == ARIA.dim_id) + 1]
-        assert all(ARIA.tokens[i] == "<T>" or ARIA.tokens[i][0] == "piano" for i in after)
-        without = stream[(stream != ARIA.dim_id) & (stream != ARIA.pad_id)]
-        np.testing.assert_array_equal(without, corpus_stream(corpus))
-
-
-# --- slices ---
-
-
-def assert_slice(tokens, eos):
-    """One piece: prefix, <S>, first onset 0, <E> at `eos`, padding."""
-    assert tokens[eos] == ARIA.eos_id and (tokens[eos + 1 :] == ARIA.pad_id).all()
-    assert np.count_nonzero(tokens == ARIA.eos_id) == np.count_nonzero(tokens == ARIA.bos_id) == 1
-    at, onset_ms = ARIA.events(tokens[: eos + 1])
-    assert len(at) and onset_ms[0] == 0
-
-
-def test_pairs_are_two_views_of_one_piece(corpus):
-    shards = TokenShards(corpus, "train")
-    codes, values = shards.label_codes("composition")
-    loader = pairs(corpus, epochs=1, augment=None, shuffle=False)
-    batches = list(loader.iterate())
-    tokens, eos = joined(batches, "tokens"), joined(batches, "eos")
-    composition = joined(batches, "composition")
-    assert tokens.dtype == eos.dtype == composition.dtype == np.int32
-    assert len(values) < len(shards)  # some compositions have two performances
-    n = len(shards)
-    assert (composition[n:] == -1).all() and len(composition) == 24
-    np.testing.assert_array_equal(composition[:n], codes)
-    for piece in range(n):
-        notes = shards[piece].ids
-        whole = notes[ARIA.events(notes)[0]].tolist()
-        for view in range(2):
-            row, end = tokens[piece, view], eos[piece, view]
-            assert_slice(row, end)
-            cut = row[ARIA.events(row)[0]].tolist()
-            starts = range(len(whole) - len(cut) + 1)
-            assert any(whole[i : i + len(cut)] == cut for i in starts)
-    assert any(not np.array_equal(a, b) for a, b in tokens[:n])
-
-
-def test_augmented_pairs_stay_whole_slices(corpus):
-    for batch in take(pairs(corpus, seq_len=1024), 10):
-        for tokens, eos in zip(batch["tokens"], batch["eos"], strict=True):
-            for view in range(2):
-                assert_slice(tokens[view], eos[view])
-                body = tokens[view][: eos[view]]
-                # No note lost its duration to a slower tempo.
-                assert ARIA.tokens[body[-1]][0] == "dur"
-
-
-def test_long_slices_are_cut_and_still_end(corpus):
-    batch = take(pairs(corpus, seq_len=40), 1)[0]
-    assert (batch["eos"] == 39).any()
-    for tokens, eos in zip(batch["tokens"].reshape(-1, 40), batch["eos"].ravel(), strict=True):
-        assert tokens[eos] == ARIA.eos_id
-
-
-def test_composers_are_grouped_as_hard_negatives(corpus, tmp_path):
-    # Composers stand in for compositions, so that the batch tells whose piece a row is.
-    folder = shutil.copytree(corpus, tmp_path / "corpus")
-    with np.load(folder / index_name("train")) as index:
-        columns = dict(index)
-    for kind in ("label", "values"):
-        columns[f"{kind}:composition"] = columns[f"{kind}:composer"]
-    np.savez(folder / index_name("train"), **columns)
-    composers = columns["label:composer"]
-
-    loader = pairs(folder, composer_group=4, epochs=1, global_batch=1)
-    order = joined(list(loader.iterate()), "composition")
-    assert sorted(order.tolist()) == sorted(composers.tolist())
-    # 8, 8 and 7 pieces of three composers in groups of up to 4: at most one change a group.
-    assert np.count_nonzero(np.diff(order)) <= 5
-    mixed = joined(list(pairs(folder, epochs=1, global_batch=1).iterate()), "composition")
-    assert np.count_nonzero(np.diff(mixed)) > 5
-
-
-def test_consecutive_slices_follow_each_other(corpus):
-    shards = TokenShards(corpus, "train")
-    options = {"consecutive": True, "augment": None, "shuffle": False, "epochs": 1}
-    batches = list(pairs(corpus, seq_len=1024, **options).iterate())
-    for piece, views in enumerate(joined(batches, "tokens")[: len(shards)]):
-        whole = shards[piece].ids[ARIA.events(shards[piece].ids)[0]].tolist()
-        both = [ids[ARIA.events(ids)[0]].tolist() for ids in views]
-        cut = both[0] + both[1]
-        assert any(whole[i : i + len(cut)] == cut for i in range(len(whole)))
-
-
-def test_labelled_slices_carry_their_class_and_cover_every_note(corpus):
-    assert label_values(corpus, "composer") == COMPOSERS
-    shards = TokenShards(corpus, "val")
-    codes, values = shards.label_codes("composer")
-    options = {"split": "val", "shuffle": False, "epochs": 1, "seq_len": 1024}
-    batches = list(labelled(corpus, slice_notes=50, **options).iterate())
-    piece, label = joined(batches, "piece"), joined(batches, "label")
-    n_tokens, eos = joined(batches, "n_tokens"), joined(batches, "eos")
-    tokens, real = joined(batches, "tokens"), joined(batches, "piece") >= 0
-    np.testing.assert_array_equal(n_tokens[real], eos[real] + 1)
-    assert (n_tokens[~real] == 0).all() and (tokens[~real] == ARIA.pad_id).all()
-    n_notes = np.zeros(len(shards), int)
-    for row in np.flatnonzero(real):
-        assert_slice(tokens[row], eos[row])
-        assert COMPOSERS[label[row]] == values[codes[piece[row]]]
-        n_notes[piece[row]] += ARIA.n_notes(tokens[row])
-    np.testing.assert_array_equal(n_notes, shards.n_notes)
-
-
-def test_labels_do_not_leak_into_slices(corpus):
-    batch = take(labelled(corpus), 1)[0]
-    composers = [ARIA.id_of(("prefix", "composer", name)) for name in COMPOSERS]
-    assert np.isin(corpus_stream(corpus), composers).any()
-    assert not np.isin(batch["tokens"], composers).any()
-
-
-# --- streams ---
-
-
-@pytest.mark.parametrize("name", LOADERS)
-def test_resuming_anywhere_equals_running_straight(corpus, name):
-    straight = take(LOADERS[name](corpus), 14)
-    for step in (3, 7):
-        assert_same(take(LOADERS[name](corpus), 14 - step, step), straight[step:])
-    other = take(LOADERS[name](corpus, seed=1), 1)
-    key = next(iter(other[0]))
-    assert not np.array_equal(other[0][key], straight[0][key])
-
-
-@pytest.mark.parametrize("name", LOADERS)
-def test_hosts_share_each_global_batch(corpus, name):
-    whole = take(LOADERS[name](corpus), 8)
-    for count in (2, 4):
-        hosts = [
-            take(LOADERS[name](corpus, shard_index=host, shard_count=count), 8)
-            for host in range(count)
+def test_hosts_share_the_batches_of_one_host(loader):
+    whole = first(loader())
+    for count in (2, 3, 6):
+        parts = [first(loader(shard_index=h, shard_count=count)) for h in range(count)]
+        joined = [
+            {key: np.concatenate([part[key] for part in step]) for key in step[0]}
+            for step in zip(*parts, strict=True)
         ]
-        joined_batches = [
-            {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-            for parts in zip(*hosts, strict=True)
-        ]
-        assert_same(joined_batches, whole)
+        assert_same(joined, whole)
 
 
-def test_two_hosts_see_each_piece_once_an_epoch(corpus):
-    options = {"epochs": 1, "shard_count": 2, "slice_notes": 50}
-    seen = [
-        joined(list(labelled(corpus, shard_index=host, **options).iterate()), "piece")
-        for host in range(2)
-    ]
-    real = np.concatenate(seen)
-    assert sorted(real[real >= 0].tolist()) == list(range(len(TokenShards(corpus, "train"))))
+def test_resuming_in_the_middle_of_an_epoch_equals_going_on(loader):
+    whole = first(loader())
+    for start in (1, 4, 7):
+        assert_same(first(loader(), N_STEPS - start, start), whole[start:])
 
 
-@pytest.mark.parametrize("name", ["concat", "pairs"])
-def test_worker_processes_deliver_the_same_batches(corpus, name):
-    batches = LOADERS[name](corpus, workers=2).iterate(2)
-    try:
-        got = [next(batches) for _ in range(5)]
-    finally:
-        batches.close()
-    assert_same(got, take(LOADERS[name](corpus), 5, 2))
+def test_batches_differ_by_step_and_seed(loader, request):
+    one, other, reseeded = *first(loader(), 2), first(loader(seed=4), 1)[0]
+    key = "inputs" if "inputs" in one else "tokens"
+    assert (one[key] != other[key]).any()
+    assert (one[key] != reseeded[key]).any()
+
+
+def test_worker_processes_change_nothing(corpus):
+    make = partial(LOADERS["pairs"], corpus)
+    assert_same(first(make(workers=2), 5, 2), first(make(), 5, 2))
+
+
+def test_finite_stream_ends_with_filler_rows(corpus):
+    stream = LOADERS["labelled"](corpus, epochs=1)
+    batches = list(stream.iterate())
+    assert len(batches) == stream.n_steps == 4
+    pieces = np.concatenate([batch["piece"] for batch in batches])
+    assert sorted(pieces) == [-1, *range(23)]  # every piece exactly once, and one row to fill up
+    filler = pieces == -1
+    assert (np.concatenate([batch["n_tokens"] for batch in batches])[filler] == 0).all()
+    assert list(stream.iterate(4)) == []
+
+
+def test_every_piece_once_an_epoch_on_two_hosts(corpus):
+    pieces = []
+    for host in range(2):
+        stream = LOADERS["labelled"](corpus, epochs=2, shard_index=host, shard_count=2)
+        pieces += [batch["piece"] for batch in stream.iterate()]
+    counts = np.bincount(np.concatenate(pieces) + 1, minlength=24)
+    assert counts[1:].tolist() == [2] * 23
+
+
+def test_evaluation_covers_every_note_in_order(corpus):
+    tokenizer = Tokenizer.preset("aria")
+    stream = labelled_slices(
+        corpus, **{**COMMON, "augment": None, "seq_len": 512}, **LABELS,
+        slice_notes=50, shuffle=False, epochs=1,
+    )  # fmt: skip
+    rows = [row for batch in stream.iterate() for row in zip(*batch.values(), strict=True)]
+    shards = TokenShards(corpus, "train")
+    notes = {piece: [] for piece in range(23)}
+    for tokens, eos, label, piece, n_tokens in rows:
+        if piece < 0:
+            continue
+        assert n_tokens == eos + 1 == (tokens != tokenizer.pad_id).sum()
+        assert tokens[eos] == tokenizer.eos_id
+        assert LABELS["class_names"][label] == shards[piece].meta["labels"]["composer"]
+        notes[piece].append(tokenizer.decode(tokens[:n_tokens]).notes["pitch"])
+    for piece, slices in notes.items():
+        expected = tokenizer.decode(shards[piece].ids).notes["pitch"]
+        assert [len(part) for part in slices[:-1]] == [50] * (len(slices) - 1)
+        np.testing.assert_array_equal(np.concatenate(slices), expected)
+
+
+def test_label_values(corpus):
+    assert label_values(corpus, "composer") == ("bach", "chopin", "liszt")
+    with pytest.raises(UserError, match=r"no piece has a label .*composer, composition"):
+        label_values(corpus, "mood")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shard_count": 4}, "global_batch=6 must be a positive multiple"),
+        ({"shard_index": 2, "shard_count": 2}, "host 2 of 2"),
+        ({"epochs": 0}, "epochs=0"),
+        ({"split": "test"}, "no split 'test'"),
+    ],
+)
+def test_unusable_arguments_are_explained(loader, change, message):
+    with pytest.raises(UserError, match=message):
+        loader(**change)
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "message"),
+    [
+        ("concat", {"packing": "tight"}, "packing='tight' is none of concat, best-fit"),
+        ("concat", {"seq_len": 1}, "seq_len=1"),
+        ("pairs", {"min_slice_notes": 50}, "min_slice_notes=50 must be positive and at most"),
+        ("pairs", {"composer_group": 0}, "composer_group=0"),
+        ("labelled", {"class_names": ("ravel",)}, "no piece of split 'train' has 'composer'"),
+    ],
+)
+def test_unusable_settings_are_explained(corpus, make, change, message):
+    with pytest.raises(UserError, match=message):
+        LOADERS[make](corpus, **change)
+
+
+def test_loading_needs_no_jax(corpus):
+    """In a fresh interpreter: grain would import jax if it could."""
+    program = (
+        "import sys; from data_pipeline.loaders import lm_windows; "
+        f"s = lm_windows({str(corpus)!r}, split='train', seq_len=64, global_batch=2, seed=0); "
+        "print(next(s.iterate())['inputs'].shape, 'jax' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout.strip() == "(2, 64) False", done.stderr
+    assert done.stderr == ""
 
 
 def test_sizes_are_known_beforehand(corpus):
-    loader = windows(corpus, shard_count=2, epochs=1)
-    n = -(-(len(corpus_stream(corpus)) - 1) // 128)
-    assert (loader.batch_size, loader.global_batch) == (2, 4)
-    assert loader.steps_per_epoch == loader.n_steps == -(-n // 4)
-    assert len(list(loader.iterate())) == loader.n_steps
-    assert not list(loader.iterate(loader.n_steps))
-
-
-def test_grain_comes_without_jax(corpus):
-    program = (
-        "import sys; from data_pipeline.loaders import lm_windows\n"
-        f"loader = lm_windows({str(corpus)!r}, split='train', seq_len=64, global_batch=2, "
-        "seed=0)\nnext(loader.iterate())\nprint('grain' in sys.modules, 'jax' in sys.modules)"
+    stream = lm_windows(corpus, **COMMON, shard_count=2, epochs=1)
+    n_tokens = int(TokenShards(corpus, "train").lengths.sum())
+    n_rows = -(-(n_tokens - 1) // COMMON["seq_len"])
+    assert (stream.batch_size, stream.global_batch, stream.n_examples) == (3, 6, n_rows)
+    assert (
+        stream.steps_per_epoch == stream.n_steps == len(list(stream.iterate())) == -(-n_rows // 6)
     )
-    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert out.stdout.split() == ["True", "False"], out.stderr
 
 
-def test_misuse_is_explained(corpus):
-    for message, make in {
-        "packing='tight'": lambda: windows(corpus, packing="tight"),
-        "multiple of the number of hosts": lambda: windows(corpus, shard_count=3),
-        "host 2 of 2": lambda: windows(corpus, shard_index=2, shard_count=2),
-        "min_slice_notes=90": lambda: pairs(corpus, min_slice_notes=90),
-        "no piece of split": lambda: labelled(corpus, class_names=("ravel",)),
-        "no piece has a label 'mood'": lambda: label_values(corpus, "mood"),
-        "must not be negative": lambda: take(windows(corpus), 1, -1),
-    }.items():
-        with pytest.raises(UserError, match=message):
-            make()
+@pytest.mark.parametrize("make", [contrastive_pairs, partial(labelled_slices, **LABELS)])
+def test_a_slower_tempo_cuts_no_note_off_a_slice(corpus, make):
+    tokenizer = Tokenizer.preset("aria")
+    stream = make(corpus, **{**COMMON, "seq_len": 1024}, min_slice_notes=200, max_slice_notes=300)
+    for batch in first(stream, 20):
+        rows, ends = batch["tokens"].reshape(-1, 1024), batch["eos"].ravel()
+        for tokens, eos in zip(rows, ends, strict=True):
+            assert tokenizer.tokens[tokens[eos - 1]][0] == "dur"
+            assert tokenizer.events(tokens)[1][0] == 0
+            assert tokens[eos] == tokenizer.eos_id and (tokens[eos + 1 :] == tokenizer.pad_id).all()
