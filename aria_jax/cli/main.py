@@ -1,6 +1,7 @@
 """The `aria-jax` command: finds the verb, imports only its module, prints user errors on one line.
 
-A verb module defines `DESCRIPTION`, `add_arguments(parser)` and `run(args) -> int | None`.
+A verb module defines `DESCRIPTION`, `add_arguments(parser)` and `run(args) -> int | None`; and
+`PARSE`, a method of ArgumentParser, where `parse_args` will not do.
 """
 
 import argparse
@@ -76,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(verb_parser)
-        return module.run(verb_parser.parse_args(argv[1:])) or 0
+        parse = getattr(module, "PARSE", argparse.ArgumentParser.parse_args)
+        return module.run(parse(verb_parser, argv[1:])) or 0
     except UserError as error:
         print(f"aria-jax: error: {error}", file=sys.stderr)
         return 2

@@ -1,0 +1,81 @@
+"""How a run begins: the one place where resuming, finetuning and starting afresh are told apart."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from aria_jax.config import RunConfig, to_dict
+from aria_jax.train.checkpoint import DIRECTORY, Checkpointer
+from data_pipeline.errors import UserError
+
+# What may differ when a run is resumed: none of it changes what the steps so far have computed.
+FREE = {
+    "mesh",
+    "compute",
+    "data.workers",
+    "train.steps",
+    "train.eval_every",
+    "train.eval_batches",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.max_bad_steps",
+}
+
+
+@dataclass(frozen=True)
+class Start:
+    """What was decided, and the sentence that says so."""
+
+    kind: Literal["resume", "checkpoint", "published", "scratch"]
+    path: Path | None
+    sentence: str
+
+
+def decide(workdir: Path, init_from: str | Path | None, checkpointer: Checkpointer) -> Start:
+    """Chooses how to begin:
+
+    1. the run's own workdir has a checkpoint: resume it (`init_from` was its beginning, not ours);
+    2. `init_from` is a checkpoint: start from its weights;
+    3. `init_from` is a published .safetensors file: convert it and start from its weights;
+    4. otherwise: from scratch.
+
+    Raises:
+        UserError: `init_from` is neither a checkpoint nor a .safetensors file.
+    """
+    if steps := checkpointer.steps():
+        return Start("resume", workdir, f"resuming {workdir} at step {steps[-1]}")
+    if init_from is None:
+        return Start("scratch", None, "starting from scratch: random weights")
+    path = Path(init_from)
+    if path.suffix == ".safetensors" and path.is_file():
+        return Start("published", path, f"starting from the published weights {path}")
+    if (path / DIRECTORY).is_dir():
+        return Start("checkpoint", path, f"starting from the weights of {path}")
+    raise UserError(f"--init-from {path}: neither a checkpoint nor a .safetensors file")
+
+
+def refuse_changed_config(saved: dict[str, Any], config: RunConfig, workdir: Path) -> None:
+    """Raises `UserError` naming each setting that differs from the run to be resumed."""
+    before, now = _flat(saved), _flat(to_dict(config))
+    changed = [
+        f"{key}: was {before.get(key)}, is {now.get(key)}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and not {key, key.split(".")[0]} & FREE
+    ]
+    if changed:
+        raise UserError(
+            f"{workdir} holds a run with other settings ({'; '.join(changed)}); "
+            "set them back, or choose another --workdir"
+        )
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    flat = {}
+    for section, values in config.items():
+        if isinstance(values, dict):
+            for name, value in values.items():
+                flat[f"{section}.{name}"] = list(value) if isinstance(value, tuple) else value
+        else:
+            flat[section] = values
+    return flat
