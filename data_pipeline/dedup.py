@@ -34,7 +34,7 @@ MIN_SIMILARITY = 0.3
 
 On ASAP two performers of one movement reach 0.27 at most; copies that were quantised to Aria's
 10 ms steps, trimmed, stretched and transposed all at once have 0.5 (median), 0.3 for the first
-percentile. `python benchmarks/bench_dedup.py` measures it.
+percentile. `python -m benchmarks.bench_dedup` measures it.
 """
 
 _WINDOW = 8

@@ -176,10 +176,11 @@ def _read_source(path: Path, folder: str) -> _Source:
     for key, key_name, values in _rows(path):
         labels = _labels(values, path, key, known_only=key_name not in ("path", ""))
         labels = shared.setdefault(tuple(labels.items()), labels)
-        rows: dict[Any, dict[str, str]] = source.rows
         if key_name == "number":
-            rows, key = source.numbered, int(key)
-        rows[key] = _merged(rows.get(key), labels, path, key)
+            number = int(key)
+            source.numbered[number] = _merged(source.numbered.get(number), labels, path, key)
+        else:
+            source.rows[key] = _merged(source.rows.get(key), labels, path, key)
     for key, labels in source.rows.items():
         if "/" not in key:
             source.by_stem[key.rpartition(".")[0] or key] = labels

@@ -242,4 +242,7 @@ class PackedWindows:
             at += len(inputs)
 
 
-_PACKINGS = {"concat": ConcatWindows, "best-fit": PackedWindows}
+_PACKINGS: dict[str, type[ConcatWindows] | type[PackedWindows]] = {
+    "concat": ConcatWindows,
+    "best-fit": PackedWindows,
+}
