@@ -7,9 +7,13 @@ import pytest
 
 from data_pipeline.augment import (
     AugmentConfig,
+    Swing,
     augment,
+    change_sustain,
     change_tempo,
     change_velocity,
+    drop_notes,
+    swell_velocity,
     transpose,
 )
 from data_pipeline.errors import UserError
@@ -119,6 +123,86 @@ def test_augment_draws_all_of_its_range_and_repeats_with_the_seed():
     assert moved.dtype == np.uint16 and len(moved) == len(ids)
 
 
+def with_room(ids):
+    return np.append(ids, np.full(60, ARIA.pad_id, np.uint16))
+
+
+def test_rubato_bends_time_smoothly_and_keeps_notes_in_order():
+    ids = with_room(piece(n_notes=300, seed=7))
+    swing = Swing(*(np.array([value] * 2) for value in (0.3, 7000.0, 1.0)))
+    before = ARIA.decode(ids).notes
+    after = ARIA.decode(change_tempo(ids, 1.1, ARIA, rubato=swing)).notes
+
+    def warped(ms):
+        turns = 2 * np.pi / 7000
+        return 1.1 * (ms + 0.3 / turns * (np.sin(turns * ms + 1) - np.sin(1)))
+
+    np.testing.assert_array_equal(after["pitch"], before["pitch"])
+    # Half a step: the grid of 10 ms.
+    assert np.abs(after["start"] - warped(before["start"])).max() <= 5.0001
+    lengths = np.clip(warped(before["end"]) - warped(before["start"]), 10, 5000)
+    assert np.abs(after["end"] - after["start"] - lengths).max() <= 5.0001
+    assert (np.diff(after["start"]) >= 0).all() and after["start"][0] == 0
+    none = Swing(np.zeros(2), np.full(2, 7000.0), np.ones(2))
+    plain = change_tempo(ids, 1.1, ARIA)
+    np.testing.assert_array_equal(change_tempo(ids, 1.1, ARIA, rubato=none), plain)
+
+
+def test_sustain_changes_durations_only():
+    ids = piece(seed=8)
+    before, after = ARIA.decode(ids).notes, ARIA.decode(change_sustain(ids, 1.3)).notes
+    for field in ("start", "pitch", "velocity"):
+        np.testing.assert_array_equal(after[field], before[field])
+    want = np.clip(np.rint((before["end"] - before["start"]) * 1.3 / 10) * 10, 10, 5000)
+    np.testing.assert_array_equal(after["end"] - after["start"], want)
+
+
+def test_velocity_swells_and_ebbs_within_its_height():
+    ids = piece(n_notes=400, seed=9)
+    swing = Swing(*(np.array([value] * 2) for value in (2.0, 400.0, 0.0)))
+    before, after = ARIA.decode(ids).notes, ARIA.decode(swell_velocity(ids, swing)).notes
+    np.testing.assert_array_equal(after["start"], before["start"])
+    change = after["velocity"].astype(int) - before["velocity"]
+    assert set(np.unique(change)) == {-20, -10, 0, 10, 20}
+    free = (before["velocity"] > 30) & (before["velocity"] < 100)
+    assert np.abs(np.diff(change[free][:40])).max() <= 20  # a wave, not noise
+
+
+def test_dropped_notes_leave_the_others_as_they_are():
+    one, two = piece(n_notes=400, seed=10), piece(n_notes=100, seed=11)
+    window = np.concatenate([one, two, one[:40]])
+    got = drop_notes(window, np.array([0.3, 0.0, 1.0]), np.random.default_rng(0), ARIA)
+    assert len(got) == len(window)
+    first, second = np.split(got, [int(np.argmax(got == ARIA.eos_id)) + 1])
+    np.testing.assert_array_equal(second[: len(two)], two)
+    kept = ARIA.decode(first).notes.tolist()
+    whole = ARIA.decode(one).notes.tolist()
+    assert kept[0] == whole[0] and set(kept) <= set(whole)
+    assert 0.6 * 400 < len(kept) < 0.8 * 400  # 280 expected, standard deviation 9
+    assert ARIA.n_notes(second[len(two) :]) == 2  # the first note, and one cut by the window
+
+
+def test_each_extra_augmentation_has_its_own_probability():
+    off = {"tempo": 0, "pitch": 0, "velocity": 0, "mixup": False}
+    ids = with_room(piece(n_notes=100, seed=12))
+    for name, strength in {
+        "rubato": 0.3,
+        "velocity_curve": 12,
+        "note_drop": 0.5,
+        "sustain": 0.5,
+    }.items():
+
+        def n_changed(probability, name=name, strength=strength):
+            settings = {name: strength, f"{name}_probability": probability}
+            config = AugmentConfig(**off, **settings)
+            draws = (augment(ids, config, np.random.default_rng(s), ARIA) for s in range(60))
+            return sum(not np.array_equal(got, ids) for got in draws)
+
+        assert n_changed(0.0) == 0
+        assert 15 <= n_changed(0.5) <= 45  # 30 expected, standard deviation 4
+        assert n_changed(1.0) >= 55  # a draw may be too small to move anything
+
+
 def test_settings_out_of_range_are_refused():
-    with pytest.raises(UserError, match="tempo must lie in"):
-        AugmentConfig(tempo=1.5)
+    with pytest.raises(UserError, match=r"tempo=1\.5 must lie in .* pitch=-1"):
+        AugmentConfig(tempo=1.5, pitch=-1)
