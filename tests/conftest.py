@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.corpora import corpus  # noqa: E402, F401  a fixture for every room
+
 _SHARED = Path(os.environ.get("ARIA_JAX_SHARED", Path(__file__).parents[2] / "shared"))
 
 

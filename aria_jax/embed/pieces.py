@@ -13,7 +13,7 @@ from data_pipeline.errors import InvalidMidi, UserError
 from data_pipeline.metadata import load_labels
 from data_pipeline.midi import Performance, read_midi
 from data_pipeline.shards import MANIFEST, TokenShards, load_manifest
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import Kind, Tokenizer
 
 Reject = Callable[[str, str, str], None]
 """Told (path, reason, message) of each file that cannot be embedded."""
@@ -117,8 +117,9 @@ def _from_shards(
     for shards in splits:
         for i in range(len(shards)):
             record = shards[i]
-            starts = range(0, tokenizer.n_notes(record.ids), slice_notes)
-            slices = [tokenizer.slice_notes(record.ids, s, s + slice_notes) for s in starts]
+            ids = _without_labels(record.ids, tokenizer)
+            starts = range(0, tokenizer.n_notes(ids), slice_notes)
+            slices = [tokenizer.slice_notes(ids, s, s + slice_notes) for s in starts]
             yield Piece(
                 path=record.meta["path"],
                 sha256=record.meta["sha256"],
@@ -127,3 +128,9 @@ def _from_shards(
                 duration_ms=record.meta["duration_ms"],
                 labels={**record.meta["labels"], "split": shards.split},
             )
+
+
+def _without_labels(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Only instruments stay in the prefix: a composer there would give a probe its answer."""
+    label = (tokenizer.kind[ids] == Kind.PREFIX) & (tokenizer.instrument[ids] < 0)
+    return ids[~label]

@@ -94,3 +94,18 @@ def embedding_map(embedding_NxE: np.ndarray, labels: Sequence[str], title: str) 
     axes.set(xticks=[], yticks=[], title=title)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
+
+
+def histogram(values: Mapping[str, np.ndarray], title: str) -> "Figure":
+    """How often each size occurs, one colour per group, on a logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.2), layout="constrained")
+    axes = figure.add_subplot()
+    largest = max((int(v.max()) for v in values.values() if len(v)), default=1)
+    edges = np.geomspace(1, max(largest, 2), 40)
+    axes.hist(list(values.values()), bins=edges, stacked=True, label=list(values))
+    axes.set(xscale="log", xlabel=title, ylabel="pieces")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend()
+    return figure

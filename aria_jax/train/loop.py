@@ -246,7 +246,7 @@ def _train(
                 watch.restart_clock()
             if state.step % settings.checkpoint_every == 0:
                 checkpointer.save(state.step, state.params, state.opt_state, record)
-            stopped = asked.is_set() or (should_stop is not None and should_stop(state.step))
+            stopped = (should_stop is not None and should_stop(state.step)) or asked.is_set()
         watch.flush()
     return stopped and state.step < settings.steps
 

@@ -1,0 +1,150 @@
+"""`aria-jax data`: build, inspect and sample training data."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+DESCRIPTION = """\
+Token shards are what training reads: a folder with ArrayRecord shards, an index, manifest.json and
+rejected.jsonl (every file that was left out, and why).
+
+examples:
+  aria-jax data sample corpus                          real scores to try things on
+  aria-jax data build my_midis my_data                 tokenise a folder or .tar
+  aria-jax data inspect my_data --plot lengths.png     what is in it"""
+
+BUILD = """\
+Read, filter, tokenise and shard every MIDI file of a folder (or tar archive). Killed at any moment
+and run again, it goes on, and ends with the same bytes. Files that cannot be used are named in
+rejected.jsonl with the reason; the rest goes on. Labels come from metadata.json beside the files
+(Aria-MIDI, MAESTRO and ASAP layouts) or --metadata. The validation split holds whole compositions."""
+
+FILTERS = """filters: "none" keeps all that can be read, "light" drops broken and degenerate files,
+"heavy" has the reference's thresholds; or a JSON file {"length": {"min_length_s": 30, ...}, ...}."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verbs build, inspect and sample."""
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{build,inspect,sample}")
+
+    def verb(name: str, text: str, **options: str) -> argparse.ArgumentParser:
+        made = verbs.add_parser(
+            name,
+            description=text,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **options,
+        )
+        made.add_argument("--json", action="store_true", help="print the result as one JSON line")
+        return made
+
+    build = verb("build", BUILD, epilog=FILTERS)
+    build.add_argument("midi_dir", help="folder (searched recursively) or .tar, .tar.gz")
+    build.add_argument("out_dir", help="folder for the shards")
+    build.add_argument("--workers", type=int, help="processes (default: one per core)")
+    build.add_argument("--metadata", help="JSON or CSV of labels (default: beside the files)")
+    build.add_argument("--filters", default="light", help="light, heavy, none or a file (light)")
+    build.add_argument("--val-fraction", type=float, default=0.1, help="held out (0.1)")
+    build.add_argument("--preset", default="aria", help="tokenizer: aria or pedal (aria)")
+    build.add_argument("--solo-piano", action="store_true", help="drop other instruments")
+    build.add_argument("--dedup", default="exact", help="exact or none (exact)")
+    build.add_argument("--max-per-composition", type=int, metavar="N", help="performances kept")
+    build.add_argument("--shards", type=int, help="shards a split (default: by size)")
+    build.add_argument("--overwrite", action="store_true", help="replace another corpus there")
+
+    inspect = verb("inspect", "Show what is in a folder of token shards.")
+    inspect.add_argument("data_dir")
+    inspect.add_argument("--plot", metavar="FILE.png", help="save a picture of lengths and labels")
+
+    sample = verb(
+        "sample",
+        "Render real, labelled, public-domain scores (from the music21 package) to MIDI.\n"
+        "Needs: pip install 'aria-jax[demo]'. Run again, it goes on.",
+    )
+    sample.add_argument("out_dir", help="folder for the MIDI files and metadata.json")
+    sample.add_argument("--per-composer", type=int, default=60, help="pieces at most (60)")
+    sample.add_argument("--workers", type=int, default=2, help="processes (2)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Runs the verb."""
+    {"build": _build, "inspect": _inspect, "sample": _sample}[args.verb](args)
+
+
+def _build(args: argparse.Namespace) -> None:
+    from aria_jax.cli.console import print_result, progress_bar
+    from data_pipeline.build import build
+
+    with progress_bar("build", "file") as progress:
+        summary = build(
+            args.midi_dir,
+            args.out_dir,
+            workers=args.workers,
+            filters=args.filters,
+            metadata=args.metadata,
+            val_fraction=args.val_fraction,
+            tokenizer_preset=args.preset,
+            solo_piano=args.solo_piano,
+            dedup=args.dedup,
+            max_per_composition=args.max_per_composition,
+            shards=args.shards,
+            overwrite=args.overwrite,
+            progress=progress,
+        )
+    text = (
+        f"{summary.out_dir}: {summary.n_accepted:,} of {summary.n_files:,} files, "
+        f"{summary.hours:.1f} h, {summary.n_notes:,} notes, {summary.n_tokens:,} tokens; "
+        f"{summary.n_train:,} train, {summary.n_val:,} val"
+    )
+    if summary.n_rejected:
+        reasons = ", ".join(f"{reason} {n:,}" for reason, n in summary.rejected.items())
+        text += f"\n{summary.n_rejected:,} rejected ({reasons}): see {args.out_dir}/rejected.jsonl"
+    print_result(dataclasses.asdict(summary), args.json, text)
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from aria_jax.cli.console import print_result
+    from data_pipeline.inspection import inspect
+
+    found = inspect(args.data_dir)
+    lines = [f"tokenizer {found.tokenizer}"]
+    for split, counts in found.splits.items():
+        lines.append(
+            f"{split:<6} {counts['n_pieces']:>8,} pieces {counts['hours']:>9,.1f} h "
+            f"{counts['n_notes']:>12,} notes {counts['n_tokens']:>13,} tokens"
+        )
+    lines.append("notes a piece: " + " / ".join(f"{n:,}" for n in found.notes_quantiles))
+    for label, values in found.labels.items():
+        top = ", ".join(f"{value} {n}" for value, n in list(values.items())[:8])
+        lines.append(f"{label}: {len(values)} values: {top}{' …' if len(values) > 8 else ''}")
+    lines.append("tokens: " + ", ".join(f"{k} {n:,}" for k, n in found.kinds.items() if n))
+    if found.rejected:
+        lines.append("rejected: " + ", ".join(f"{r} {n:,}" for r, n in found.rejected.items()))
+    lines += ["the first piece begins:", *("  " + line for line in found.first_lines)]
+    if args.plot:
+        _plot(args.data_dir, Path(args.plot))
+    print_result(dataclasses.asdict(found), args.json, "\n".join(lines))
+
+
+def _plot(data_dir: str, path: Path) -> None:
+    from aria_jax.report.charts import histogram
+    from data_pipeline.shards import TokenShards, load_manifest
+
+    lengths = {
+        split: TokenShards(data_dir, split).n_notes for split in load_manifest(data_dir)["splits"]
+    }
+    histogram(lengths, "notes a piece").savefig(path, dpi=130)
+
+
+def _sample(args: argparse.Namespace) -> None:
+    from aria_jax.cli.console import print_result, progress_bar
+    from data_pipeline.sample import sample
+
+    with progress_bar("render", "score") as progress:
+        summary = sample(
+            args.out_dir, per_composer=args.per_composer, workers=args.workers, progress=progress
+        )
+    counts = ", ".join(f"{name} {n}" for name, n in summary.per_composer.items())
+    text = f"{args.out_dir}: {summary.n_pieces} pieces ({counts})"
+    for score, reason in summary.failed:
+        text += f"\nnot rendered: {score}: {reason}"
+    print_result(dataclasses.asdict(summary), args.json, text)

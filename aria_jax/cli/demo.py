@@ -1,0 +1,185 @@
+"""`aria-jax demo`: the whole story on a small corpus, by running the commands a user would type."""
+
+import argparse
+import io
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+
+DESCRIPTION = """\
+Sample corpus of real scores, tokenised, pretrained on, contrastively finetuned, embedded, probed
+for the composer against honest baselines, and continued; ends with OUT/report.html. Each step is
+an `aria-jax` command, shown as it runs; interrupted and run again, the demo goes on where it
+stopped.
+
+example:
+  aria-jax demo demo-out"""
+
+# Small enough for two CPU cores; the report says how much longer to train for more.
+PRETRAIN = "steps=300 warmup_steps=30 eval_every=100 checkpoint_every=100 peak_lr=2e-3"
+CONTRASTIVE = (
+    "steps=120 warmup_steps=10 eval_every=60 checkpoint_every=60 peak_lr=1e-3 global_batch=16 "
+    "seq_len=256 min_slice_notes=60 max_slice_notes=85"
+)
+EMBED = "--slice-notes 85 --max-tokens 256"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `aria-jax demo`."""
+    parser.add_argument("out", help="folder for everything the demo makes")
+    parser.add_argument("--workers", type=int, default=2, help="processes (default: 2)")
+    parser.add_argument(
+        "--midi",
+        help="labelled MIDI files to use instead of the sample corpus (with metadata.json)",
+    )
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command of the demo.
+
+    Attributes:
+        name: of the file that keeps its result.
+        title: what it does, in a few words.
+        arguments: after `aria-jax`.
+    """
+
+    name: str
+    title: str
+    arguments: Sequence[str]
+
+    @property
+    def command(self) -> str:
+        """As a user would type it."""
+        return shlex.join(["aria-jax", *self.arguments])
+
+
+def steps_before_generation(out: Path, midi: str | None, workers: int) -> list[Step]:
+    """Everything that can be planned before the corpus exists."""
+    corpus, data = midi or str(out / "midi"), str(out / "data")
+    split = ["--split-column", "split", "--label", "composer", "--json"]
+    steps = []
+    if midi is None:
+        steps.append(Step("sample", "render real scores to MIDI",
+                          ["data", "sample", corpus, "--workers", str(workers), "--json"]))  # fmt: skip
+    steps += [
+        Step("build", "tokenise into shards",
+             ["data", "build", corpus, data, "--filters", "none", "--val-fraction", "0.25",
+              "--workers", str(workers), "--json"]),
+        Step("pretrain", "learn to predict the next token",
+             ["train", "pretrain", "--data", data, "--workdir", str(out / "pretrain"),
+              "--preset", "tiny", "--json", *PRETRAIN.split()]),
+        Step("contrastive", "learn which slices belong together",
+             ["train", "contrastive", "--data", data, "--workdir", str(out / "contrastive"),
+              "--preset", "tiny", "--init-from", str(out / "pretrain"), "--json",
+              *CONTRASTIVE.split()]),
+        Step("untrained", "the same network, untrained",
+             ["train", "contrastive", "--data", data, "--workdir", str(out / "untrained"),
+              "--preset", "tiny", "--json", *CONTRASTIVE.replace("steps=120", "steps=0").split()]),
+    ]  # fmt: skip
+    sources = {
+        "contrastive": ["--checkpoint", str(out / "contrastive")],
+        "untrained": ["--checkpoint", str(out / "untrained")],
+        "pitch-class": ["--baseline", "pitch-class"],
+    }
+    for name, source in sources.items():
+        table = str(out / f"embeddings-{name}.parquet")
+        steps += [
+            Step(f"embed-{name}", f"embed every piece: {name}",
+                 ["embed", data, table, *source, *EMBED.split(), "--json"]),
+            Step(f"probe-{name}", f"predict the composer: {name}", ["probe", table, *split]),
+        ]  # fmt: skip
+    return steps
+
+
+def generation_step(out: Path, prompt: Path) -> Step:
+    """Continues a piece no network has seen."""
+    return Step(
+        "generate",
+        "continue a held-out piece",
+        ["generate", "--checkpoint", str(out / "pretrain"), "--prompt", str(prompt), "--seconds",
+         "15", "--n", "2", "--max-tokens", "384", "--out", str(out / "continuation"), "--json"],
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs what is not done yet, then writes the report."""
+    from aria_jax.embed.table import read_embeddings
+    from aria_jax.report.demo import DemoResults, write_demo_report
+    from data_pipeline.errors import UserError
+
+    out = Path(args.out)
+    if out.is_file():
+        raise UserError(f"{out} is a file; name a folder for the demo")
+    began = time.perf_counter()
+    steps = steps_before_generation(out, args.midi, args.workers)
+    total = len(steps) + 1
+    results = {}
+    for number, step in enumerate(steps, start=1):
+        results[step.name] = _run_step(out, step, number, total)
+    prompt = _held_out_piece(out / "data", Path(args.midi or out / "midi"))
+    steps.append(generation_step(out, prompt))
+    results["generate"] = _run_step(out, steps[-1], total, total)
+    page = out / "report.html"
+    embeddings = read_embeddings(out / "embeddings-contrastive.parquet")
+    write_demo_report(
+        page,
+        DemoResults(
+            out=out,
+            prompt=prompt,
+            results=results,
+            commands=[(step.title, step.command) for step in steps],
+            embedding=embeddings.embedding,
+            composers=[name or "unknown" for name in embeddings.column("composer")],
+        ),
+    )
+    print(f"done in {time.perf_counter() - began:.0f} s\nopen {page}")
+    return 0
+
+
+def _run_step(out: Path, step: Step, number: int, total: int) -> dict:
+    """The step's JSON result; from its file where the same command has finished before."""
+    from aria_jax.cli.main import main
+    from data_pipeline.errors import UserError
+
+    kept = out / "steps" / f"{step.name}.json"
+    if kept.is_file():
+        before = json.loads(kept.read_text())
+        if before["command"] == step.command:
+            print(f"[{number}/{total}] {step.title}: done before", file=sys.stderr)
+            return before["result"]
+    print(f"[{number}/{total}] {step.title}\n  $ {step.command}", file=sys.stderr)
+    began = time.perf_counter()
+    status, printed = _captured(main, step.arguments)
+    if status != 0:
+        raise UserError(
+            f"step {number} ({step.title}) stopped; run the same command again to go on"
+        )
+    result = json.loads(printed.splitlines()[-1])
+    result["wall_s"] = round(time.perf_counter() - began, 1)
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    partial = kept.with_suffix(".partial")
+    partial.write_text(json.dumps({"command": step.command, "result": result}))
+    partial.replace(kept)
+    return result
+
+
+def _captured(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> tuple[int, str]:
+    buffer = io.StringIO()
+    with redirect_stdout(buffer):
+        status = main(arguments)
+    return status, buffer.getvalue()
+
+
+def _held_out_piece(data: Path, corpus: Path) -> Path:
+    """The MIDI file of the validation piece nearest to 300 notes: long enough, and quick to show."""
+    from data_pipeline.shards import TokenShards
+
+    shards = TokenShards(data, "val")
+    chosen = int(abs(shards.n_notes - 300).argmin())
+    return corpus / shards[chosen].meta["path"]

@@ -1,0 +1,33 @@
+"""`aria-jax detokenize`: token ids to MIDI file."""
+
+import argparse
+
+DESCRIPTION = """\
+Write the MIDI file that token ids stand for. Reads what `aria-jax tokenize --json` and
+`aria-jax generate --json` print, or a bare JSON list.
+
+example:
+  aria-jax detokenize ids.json out.mid"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `aria-jax detokenize`."""
+    parser.add_argument("ids", help='JSON file: [6, 0, ...] or {"ids": [6, 0, ...]}')
+    parser.add_argument("out", help="MIDI file to write")
+    parser.add_argument("--preset", default="aria", help="aria or pedal (default: aria)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Detokenises and writes."""
+    from pathlib import Path
+
+    from aria_jax.cli.generate import read_ids
+    from data_pipeline.errors import UserError
+    from data_pipeline.midi import write_midi
+    from data_pipeline.tokenizer import Tokenizer
+
+    if not Path(args.ids).is_file():
+        raise UserError(f"{args.ids}: no such file")
+    performance = Tokenizer.preset(args.preset).decode(read_ids(args.ids))
+    write_midi(performance, args.out)
+    print(f"{args.out}: {len(performance.notes)} notes")

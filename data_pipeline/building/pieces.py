@@ -1,0 +1,58 @@
+"""One MIDI file's bytes to one piece of the corpus, or to the reason why not."""
+
+import hashlib
+from typing import Any
+
+from data_pipeline import dedup, filters
+from data_pipeline.building.journal import printable, rejection
+from data_pipeline.errors import InvalidMidi
+from data_pipeline.midi import read_midi
+from data_pipeline.tokenizer import Tokenizer
+
+
+class PieceMaker:
+    """Parses, filters and tokenises; keeps what is slow to make between files.
+
+    Args:
+        settings: tokenizer_preset, filters (resolved thresholds), solo_piano.
+    """
+
+    def __init__(self, settings: dict[str, Any]):
+        self._tokenizer = Tokenizer.preset(settings["tokenizer_preset"])
+        self._filters = settings["filters"]
+        self._solo_piano = settings["solo_piano"]
+
+    def make(self, path: str, data: bytes, labels: dict[str, str]) -> tuple[dict[str, Any], bytes]:
+        """Summary for the merge and ids as little-endian uint16 bytes (none for a rejected file).
+
+        An error nobody foresaw costs its file only: it is rejected with the error as the reason.
+        """
+        stage = "parse"
+        try:
+            performance = read_midi(data)
+            stage = "filter"
+            if self._solo_piano:
+                performance = filters.keep_piano(performance)
+            failures = filters.check(performance, self._filters)
+            if failures:
+                return rejection(path, stage, failures[0][0], dict(failures)), b""
+            stage = "tokenize"
+            ids = self._tokenizer.encode(performance, labels=labels)
+            summary = {
+                "path": printable(path),
+                "sha256": hashlib.sha256(data).hexdigest(),
+                "duration_ms": int(performance.duration_ms),
+                "n_notes": int(self._tokenizer.n_notes(ids)),
+                "n_tokens": len(ids),
+                "labels": labels,
+                "content": dedup.content_hash(performance),
+            }
+        except InvalidMidi as error:
+            return rejection(path, stage, error.reason, str(error)), b""
+        except MemoryError:
+            return rejection(path, stage, "memory-limit"), b""
+        except Exception as error:
+            return rejection(path, stage, "error", f"{type(error).__name__}: {error}"), b""
+        if summary["n_notes"] == 0:
+            return rejection(path, stage, "no-notes"), b""
+        return summary, ids.astype("<u2").tobytes()

@@ -1,0 +1,92 @@
+"""What is in a folder of token shards."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.shards import TokenShards, load_manifest, rejections
+from data_pipeline.tokenizer import Kind, Tokenizer
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A corpus in numbers.
+
+    Attributes:
+        splits: per split n_pieces, n_tokens, n_notes, hours.
+        labels: per label name, how many pieces have each value.
+        kinds: how many tokens are of each kind, over the first pieces.
+        notes_quantiles: notes of the shortest, quartile, median, quartile and longest piece.
+        rejected: files by "stage/reason".
+        first_lines: the first tokens of the first piece.
+    """
+
+    tokenizer: str
+    splits: dict[str, dict[str, float]]
+    labels: dict[str, dict[str, int]]
+    kinds: dict[str, int]
+    notes_quantiles: list[int]
+    rejected: dict[str, int]
+    first_lines: list[str]
+
+
+def inspect(data_dir: str | Path, *, sampled_pieces: int = 200) -> Inspection:
+    """Counts what the index knows of every piece, and the tokens of the first `sampled_pieces`.
+
+    Raises:
+        UserError: no shards there.
+    """
+    manifest = load_manifest(data_dir)
+    tokenizer = Tokenizer.preset(manifest["tokenizer"]["preset"])
+    splits, labels, n_notes = {}, {}, []
+    kinds = np.zeros(len(Kind), np.int64)
+    first_lines: list[str] = []
+    for name in manifest["splits"]:
+        shards = TokenShards(data_dir, name, tokenizer)
+        splits[name] = {
+            "n_pieces": len(shards),
+            "n_tokens": int(shards.lengths.sum()),
+            "n_notes": int(shards.n_notes.sum()),
+            "hours": float(shards.duration_ms.sum() / 3.6e6),
+        }
+        n_notes.append(shards.n_notes)
+        for label in shards.label_names:
+            codes, values = shards.label_codes(label)
+            counts = np.bincount(codes[codes >= 0], minlength=len(values))
+            known = labels.setdefault(label, Counter())
+            known.update(dict(zip(values, counts.tolist(), strict=True)))
+        for i in range(min(len(shards), sampled_pieces)):
+            ids = shards[i].ids
+            kinds += np.bincount(tokenizer.kind[ids], minlength=len(Kind))
+            if not first_lines:
+                first_lines = _lines(ids[:40], tokenizer)
+    notes = np.concatenate(n_notes) if n_notes else np.zeros(0, np.int64)
+    quantiles = np.quantile(notes, [0, 0.25, 0.5, 0.75, 1]) if len(notes) else np.zeros(5)
+    return Inspection(
+        tokenizer=tokenizer.preset_name,
+        splits=splits,
+        labels={name: dict(counts.most_common()) for name, counts in labels.items()},
+        kinds={kind.name.lower(): int(kinds[kind]) for kind in Kind},
+        notes_quantiles=[int(q) for q in quantiles],
+        rejected=dict(
+            Counter(f"{row['stage']}/{row['reason']}" for row in rejections(data_dir)).most_common()
+        ),
+        first_lines=first_lines,
+    )
+
+
+def _lines(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:
+    """One event a line: a note with its onset and duration, or a token that stands alone."""
+    lines: list[str] = []
+    for i in ids:
+        kind = tokenizer.kind[i]
+        token: Any = tokenizer.tokens[i]
+        text = token if isinstance(token, str) else " ".join(map(str, token))
+        if kind in (Kind.ONSET, Kind.DUR) and lines:
+            lines[-1] += f"  {text} ms"
+        else:
+            lines.append(text)
+    return lines[:-1]  # the last may lack its duration

@@ -1,0 +1,47 @@
+"""Filters: the reference's outcomes, and what users can get wrong."""
+
+import json
+
+import numpy as np
+import pytest
+
+from data_pipeline import filters
+from data_pipeline.errors import UserError
+from data_pipeline.midi import NOTE, Performance, read_midi
+
+
+def flat(value):
+    return np.ravel(np.array(value, float))
+
+
+def test_every_outcome_is_the_references(golden, real_midi):
+    case = json.loads((golden / "filters.json").read_text())
+    n_compared = 0
+    for path, outcomes in case["results"].items():
+        performance = read_midi(real_midi / path)
+        for name, expected in outcomes.items():
+            if expected[0] == "error":
+                continue
+            passed, value = filters.TESTS[name](performance, **case["args"][name])
+            assert passed == expected[0], (path, name)
+            np.testing.assert_allclose(flat(value), flat(expected[1]), rtol=1e-9, err_msg=name)
+            n_compared += 1
+    assert n_compared > 100
+
+
+def test_a_test_of_a_performance_without_notes_fails_and_does_not_raise():
+    empty = Performance(480, np.zeros(0, NOTE))
+    failed = {name for name, _ in filters.check(empty, filters.PRESETS["heavy"])}
+    assert {"length", "silent_interval", "note_pitch_entropy"} <= failed
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [("{", "not a JSON object"), ('{"lenght": {}}', "no test lenght"),
+     ('{"length": {"min": 1}}', "length takes max_length_s, min_length_s")],
+)  # fmt: skip
+def test_a_wrong_threshold_file_is_explained(tmp_path, content, message):
+    path = tmp_path / "filters.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+        filters.load(path)
