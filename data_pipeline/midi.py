@@ -74,7 +74,7 @@ class Performance:
         return int(self.ms(np.array([self.notes["end"].max()]))[0])
 
     def slice_notes(self, start: int, stop: int) -> "Performance":
-        """Notes `start:stop` with everything else as it is (reference: embedding.py _get_chunks)."""
+        """Notes `start:stop`, all else as it is (reference: aria/embedding.py _get_chunks)."""
         return replace(self, notes=self.notes[start:stop])
 
 

@@ -9,7 +9,6 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import IntEnum
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -24,61 +23,24 @@ from data_pipeline.midi import (
     Performance,
     pedalled_ends,
 )
-
-SEGMENT_MS = 5000
-STEP_MS = 10
-VELOCITY_STEP = 10
-DRUM_VELOCITY = 60
-LOWEST_DRUM, HIGHEST_DRUM = 35, 81
-
-# General MIDI families of eight programs. The reference maps program 7 // 8 = 0 to piano and so on.
-FAMILIES = (
-    "piano", "chromatic", "organ", "guitar", "bass", "strings", "ensemble", "brass", "reed", "pipe",
-    "synth_lead", "synth_pad", "synth_effect", "ethnic", "percussive", "sfx",
-)  # fmt: skip
-IGNORED = {"chromatic", "synth_pad", "synth_effect", "ethnic", "percussive", "sfx"}
-INSTRUMENTS = tuple(family for family in FAMILIES if family not in IGNORED)
-# The program that an instrument is played with when ids become MIDI again.
-PROGRAMS = {"piano": 0, "organ": 16, "guitar": 24, "bass": 32, "strings": 40, "ensemble": 48,
-            "brass": 56, "reed": 64, "pipe": 73, "synth_lead": 80}  # fmt: skip
-LABELS = {
-    "composer": ("bach", "beethoven", "mozart", "chopin", "rachmaninoff", "liszt", "debussy",
-                 "schubert", "brahms", "ravel", "satie", "scarlatti"),
-    "form": ("sonata", "prelude", "nocturne", "étude", "waltz", "mazurka", "impromptu", "fugue"),
-    "genre": ("jazz", "classical"),
-}  # fmt: skip
-SPECIAL = ("<S>", "<E>", "<P>", "<U>", "<D>", "<T>")
-
-
-class Kind(IntEnum):
-    """What a token says."""
-
-    SPECIAL = 0
-    TIME = 1
-    PREFIX = 2
-    NOTE = 3
-    DRUM = 4
-    DUR = 5
-    ONSET = 6
-    PEDAL = 7
-
-
-def _nearest(n_values: int, limit: int, step: int) -> np.ndarray:
-    """For 0..limit, the index of the closest of 0, step, 2 step, … ; int64 [limit + 1].
-
-    Ties fall as the reference's binary search lets them fall: the value it met first wins.
-    """
-    numbers = np.arange(limit + 1)
-    left, right = np.zeros_like(numbers), np.full_like(numbers, n_values - 1)
-    best = np.zeros_like(numbers)
-    while np.any(active := left <= right):
-        middle = (left + right) // 2
-        closer = active & (np.abs(middle * step - numbers) < np.abs(best * step - numbers))
-        best = np.where(closer, middle, best)
-        below = middle * step < numbers
-        left = np.where(active & below, middle + 1, left)
-        right = np.where(active & ~below, middle - 1, right)
-    return best
+from data_pipeline.vocabulary import (
+    DRUM_VELOCITY,
+    DUR_INDEX,
+    FAMILIES,
+    HIGHEST_DRUM,
+    IGNORED,
+    INSTRUMENTS,
+    LABELS,
+    LOWEST_DRUM,
+    ONSET_INDEX,
+    PROGRAMS,
+    SEGMENT_MS,
+    SPECIAL,
+    STEP_MS,
+    VELOCITY_INDEX,
+    VELOCITY_STEP,
+    Kind,
+)
 
 
 @dataclass(frozen=True)
@@ -280,9 +242,9 @@ class Tokenizer:
         events = np.full((len(ticks), 3), -1, np.int64)
         n = len(notes)
         drum = notes["channel"] == DRUM_CHANNEL
-        velocity = _VELOCITY_INDEX[notes["velocity"]]
+        velocity = VELOCITY_INDEX[notes["velocity"]]
         durations_ms = performance.between_ms(notes["start"], pedalled_ends(performance))
-        duration = np.maximum(_DUR_INDEX[np.clip(durations_ms, 0, SEGMENT_MS)], 1)
+        duration = np.maximum(DUR_INDEX[np.clip(durations_ms, 0, SEGMENT_MS)], 1)
         row = of_channel[notes["channel"]] * 128 + notes["pitch"]
         events[:n, 0] = self.first_note_id + row * 13 + velocity
         events[:n, 2] = np.where(drum, -1, self.first_dur_id + duration)
@@ -292,7 +254,7 @@ class Tokenizer:
         events[:n, 0] = np.where(drum, drum_ids, events[:n, 0])
         if self.has_pedal:
             events[n:, 0] = self.first_pedal_id + (performance.pedals["value"] < PEDAL_DOWN)
-        events[:, 1] = self.first_onset_id + _ONSET_INDEX[onsets_ms % SEGMENT_MS]
+        events[:, 1] = self.first_onset_id + ONSET_INDEX[onsets_ms % SEGMENT_MS]
         segments = (onsets_ms // SEGMENT_MS)[order]
         n_time_tokens = np.maximum(np.diff(segments, prepend=0), 0)
         return _interleave(events[order], n_time_tokens, self.time_id)
@@ -397,12 +359,6 @@ class Tokenizer:
         n_time_tokens = np.diff(onset_ms // SEGMENT_MS, prepend=0)
         body = _interleave(events, n_time_tokens, self.time_id)
         return np.concatenate([prefix, [self.bos_id], body, [self.eos_id]]).astype(np.uint16)
-
-
-_DUR_INDEX = _nearest(SEGMENT_MS // STEP_MS + 1, SEGMENT_MS, STEP_MS)
-_ONSET_INDEX = _nearest(SEGMENT_MS // STEP_MS, SEGMENT_MS - 1, STEP_MS)
-_VELOCITY_INDEX = _nearest(13, 127, VELOCITY_STEP)
-_VELOCITY_INDEX[1:] = np.maximum(_VELOCITY_INDEX[1:], 1)  # a played note never becomes silent
 
 
 def _interleave(events_Nx3: np.ndarray, n_time_tokens: np.ndarray, time_id: int) -> np.ndarray:

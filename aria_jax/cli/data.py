@@ -17,10 +17,12 @@ BUILD = """\
 Read, filter, tokenise and shard every MIDI file of a folder (or tar archive). Killed at any moment
 and run again, it goes on, and ends with the same bytes. Files that cannot be used are named in
 rejected.jsonl with the reason; the rest goes on. Labels come from metadata.json beside the files
-(Aria-MIDI, MAESTRO and ASAP layouts) or --metadata. The validation split holds whole compositions."""
+(Aria-MIDI, MAESTRO and ASAP layouts) or --metadata.
+The validation split holds whole compositions."""
 
-FILTERS = """filters: "none" keeps all that can be read, "light" drops broken and degenerate files,
-"heavy" has the reference's thresholds; or a JSON file {"length": {"min_length_s": 30, ...}, ...}."""
+FILTERS = """\
+filters: "none" keeps all that can be read, "light" drops broken and degenerate files, "heavy" has
+the reference's thresholds; or a JSON file such as {"silent_interval": {"max_silence_s": 30}}."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

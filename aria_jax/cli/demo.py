@@ -65,8 +65,8 @@ def steps_before_generation(out: Path, midi: str | None, workers: int) -> list[S
     split = ["--split-column", "split", "--label", "composer", "--json"]
     steps = []
     if midi is None:
-        steps.append(Step("sample", "render real scores to MIDI",
-                          ["data", "sample", corpus, "--workers", str(workers), "--json"]))  # fmt: skip
+        sample = ["data", "sample", corpus, "--workers", str(workers), "--json"]
+        steps.append(Step("sample", "render real scores to MIDI", sample))
     steps += [
         Step("build", "tokenise into shards",
              ["data", "build", corpus, data, "--filters", "none", "--val-fraction", "0.25",
@@ -177,7 +177,7 @@ def _captured(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) ->
 
 
 def _held_out_piece(data: Path, corpus: Path) -> Path:
-    """The MIDI file of the validation piece nearest to 300 notes: long enough, and quick to show."""
+    """The MIDI file of the held-out piece nearest to 300 notes: long enough, and quick to show."""
     from data_pipeline.shards import TokenShards
 
     shards = TokenShards(data, "val")

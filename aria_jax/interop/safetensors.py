@@ -82,7 +82,7 @@ def import_model(
         max_seq_len: context length; 8192, or 2048 for an embedding or class head, by default.
 
     Raises:
-        UserError: not a safetensors file, or tensors missing, unknown or of wrong shape (all named).
+        UserError: not a safetensors file, or tensors missing or unknown (all named) or misshapen.
     """
     from safetensors import SafetensorError, safe_open
 

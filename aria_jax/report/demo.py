@@ -54,9 +54,9 @@ def write_demo_report(path: Path, demo: DemoResults) -> None:
     """Writes the page; every number on it comes from `demo.results` or the runs' metrics."""
     build = demo.results["build"]
     intro = paragraph(
-        f"{build['n_accepted']:,} pieces, {build['hours']:.1f} hours, {build['n_tokens']:,} tokens; "
-        f"{build['n_train']} to learn from, {build['n_val']} held out, no composition on both "
-        "sides. Everything below was computed by the run that wrote this page."
+        f"{build['n_accepted']:,} pieces, {build['hours']:.1f} hours, "
+        f"{build['n_tokens']:,} tokens; {build['n_train']} to learn from, {build['n_val']} held "
+        "out, no composition on both sides. Everything below was computed by the run that wrote this page."
     )
     sections = [
         _training(demo),

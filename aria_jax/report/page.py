@@ -12,8 +12,10 @@ h1 { font-size: 1.9rem; margin-bottom: .2rem } h2 { margin-top: 2.6rem; font-siz
 svg { max-width: 100%; height: auto } .row { display: flex; flex-wrap: wrap; gap: 1rem }
 .row > * { flex: 1 1 380px }
 table { border-collapse: collapse } td, th { padding: .3rem .9rem .3rem 0; text-align: left;
-       border-bottom: 1px solid #ddd } td.number { text-align: right; font-variant-numeric: tabular-nums }
-pre { background: #f5f5f2; padding: .8rem 1rem; overflow-x: auto; border-radius: 4px; font-size: .85rem }
+       border-bottom: 1px solid #ddd }
+td.number { text-align: right; font-variant-numeric: tabular-nums }
+pre { background: #f5f5f2; padding: .8rem 1rem; overflow-x: auto; border-radius: 4px;
+      font-size: .85rem }
 .note { color: #555 } .best { font-weight: 600 }
 """
 

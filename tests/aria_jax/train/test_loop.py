@@ -26,9 +26,11 @@ def config(task="pretrain", *settings):
     if task == "contrastive":
         model = dataclasses.replace(model, emb_size=16)
     made = dataclasses.replace(made, model=model, mesh=MeshConfig(1, 1, 1))
-    common = ["seq_len=64", "global_batch=8", "steps=4", "log_every=1", "eval_every=1000",
-              "eval_batches=2", "min_slice_notes=8", "max_slice_notes=16", "warmup_steps=2"]  # fmt: skip
-    return with_overrides(made, [*common, *settings])
+    common = (
+        "seq_len=64 global_batch=8 steps=4 log_every=1 eval_every=1000 eval_batches=2 "
+        "min_slice_notes=8 max_slice_notes=16 warmup_steps=2"
+    )
+    return with_overrides(made, [*common.split(), *settings])
 
 
 class Recorder:
@@ -142,7 +144,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(corpus, tmp_path):
             path.write_bytes(b"")
     with pytest.warns(UserWarning, match="checkpoint 4 is damaged"):
         result = run(
-            config("pretrain", "checkpoint_every=2"), corpus, tmp_path, should_stop=lambda step: True
+            config("pretrain", "checkpoint_every=2"),
+            corpus,
+            tmp_path,
+            should_stop=lambda step: True,
         )
     assert result.final_step == 3
 

@@ -1,0 +1,70 @@
+"""What the tokens of Aria's vocabulary are made of: instruments, labels, and quantised times.
+
+Reference: ariautils config.json ("abs") and tokenizer/absolute.py.
+"""
+
+from enum import IntEnum
+
+import numpy as np
+
+SEGMENT_MS = 5000
+STEP_MS = 10
+VELOCITY_STEP = 10
+DRUM_VELOCITY = 60
+LOWEST_DRUM, HIGHEST_DRUM = 35, 81
+
+# General MIDI families of eight programs. The reference maps program 7 // 8 = 0 to piano and so on.
+FAMILIES = (
+    "piano", "chromatic", "organ", "guitar", "bass", "strings", "ensemble", "brass", "reed", "pipe",
+    "synth_lead", "synth_pad", "synth_effect", "ethnic", "percussive", "sfx",
+)  # fmt: skip
+IGNORED = {"chromatic", "synth_pad", "synth_effect", "ethnic", "percussive", "sfx"}
+INSTRUMENTS = tuple(family for family in FAMILIES if family not in IGNORED)
+# The program that an instrument is played with when ids become MIDI again.
+PROGRAMS = {"piano": 0, "organ": 16, "guitar": 24, "bass": 32, "strings": 40, "ensemble": 48,
+            "brass": 56, "reed": 64, "pipe": 73, "synth_lead": 80}  # fmt: skip
+LABELS = {
+    "composer": ("bach", "beethoven", "mozart", "chopin", "rachmaninoff", "liszt", "debussy",
+                 "schubert", "brahms", "ravel", "satie", "scarlatti"),
+    "form": ("sonata", "prelude", "nocturne", "étude", "waltz", "mazurka", "impromptu", "fugue"),
+    "genre": ("jazz", "classical"),
+}  # fmt: skip
+SPECIAL = ("<S>", "<E>", "<P>", "<U>", "<D>", "<T>")
+
+
+class Kind(IntEnum):
+    """What a token says."""
+
+    SPECIAL = 0
+    TIME = 1
+    PREFIX = 2
+    NOTE = 3
+    DRUM = 4
+    DUR = 5
+    ONSET = 6
+    PEDAL = 7
+
+
+def nearest(n_values: int, limit: int, step: int) -> np.ndarray:
+    """For 0..limit, the index of the closest of 0, step, 2 step, … ; int64 [limit + 1].
+
+    Ties fall as the reference's binary search lets them fall: the value it met first wins.
+    """
+    numbers = np.arange(limit + 1)
+    left, right = np.zeros_like(numbers), np.full_like(numbers, n_values - 1)
+    best = np.zeros_like(numbers)
+    while np.any(active := left <= right):
+        middle = (left + right) // 2
+        closer = active & (np.abs(middle * step - numbers) < np.abs(best * step - numbers))
+        best = np.where(closer, middle, best)
+        below = middle * step < numbers
+        left = np.where(active & below, middle + 1, left)
+        right = np.where(active & ~below, middle - 1, right)
+    return best
+
+
+# Value -> index of its token within the block of durations, onsets or velocities.
+DUR_INDEX = nearest(SEGMENT_MS // STEP_MS + 1, SEGMENT_MS, STEP_MS)
+ONSET_INDEX = nearest(SEGMENT_MS // STEP_MS, SEGMENT_MS - 1, STEP_MS)
+VELOCITY_INDEX = nearest(13, 127, VELOCITY_STEP)
+VELOCITY_INDEX[1:] = np.maximum(VELOCITY_INDEX[1:], 1)  # a played note never becomes silent
