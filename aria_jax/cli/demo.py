@@ -20,12 +20,12 @@ stopped.
 example:
   aria-jax demo demo-out"""
 
-# Small enough for two CPU cores; the report says how much longer to train for more.
-PRETRAIN = "steps=300 warmup_steps=30 eval_every=100 checkpoint_every=100 peak_lr=2e-3"
-CONTRASTIVE = (
-    "steps=120 warmup_steps=10 eval_every=60 checkpoint_every=60 peak_lr=1e-3 global_batch=16 "
-    "seq_len=256 min_slice_notes=60 max_slice_notes=85"
-)
+# Small enough for two CPU cores and a few minutes.
+PRETRAIN = "steps=200 warmup_steps=20 eval_every=50 checkpoint_every=50 peak_lr=2e-3"
+_SLICES = "peak_lr=1e-3 global_batch=16 seq_len=256 min_slice_notes=60 max_slice_notes=85"
+CONTRASTIVE = f"steps=60 warmup_steps=10 eval_every=20 checkpoint_every=20 {_SLICES}"
+UNTRAINED = f"steps=0 {_SLICES}"
+GENERATE = "--seconds 15 --n 2 --max-tokens 384"
 EMBED = "--slice-notes 85 --max-tokens 256"
 
 
@@ -80,7 +80,7 @@ def steps_before_generation(out: Path, midi: str | None, workers: int) -> list[S
               *CONTRASTIVE.split()]),
         Step("untrained", "the same network, untrained",
              ["train", "contrastive", "--data", data, "--workdir", str(out / "untrained"),
-              "--preset", "tiny", "--json", *CONTRASTIVE.replace("steps=120", "steps=0").split()]),
+              "--preset", "tiny", "--json", *UNTRAINED.split()]),
     ]  # fmt: skip
     sources = {
         "contrastive": ["--checkpoint", str(out / "contrastive")],
@@ -102,8 +102,8 @@ def generation_step(out: Path, prompt: Path) -> Step:
     return Step(
         "generate",
         "continue a held-out piece",
-        ["generate", "--checkpoint", str(out / "pretrain"), "--prompt", str(prompt), "--seconds",
-         "15", "--n", "2", "--max-tokens", "384", "--out", str(out / "continuation"), "--json"],
+        ["generate", "--checkpoint", str(out / "pretrain"), "--prompt", str(prompt),
+         *GENERATE.split(), "--out", str(out / "continuation"), "--json"],
     )  # fmt: skip
 
 

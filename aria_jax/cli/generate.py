@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
         "prompt_ids": prompt.tolist(),
         "n_notes": [c.n_notes for c in continuations],
         "seconds": [c.seconds for c in continuations],
-        "ended": [c.ended for c in continuations],
+        "ended": [bool(c.ended) for c in continuations],
         "files": files,
     }
     lines = [

@@ -18,18 +18,9 @@ VERBS = {
     "data": ("data", "build, inspect and sample training data"),
     "train": ("train", "pretrain, continue, contrastive, classify"),
     "generate": ("generate", "continue a performance"),
-    "score": ("score", "negative log-likelihood of performances under a model"),
     "embed": ("embed", "one embedding per file, as Parquet"),
     "probe": ("probe", "how much a linear classifier reads from embeddings"),
-    "retrieve": ("retrieve", "retrieval metrics of embeddings: MRR, Hit@k"),
-    "search": ("search", "the performances nearest to a query"),
-    "bench-suite": (
-        "bench_suite",
-        "every labelled task in a folder, beside the paper's table",
-    ),
     "convert": ("convert", "weights from and to published PyTorch checkpoints"),
-    "listening-test": ("listening_test", "blinded A/B pages, and the analysis of their votes"),
-    "compile": ("compile", "what a step costs on a TPU pod, compiled here"),
     "demo": ("demo", "the whole story on a small corpus, ending in an HTML report"),
 }
 

@@ -56,7 +56,8 @@ def write_demo_report(path: Path, demo: DemoResults) -> None:
     intro = paragraph(
         f"{build['n_accepted']:,} pieces, {build['hours']:.1f} hours, "
         f"{build['n_tokens']:,} tokens; {build['n_train']} to learn from, {build['n_val']} held "
-        "out, no composition on both sides. Everything below was computed by the run that wrote this page."
+        "out, no composition on both sides. Everything below was computed by the run that wrote "
+        "this page."
     )
     sections = [
         _training(demo),

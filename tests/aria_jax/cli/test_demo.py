@@ -1,0 +1,73 @@
+"""The demo's stages on self-made pieces: it ends with a report, goes on where it was stopped."""
+
+import json
+
+import numpy as np
+import pytest
+
+from aria_jax.cli import demo
+from aria_jax.cli.main import main
+from data_pipeline.midi import NOTE, Performance, write_midi
+
+
+@pytest.fixture(scope="module")
+def pieces(tmp_path_factory):
+    """24 pieces by two made-up composers: one plays low and slow, the other high and fast."""
+    folder, rng, rows = tmp_path_factory.mktemp("pieces"), np.random.default_rng(0), []
+    for i in range(24):
+        fast = i % 2
+        notes = np.zeros(120, NOTE)
+        notes["start"] = np.cumsum(rng.integers(80, 200, 120) * (1 if fast else 3))
+        notes["end"] = notes["start"] + 150
+        notes["pitch"] = rng.integers(70, 90, 120) if fast else rng.integers(40, 60, 120)
+        notes["velocity"] = 70
+        write_midi(Performance(500, notes), folder / f"{i}.mid")
+        composer = "presto" if fast else "lento"
+        rows.append({"path": f"{i}.mid", "composer": composer, "composition": f"work {i}"})
+    (folder / "metadata.json").write_text(json.dumps(rows))
+    return folder
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    monkeypatch.setattr(
+        demo, "PRETRAIN",
+        "steps=2 d_model=16 n_heads=2 n_layers=1 seq_len=64 global_batch=8 mesh.data=8",
+    )  # fmt: skip
+    monkeypatch.setattr(
+        demo, "CONTRASTIVE",
+        "steps=60 d_model=16 n_heads=2 n_layers=1 seq_len=128 global_batch=8 mesh.data=8 "
+        "min_slice_notes=20 max_slice_notes=30".replace("steps=60", "steps=2"),
+    )  # fmt: skip
+    monkeypatch.setattr(demo, "UNTRAINED", demo.CONTRASTIVE.replace("steps=2", "steps=0", 1))
+    monkeypatch.setattr(demo, "GENERATE", "--seconds 2 --n 1 --max-tokens 32")
+
+
+def test_ends_with_a_report_and_repeats_nothing(pieces, quick, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["demo", str(out), "--midi", str(pieces), "--workers", "1"]) == 0
+    page = (out / "report.html").read_text()
+    probe = json.loads((out / "steps" / "probe-contrastive.json").read_text())["result"]
+    assert f"{probe['accuracy']:.3f}" in page and f"{probe['macro_f1']:.3f}" in page
+    assert page.count("<svg") >= 6 and "aria-jax train contrastive" in page
+    assert list((out / "continuation").glob("*.mid"))
+    capsys.readouterr()
+    (out / "steps" / "generate.json").unlink()
+    assert main(["demo", str(out), "--midi", str(pieces), "--workers", "1"]) == 0
+    shown = capsys.readouterr().err
+    n_steps = len(demo.steps_before_generation(out, str(pieces), 1))
+    assert shown.count("done before") == n_steps and "aria-jax generate" in shown
+
+
+def test_a_stopped_step_tells_how_to_go_on(pieces, quick, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("aria_jax.train.loop._Watch.flush", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        main(["demo", str(tmp_path / "out"), "--midi", str(pieces), "--workers", "1"])
+    assert (tmp_path / "out" / "steps" / "build.json").exists()
+    assert not (tmp_path / "out" / "steps" / "pretrain.json").exists()
+
+
+def test_a_file_in_the_way_is_explained(tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert main(["demo", str(tmp_path / "out")]) == 2
+    assert "is a file" in capsys.readouterr().err
