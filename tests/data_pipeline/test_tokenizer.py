@@ -1,0 +1,115 @@
+"""Tokens: the round trip, slices, and every option."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.errors import InvalidMidi, UserError
+from data_pipeline.midi import NOTE, PEDAL, PROGRAM, Performance
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.vocabulary import INSTRUMENTS, PROGRAMS, Kind
+from tests.corpora import random_performance
+
+ARIA = Tokenizer.preset("aria")
+
+
+def ensemble(seed: int, n: int) -> Performance:
+    """Several instruments and drums on a 10 ms grid, every value one that a token has."""
+    rng = np.random.default_rng(seed)
+    names = rng.choice(INSTRUMENTS, 3, replace=False)
+    notes = np.zeros(n, NOTE)
+    notes["start"] = np.cumsum(rng.integers(0, 120, n)) * 10
+    notes["start"] -= notes["start"][0]
+    notes["channel"] = rng.choice([0, 1, 2, 9], n)
+    drum = notes["channel"] == 9
+    notes["pitch"] = np.where(drum, rng.integers(35, 82, n), rng.integers(0, 128, n))
+    notes["velocity"] = np.where(drum, 60, rng.integers(1, 13, n) * 10)
+    notes["end"] = notes["start"] + np.where(drum, 10, rng.integers(1, 501, n) * 10)
+    programs = np.array([(0, PROGRAMS[name], c) for c, name in enumerate(names)], PROGRAM)
+    return Performance(500, notes, programs=programs)
+
+
+def rows(performance):
+    families = {int(r["channel"]): int(r["program"]) // 8 for r in performance.programs}
+    return sorted(
+        (
+            int(n["start"]), int(n["end"]), int(n["pitch"]), int(n["velocity"]),
+            -1 if n["channel"] == 9 else families[int(n["channel"])],
+        )
+        for n in performance.notes
+    )  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 200))
+def test_decoding_what_was_encoded_gives_it_back(seed, n):
+    performance = ensemble(seed, n)
+    assert rows(ARIA.decode(ARIA.encode(performance))) == rows(performance)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 200), st.data())
+def test_a_slice_of_ids_is_the_encoded_slice(seed, n, data):
+    performance = ensemble(seed, n)
+    start = data.draw(st.integers(0, n - 1))
+    stop = data.draw(st.integers(start + 1, n))
+    ids = ARIA.slice_notes(ARIA.encode(performance), start, stop).tolist()
+    expected = ARIA.encode(performance.slice_notes(start, stop)).tolist()
+    assert ids[ids.index(ARIA.bos_id) :] == expected[expected.index(ARIA.bos_id) :]
+
+
+def test_labels_become_prefix_tokens_in_a_drawn_order():
+    performance = random_performance(np.random.default_rng(0), 10)
+    labels = {"composer": "bach", "form": "fugue", "genre": "classical", "title": "x"}
+    ids = ARIA.encode(performance, labels=labels)
+    prefix = ids[: ids.tolist().index(ARIA.bos_id)]
+    assert prefix.tolist() == sorted(prefix.tolist()) and len(prefix) == 4
+    orders = {
+        tuple(ARIA.encode(performance, labels=labels, rng=np.random.default_rng(s))[:4].tolist())
+        for s in range(20)
+    }
+    assert len(orders) > 1 and {frozenset(o) for o in orders} == {frozenset(prefix.tolist())}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_ending_is_announced_before_an_event_about_100_tokens_from_the_end(seed):
+    performance = random_performance(np.random.default_rng(seed), 120)
+    ids = ARIA.encode(performance, add_dim=True, rng=np.random.default_rng(seed)).tolist()
+    at = ids.index(ARIA.dim_id)
+    assert 88 <= len(ids) - at <= 116
+    assert ARIA.kind[ids[at + 1]] in (Kind.NOTE, Kind.TIME)
+    without = [i for i in ids if i != ARIA.dim_id]
+    assert without == ARIA.encode(performance).tolist()
+    short = random_performance(np.random.default_rng(seed), 40)
+    assert ARIA.dim_id not in ARIA.encode(short, add_dim=True)
+
+
+def test_the_pedal_preset_writes_pedal_events_and_takes_piano_only():
+    pedal = Tokenizer.preset("pedal")
+    notes = np.array([(60, 60, 0, 0, 100)], NOTE)
+    pedals = np.array([(0, 127, 0), (500, 0, 0)], PEDAL)
+    tokens = [pedal.tokens[i] for i in pedal.encode(Performance(500, notes, pedals))]
+    assert tokens[2:] == [
+        ("piano", 60, 60), ("onset", 0), ("dur", 500), "<PED_ON>", ("onset", 0),
+        "<PED_OFF>", ("onset", 500), "<E>",
+    ]  # fmt: skip
+    back = pedal.decode(pedal.encode(Performance(500, notes, pedals)))
+    assert back.pedals["tick"].tolist() == [0, 500]
+    with pytest.raises(InvalidMidi, match="solo piano"):
+        pedal.encode(ensemble(0, 20))
+
+
+def test_unsupported_instruments_are_left_out_and_nothing_left_is_an_error():
+    notes = np.array([(60, 60, 0, 0, 100)], NOTE)
+    sfx = Performance(500, notes, programs=np.array([(0, 127, 0)], PROGRAM))
+    with pytest.raises(InvalidMidi, match="no notes of a supported instrument"):
+        ARIA.encode(sfx)
+
+
+def test_hashes_tell_presets_apart_and_ids_are_checked():
+    assert ARIA.hash != Tokenizer.preset("pedal").hash
+    with pytest.raises(UserError, match=r"0\.\.17726"):
+        ARIA.decode(np.array([17727]))
+    with pytest.raises(UserError, match="no token"):
+        ARIA.id_of(("piano", 60, 61))
