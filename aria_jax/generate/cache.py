@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from aria_jax.generate.weights import DecoderWeights
-from aria_jax.models.transformer import finish_block, layer_norm, project_qkv, rope_tables
+from aria_jax.generate.weights import DecoderWeights, LayerWeights
+from aria_jax.models.transformer import finish_block, layer_norm, rope_tables, split_heads
 from aria_jax.sharding import LOGICAL_RULES
 
 QUERY_CHUNK = 256
@@ -44,6 +44,15 @@ class PromptCache:
     next_position: jax.Array
 
 
+def _queries_keys_values(
+    block: LayerWeights, x_RxLxD: jax.Array, cos: jax.Array, sin: jax.Array, n_heads: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """[R, L, H, K] each; as `models.transformer.project_qkv`, of three separate matrices."""
+    y_RxLxD = layer_norm(x_RxLxD, block["norm1_scale"], block["norm1_bias"])
+    mixed = [y_RxLxD @ block[name] for name in ("query", "key", "value")]
+    return split_heads(jnp.stack(mixed, axis=2), cos, sin, n_heads)
+
+
 def _causal_attention(
     q_PxTxHxK: jax.Array, shared: LayerCache, visible_PxT: jax.Array
 ) -> jax.Array:
@@ -66,7 +75,7 @@ def _causal_attention(
 
 def _logits(weights: DecoderWeights, x_RxD: jax.Array) -> jax.Array:
     normed_RxD = layer_norm(x_RxD, weights.norm_scale_D, weights.norm_bias_D)
-    return (normed_RxD @ weights.head_DxV.astype(normed_RxD.dtype)).astype(jnp.float32)
+    return (normed_RxD @ weights.head).astype(jnp.float32)
 
 
 def prefill(
@@ -99,7 +108,7 @@ def prefill(
     cos, sin = rope_tables(slot_T[None], x_PxTxD.shape[-1] // weights.n_heads)
     layers = []
     for block in weights.blocks:
-        q, k, v = project_qkv(block, x_PxTxD, cos, sin, weights.n_heads)
+        q, k, v = _queries_keys_values(block, x_PxTxD, cos, sin, weights.n_heads)
         shared = LayerCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
         x_PxTxD = finish_block(block, x_PxTxD, _causal_attention(q, shared, visible_PxT))
         layers.append(shared)
@@ -190,7 +199,7 @@ def decode_step(
     cos, sin = rope_tables(position, x_Rx1xD.shape[-1] // weights.n_heads)
     layers = []
     for block, shared, past in zip(weights.blocks, prompt.layers, own, strict=True):
-        q, k, v = project_qkv(block, x_Rx1xD, cos, sin, weights.n_heads)
+        q, k, v = _queries_keys_values(block, x_Rx1xD, cos, sin, weights.n_heads)
         past = LayerCache(
             jax.lax.dynamic_update_slice_in_dim(past.keys, k[:, 0, :, None], filled, axis=2),
             jax.lax.dynamic_update_slice_in_dim(past.values, v[:, 0, :, None], filled, axis=2),

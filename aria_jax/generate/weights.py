@@ -7,12 +7,13 @@ import flax.struct
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from aria_jax.generate.quantize import Int8Matrix, quantize
+from aria_jax.generate.quantize import DecodingMatrix, quantize
 from aria_jax.models.heads import Model
 from data_pipeline.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "int8"]
-MATRICES = ("qkv", "out", "gate", "up", "down")
+LayerWeights = dict[str, jax.Array | DecodingMatrix]
+"""One block: query, key, value, out, gate, up and down matrices, and the norms' vectors [D]."""
 
 
 @flax.struct.dataclass
@@ -21,43 +22,57 @@ class DecoderWeights:
 
     Attributes:
         embedding_VxD: token embeddings; their dtype is that of the activations.
-        blocks: `models.transformer.LayerWeights` in order; matrices may be `Int8Matrix`.
+        blocks: in order.
         norm_scale_D, norm_bias_D: the last norm.
-        head_DxV: logits.
+        head: logits.
         adapter_ExD: maps a conditioning embedding to a first "token"; None where there is none.
         n_heads: attention heads.
         max_seq_len: positions the model was made for.
     """
 
     embedding_VxD: jax.Array
-    blocks: tuple[dict[str, jax.Array | Int8Matrix], ...]
+    blocks: tuple[LayerWeights, ...]
     norm_scale_D: jax.Array
     norm_bias_D: jax.Array
-    head_DxV: jax.Array | Int8Matrix
+    head: DecodingMatrix
     adapter_ExD: jax.Array | None
     n_heads: int = flax.struct.field(pytree_node=False)
     max_seq_len: int = flax.struct.field(pytree_node=False)
 
 
-@partial(jax.jit, static_argnames=("layer", "precision", "sharding"))
-def _of_layer(stacked, *, layer: int, precision: Precision, sharding: NamedSharding | None):
-    return _in_precision(_placed(stacked[layer], sharding), precision)
+@partial(jax.jit, static_argnames=("precision", "sharding"))
+def _rows(
+    matrix_IxO: jax.Array, *, precision: Precision, sharding: NamedSharding | None
+) -> DecodingMatrix:
+    rows_OxI = matrix_IxO.T
+    if sharding is not None:
+        rows_OxI = jax.lax.with_sharding_constraint(rows_OxI, sharding)
+    return quantize(rows_OxI) if precision == "int8" else DecodingMatrix(rows_OxI.astype(precision))
 
 
-@partial(jax.jit, static_argnames="precision")
-def _in_precision(matrix: jax.Array, precision: Precision) -> jax.Array | Int8Matrix:
-    return quantize(matrix) if precision == "int8" else matrix.astype(precision)
+def _matrix(array: jax.Array, precision: Precision, index: tuple = ()) -> DecodingMatrix:
+    """The matrix array[index] in its decoding form, spread over the mesh as the array is."""
+    sharding = None
+    if isinstance(array.sharding, NamedSharding) and array.sharding.mesh.size > 1:
+        spec = [*array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec))]
+        taken = [*index, *[slice(None)] * (array.ndim - len(index))]
+        inputs, outputs = (
+            axis for axis, place in zip(spec, taken, strict=True) if isinstance(place, slice)
+        )
+        sharding = NamedSharding(array.sharding.mesh, PartitionSpec(outputs, inputs))
+    return _rows(array[index], precision=precision, sharding=sharding)
 
 
-def _placed(array: jax.Array, sharding: NamedSharding | None) -> jax.Array:
-    return array if sharding is None else jax.lax.with_sharding_constraint(array, sharding)
-
-
-def _layer_sharding(stacked: jax.Array) -> NamedSharding | None:
-    """How one layer of a stacked parameter is spread: as the stack, without its first axis."""
-    if not isinstance(stacked.sharding, NamedSharding) or stacked.sharding.mesh.size == 1:
-        return None
-    return NamedSharding(stacked.sharding.mesh, PartitionSpec(*stacked.sharding.spec[1:]))
+def _block(stacked: dict[str, jax.Array], layer: int, precision: Precision) -> LayerWeights:
+    every = slice(None)
+    matrices = {
+        name: _matrix(stacked["qkv"], precision, (layer, every, part))
+        for part, name in enumerate(("query", "key", "value"))
+    }
+    for name in ("out", "gate", "up", "down"):
+        matrices[name] = _matrix(stacked[name], precision, (layer,))
+    vectors = {name: array[layer] for name, array in stacked.items() if name.startswith("norm")}
+    return {**matrices, **vectors}
 
 
 def decoder_weights(model: Model, precision: Precision = "float32") -> DecoderWeights:
@@ -74,28 +89,15 @@ def decoder_weights(model: Model, precision: Precision = "float32") -> DecoderWe
             "a language model, as `aria-jax train pretrain` makes"
         )
     stacked = model.backbone.blocks.stacked()
-    blocks = tuple(
-        {
-            name: _of_layer(
-                array,
-                layer=layer,
-                precision=precision if name in MATRICES else "float32",
-                sharding=_layer_sharding(array),
-            )
-            for name, array in stacked.items()
-        }
-        for layer in range(model.config.n_layers)
-    )
-    activations: Precision = "float32" if precision == "int8" else precision
+    activations = "float32" if precision == "int8" else precision
+    adapter = None if model.adapter is None else model.adapter[...].astype(activations)
     return DecoderWeights(
-        embedding_VxD=_in_precision(model.backbone.embedding[...], activations),
-        blocks=blocks,
+        embedding_VxD=model.backbone.embedding[...].astype(activations),
+        blocks=tuple(_block(stacked, i, precision) for i in range(model.config.n_layers)),
         norm_scale_D=model.backbone.norm_scale[...],
         norm_bias_D=model.backbone.norm_bias[...],
-        head_DxV=_in_precision(model.head[...], precision),
-        adapter_ExD=None
-        if model.adapter is None
-        else _in_precision(model.adapter[...], activations),
+        head=_matrix(model.head[...], precision),
+        adapter_ExD=adapter,
         n_heads=model.config.n_heads,
         max_seq_len=model.config.max_seq_len,
     )

@@ -2,7 +2,7 @@
 
 All weights of one kind are one array with the layer as its leading axis, so that the layers are
 one `lax.scan` and one sharding rule serves them all. A block is made of pure functions on one
-layer's weights (`project_qkv`, `finish_block`), which the KV-cache decoder uses too.
+layer's weights (`project_qkv`, `finish_block`), whose parts the KV-cache decoder uses too.
 
 Sizes: B batch, L length, D d_model, H heads, K head width, F feed-forward, V vocabulary, N layers.
 """
@@ -145,10 +145,17 @@ def project_qkv(
     weights: LayerWeights, x_BxLxD: jax.Array, cos: jax.Array, sin: jax.Array, n_heads: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """First norm, then queries and keys (rotated) and values, each [B, L, H, K]."""
-    batch, length, d_model = x_BxLxD.shape
     y = layer_norm(x_BxLxD, weights["norm1_scale"], weights["norm1_bias"])
     qkv = jnp.einsum("bld,dce->blce", y, weights["qkv"].astype(y.dtype))
-    qkv = qkv.reshape(batch, length, 3, n_heads, d_model // n_heads)
+    return split_heads(qkv, cos, sin, n_heads)
+
+
+def split_heads(
+    qkv_BxLx3xD: jax.Array, cos: jax.Array, sin: jax.Array, n_heads: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries and keys, rotated, and values, each [B, L, H, K]."""
+    batch, length, _, d_model = qkv_BxLx3xD.shape
+    qkv = qkv_BxLx3xD.reshape(batch, length, 3, n_heads, d_model // n_heads)
     return (
         apply_rope(qkv[:, :, 0], cos, sin),
         apply_rope(qkv[:, :, 1], cos, sin),

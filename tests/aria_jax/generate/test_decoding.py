@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from aria_jax.config import MeshConfig
 from aria_jax.generate.cache import decode_step, empty_cache, prefill
 from aria_jax.generate.decoding import Decoding, decode
+from aria_jax.generate.quantize import DecodingMatrix, quantize
 from aria_jax.generate.sampler import Greedy, MinP, RepetitionPenalty, Temperature
 from aria_jax.generate.weights import decoder_weights
 from aria_jax.sharding import make_mesh, parameter_shardings
@@ -123,12 +124,11 @@ def test_stops_at_the_end_of_each_sequence(tiny_model, piano_prompt):
     """A model made to love <E>: sequences end at their own time and are padded after it."""
     weights = decoder_weights(tiny_model)
     weights = weights.replace(
-        head_DxV=jnp.zeros_like(weights.head_DxV),
+        # exp(6) against 1,536 notes of weight 1: about one event in five is <E>.
+        head=DecodingMatrix(jnp.zeros_like(weights.head.rows_OxI).at[ARIA.eos_id, 0].set(6.0)),
         norm_scale_D=weights.norm_scale_D.at[0].set(0.0),
         norm_bias_D=weights.norm_bias_D.at[0].set(1.0),
     )
-    # exp(6) against 1,536 notes of weight 1: about one event in five is <E>.
-    weights = weights.replace(head_DxV=weights.head_DxV.at[0, ARIA.eos_id].set(6.0))
     *_, ids = decode(
         weights,
         ARIA,
@@ -200,7 +200,9 @@ def test_mesh_equals_one_device(random_model, piano_prompt):
     graph, state = nnx.split(model)
     state = jax.device_put(state, parameter_shardings(state, mesh))
     sharded = nnx.merge(graph, state)
-    assert decoder_weights(sharded).blocks[0]["up"].sharding.spec == PartitionSpec("fsdp", "tensor")
+    assert decoder_weights(sharded).blocks[0]["up"].rows_OxI.sharding.spec == PartitionSpec(
+        "tensor", "fsdp"
+    )
     ids = generate(sharded, piano_prompt, n=4, max_tokens=24, mesh=mesh)
     np.testing.assert_array_equal(ids, expected)
 
@@ -220,6 +222,15 @@ def test_low_precision_is_close(tiny_model, piano_prompt, precision, tolerance):
     assert float(jnp.abs(low - exact).mean() / exact.std()) < tolerance
     ids = generate(tiny_model, piano_prompt, precision=precision, max_tokens=12)
     assert ids.shape == (1, 12)
+
+
+def test_int8_rows_are_within_half_a_step():
+    rows = jax.random.normal(jax.random.key(0), (3, 64)) * jnp.array([1.0, 10.0, 0.0])[:, None]
+    matrix = quantize(rows)
+    assert matrix.rows_OxI.dtype == jnp.int8
+    restored = jnp.eye(64) @ matrix
+    assert (jnp.abs(restored.T - rows) <= matrix.scale_O[:, None] / 2 * 1.0001).all()
+    assert (restored[:, 2] == 0).all()
 
 
 @pytest.mark.parametrize(

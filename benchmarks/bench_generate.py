@@ -1,0 +1,257 @@
+"""Decoding speed against what the memory allows, batch 1: `python benchmarks/bench_generate.py`.
+
+One process measures everything: the ceiling (a large matrix-vector product, which reads memory as
+decoding does), cached decoding in each precision, the grammar's cost, and, where PyTorch is
+installed, a plain key-value-cache loop of the same network in it.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from aria_jax.config import MODELS, ComputeConfig
+from aria_jax.generate.cache import decode_step, empty_cache, prefill
+from aria_jax.generate.decoding import Decoding, decode
+from aria_jax.generate.sampler import MinP
+from aria_jax.generate.weights import DecoderWeights, decoder_weights
+from aria_jax.models.heads import build_model
+from data_pipeline.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.preset("aria")
+
+
+def best_seconds(call: Callable[[], object], repeats: int) -> float:
+    """Least wall time of `call` after one warm-up; what else runs on the machine only adds."""
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def memory_bandwidth(gigabytes: float, repeats: int) -> float:
+    """Bytes a second of one float32 matrix-vector product too large for any cache."""
+    rows = 8192
+    columns = int(gigabytes * 2**30 / 4 / rows)
+    matrix = jnp.ones((rows, columns))
+    vector = jnp.ones((1, rows))
+    product = jax.jit(jnp.matmul)
+    return matrix.nbytes / best_seconds(
+        lambda: product(vector, matrix).block_until_ready(), repeats
+    )
+
+
+def bytes_per_token(weights: DecoderWeights, cache_slots: int) -> int:
+    """What one step must read: every matrix (of the embedding one row), keys and values."""
+    leaves = jax.tree.leaves((weights.blocks, weights.head, weights.norm_scale_D))
+    d_model = weights.embedding_VxD.shape[1]
+    cache = 2 * len(weights.blocks) * cache_slots * d_model * weights.embedding_VxD.dtype.itemsize
+    return sum(leaf.nbytes for leaf in leaves) + cache
+
+
+def prompt_of(length: int) -> np.ndarray:
+    """A prompt of notes, 100 ms apart."""
+    ids = [TOKENIZER.id_of(("prefix", "instrument", "piano")), TOKENIZER.bos_id]
+    step = 0
+    while len(ids) < length:
+        if step and step % 50 == 0:
+            ids.append(TOKENIZER.time_id)
+        note = ("piano", 40 + step % 40, 60), ("onset", step % 50 * 100), ("dur", 200)
+        ids += [TOKENIZER.id_of(token) for token in note]
+        step += 1
+    return np.array(ids[: length - length % 3 + 2])
+
+
+def decode_seconds(
+    weights: DecoderWeights, prompt: np.ndarray, n_tokens: int, repeats: int, **settings
+) -> float:
+    """Seconds a token within the loop: the chunk after the first (prefill, compilation) one."""
+    decoding = Decoding(max_tokens=2 * n_tokens, chunk=n_tokens, sampler=MinP(), **settings)
+
+    def second_chunk() -> float:
+        chunks = decode(
+            weights, TOKENIZER, prompt, n_sequences=1, key=jax.random.key(0), settings=decoding
+        )
+        next(chunks)
+        start = time.perf_counter()
+        ids = next(chunks)
+        seconds = time.perf_counter() - start
+        if ids.shape[1] != 2 * n_tokens:
+            raise RuntimeError("the piece ended before it was measured")
+        return seconds / n_tokens
+
+    return min(second_chunk() for _ in range(repeats + 1))
+
+
+def grammar_share(weights: DecoderWeights, prompt: np.ndarray, n: int, repeats: int) -> float:
+    """Extra time a token that the grammar takes, as a share; the two sides alternate."""
+    pairs = [
+        [
+            decode_seconds(weights, prompt, n, 0, use_grammar=use_grammar)
+            for use_grammar in (False, True)
+        ]
+        for _ in range(repeats + 1)
+    ]
+    without, with_grammar = np.min(pairs, axis=0)
+    return with_grammar / without - 1
+
+
+def torch_seconds(model, n_prompt: int, n_tokens: int, repeats: int) -> float | None:
+    """Seconds a token of the same network with a key-value cache in PyTorch; None without it."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    from torch.nn import functional
+
+    def tensor(array):
+        return torch.from_numpy(np.array(array))
+
+    heads, width = model.config.n_heads, model.config.d_head
+    stacked = model.backbone.blocks.stacked()
+    # nn.Linear keeps its matrices output by input.
+    blocks = [
+        {
+            name: tensor(
+                np.asarray(array[i]).reshape(array.shape[1], -1).T if array.ndim > 2 else array[i]
+            ).contiguous()
+            for name, array in stacked.items()
+        }
+        for i in range(model.config.n_layers)
+    ]
+    embedding, head = tensor(model.backbone.embedding[...]), tensor(model.head[...].T).contiguous()
+    norm = tensor(model.backbone.norm_scale[...]), tensor(model.backbone.norm_bias[...])
+    slots = n_prompt + n_tokens
+    cache = torch.zeros(len(blocks), 2, 1, heads, slots, width)
+    frequency = 500_000.0 ** (-torch.arange(0, width, 2) / width)
+    angle = torch.arange(slots)[:, None] * frequency
+    cos, sin = angle.cos(), angle.sin()
+
+    def rotate(x, at):
+        a, b = x.chunk(2, -1)
+        c, s = cos[at], sin[at]
+        return torch.cat([a * c - b * s, b * c + a * s], -1)
+
+    @torch.inference_mode()
+    def step(ids, at):
+        x = embedding[ids]
+        for number, block in enumerate(blocks):
+            y = functional.layer_norm(x, x.shape[-1:], block["norm1_scale"], block["norm1_bias"])
+            q, k, v = (
+                functional.linear(y, block["qkv"]).reshape(-1, 3, heads, width).permute(1, 2, 0, 3)
+            )
+            cache[number, 0, 0, :, at], cache[number, 1, 0, :, at] = rotate(k, at), v
+            k, v = cache[number, :, :, :, : at[-1] + 1]
+            y = functional.scaled_dot_product_attention(
+                rotate(q, at)[None], k, v, is_causal=len(at) > 1
+            )
+            x = x + functional.linear(y[0].transpose(0, 1).reshape(len(at), -1), block["out"])
+            y = functional.layer_norm(x, x.shape[-1:], block["norm2_scale"], block["norm2_bias"])
+            y = functional.silu(functional.linear(y, block["gate"])) * functional.linear(
+                y, block["up"]
+            )
+            x = x + functional.linear(y, block["down"])
+        return functional.linear(functional.layer_norm(x[-1:], x.shape[-1:], *norm), head)
+
+    def loop():
+        logits = step(torch.zeros(n_prompt, dtype=torch.long), torch.arange(n_prompt))
+        start = time.perf_counter()
+        for i in range(n_prompt, slots):
+            # Min-p sampling, as the reference samples.
+            probabilities = torch.softmax(logits / 0.98, -1)
+            probabilities[probabilities < 0.035 * probabilities.max()] = 0
+            token = torch.multinomial(probabilities, 1)[0]
+            logits = step(token, torch.tensor([i]))
+        return (time.perf_counter() - start) / n_tokens
+
+    return min(loop() for _ in range(repeats + 1))
+
+
+def check_same_network(weights: DecoderWeights, model, prompt: np.ndarray) -> None:
+    """Raises where cached decoding is not the network: a fast wrong answer is no speed."""
+    padded = np.full(-(-len(prompt) // 256) * 256, TOKENIZER.pad_id)
+    padded[: len(prompt)] = prompt
+    _, cache = jax.jit(prefill)(weights, jnp.asarray(padded), jnp.int32(len(prompt)))
+    token = jnp.array([TOKENIZER.first_note_id])
+    logits, _ = jax.jit(decode_step)(
+        weights, cache, empty_cache(weights, 1, 8), token, jnp.int32(0)
+    )
+    expected = model(jnp.append(jnp.asarray(prompt), token)[None])[0, -1]
+    np.testing.assert_allclose(logits[0], expected, atol=1e-3)
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--preset", default="medium", choices=sorted(MODELS))
+    parser.add_argument("--precisions", default="float32", help="comma-separated (float32)")
+    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (512)")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens measured (64)")
+    parser.add_argument("--repeats", type=int, default=3, help="best of 1 + this many (3)")
+    parser.add_argument("--json", action="store_true", help="one JSON line")
+    args = parser.parse_args()
+    model = build_model(MODELS[args.preset], ComputeConfig(), rngs=nnx.Rngs(0))
+    prompt = prompt_of(args.prompt)
+    result: dict[str, object] = {"preset": args.preset, "device": jax.devices()[0].device_kind}
+    result["prompt_tokens"] = len(prompt)
+    bandwidth = memory_bandwidth(1.0, args.repeats + 2)
+    result["bandwidth_gb_s"] = bandwidth / 1e9
+    for precision in args.precisions.split(","):
+        weights = decoder_weights(model, precision)
+        if precision == "float32":
+            check_same_network(weights, model, prompt)
+            share = grammar_share(weights, prompt, args.tokens, args.repeats)
+            result["grammar_share"] = share
+        seconds = decode_seconds(weights, prompt, args.tokens, args.repeats)
+        slots = -(-len(prompt) // 256) * 256 + -(-2 * args.tokens // 256) * 256
+        read = bytes_per_token(weights, slots)
+        # The ceiling is measured on both sides of the run, and the higher one counts.
+        bandwidth = max(bandwidth, memory_bandwidth(1.0, args.repeats + 2))
+        result[precision] = {
+            "tokens_per_s": 1 / seconds,
+            "limit_tokens_per_s": bandwidth / read,
+            "share_of_limit": read / seconds / bandwidth,
+            "gb_per_token": read / 1e9,
+        }
+        del weights
+    result["bandwidth_gb_s"] = bandwidth / 1e9
+    torch_time = torch_seconds(model, len(prompt), args.tokens, args.repeats)
+    result["torch_tokens_per_s"] = None if torch_time is None else 1 / torch_time
+    print(json.dumps(result) if args.json else _table(result))
+
+
+def _table(result: dict) -> str:
+    lines = [
+        f"{result['preset']} on {result['device']}, batch 1, "
+        f"prompt of {result['prompt_tokens']} tokens",
+        f"memory-bandwidth limit (large matrix-vector product): {result['bandwidth_gb_s']:.1f} GB/s",
+    ]
+    for precision in ("float32", "bfloat16", "int8"):
+        if precision in result:
+            row = result[precision]
+            lines.append(
+                f"{precision:>9}: {row['tokens_per_s']:6.2f} tokens/s of "
+                f"{row['limit_tokens_per_s']:6.2f} ({row['gb_per_token']:.2f} GB a token): "
+                f"{row['share_of_limit']:.0%} of the limit"
+            )
+    if "grammar_share" in result:
+        lines.append(f"  grammar: {result['grammar_share']:+.1%} time a token")
+    torch_speed = result["torch_tokens_per_s"]
+    lines.append(
+        "  PyTorch: not installed (pip install 'aria-jax[bench]')"
+        if torch_speed is None
+        else f"  PyTorch: {torch_speed:6.2f} tokens/s, key-value cache, float32"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
