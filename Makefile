@@ -9,7 +9,7 @@ DEMO_OUT ?= demo-out
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow fuzz lint bench bench-data compile-check clean
+.PHONY: help setup demo test test-slow lint bench bench-data bench-loaders bench-dedup clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,14 +37,16 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-data ## every benchmark: both sides measured in one run, ratios printed
+bench: bench-data bench-loaders ## the benchmarks that need no data of yours
 
-bench-data: setup ## reading, tokenising and augmenting against mido and miditoolkit
-	$(BIN)/python -m benchmarks.bench_data
+bench-data: setup ## reading and tokenising against mido and miditoolkit (MIDI=folder)
+	$(BIN)/python -m benchmarks.bench_data $(MIDI)
 
-compile-check: setup ## compile the sharded steps and kernels for TPU, on this machine
-	@$(PIP) -e '.[aot]'
-	$(BIN)/python -m pytest -m aot
+bench-loaders: setup ## tokens/s that each loader delivers, with and without augmentation
+	$(BIN)/python -m benchmarks.bench_loaders
+
+bench-dedup: setup ## precision and recall of near-duplicate search on planted copies (MIDI=folder)
+	$(BIN)/python -m benchmarks.bench_dedup $(MIDI)
 
 clean: ## remove .venv, caches and the demo's output
 	rm -rf $(VENV) $(DEMO_OUT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -18,15 +18,22 @@ def progress_bar(description: str, unit: str):
     """
     from tqdm import tqdm
 
-    with tqdm(desc=description, unit=unit, dynamic_ncols=True, file=sys.stderr) as bar:
+    bars: list[tqdm] = []
 
-        def update(done: int, total: int, note: str = "") -> None:
-            bar.total = total
-            if note:
-                bar.set_postfix_str(note, refresh=False)
-            bar.update(done - bar.n)
+    def update(done: int, total: int, note: str = "") -> None:
+        if not bars:  # drawn with the first news only: an error before it stays one line
+            bars.append(tqdm(desc=description, unit=unit, dynamic_ncols=True, file=sys.stderr))
+        bar = bars[0]
+        bar.total = total
+        if note:
+            bar.set_postfix_str(note, refresh=False)
+        bar.update(done - bar.n)
 
+    try:
         yield update
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:

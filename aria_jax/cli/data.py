@@ -51,6 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--dedup", default="exact", help="exact or none (exact)")
     build.add_argument("--max-per-composition", type=int, metavar="N", help="performances kept")
     build.add_argument("--shards", type=int, help="shards a split (default: by size)")
+    build.add_argument("--runner", default="local", help="local or ray (local)")
     build.add_argument("--overwrite", action="store_true", help="replace another corpus there")
 
     inspect = verb("inspect", "Show what is in a folder of token shards.")
@@ -89,6 +90,7 @@ def _build(args: argparse.Namespace) -> None:
             dedup=args.dedup,
             max_per_composition=args.max_per_composition,
             shards=args.shards,
+            runner=args.runner,
             overwrite=args.overwrite,
             progress=progress,
         )
@@ -115,6 +117,8 @@ def _inspect(args: argparse.Namespace) -> None:
             f"{counts['n_notes']:>12,} notes {counts['n_tokens']:>13,} tokens"
         )
     lines.append("notes a piece: " + " / ".join(f"{n:,}" for n in found.notes_quantiles))
+    lengths = ", ".join(f"<{bound} {n:,}" for bound, n in found.length_histogram.items())
+    lines.append("pieces by tokens: " + lengths)
     for label, values in found.labels.items():
         top = ", ".join(f"{value} {n}" for value, n in list(values.items())[:8])
         lines.append(f"{label}: {len(values)} values: {top}{' …' if len(values) > 8 else ''}")

@@ -29,5 +29,8 @@ def run(args: argparse.Namespace) -> None:
     if not Path(args.ids).is_file():
         raise UserError(f"{args.ids}: no such file")
     performance = Tokenizer.preset(args.preset).decode(read_ids(args.ids))
-    write_midi(performance, args.out)
+    try:
+        write_midi(performance, args.out)
+    except OSError as error:
+        raise UserError(f"{args.out}: cannot write ({error.strerror})") from None
     print(f"{args.out}: {len(performance.notes)} notes")

@@ -56,16 +56,20 @@ def run(args: argparse.Namespace) -> int:
     load_manifest(args.data)  # before the seconds that importing jax takes
 
     from aria_jax.train.loop import run as train
-    from aria_jax.train.metrics import JsonlSink, TensorBoardSink
+    from aria_jax.train.metrics import JsonlSink, MetricSink, TensorBoardSink
+    from aria_jax.train.processes import join_processes
 
+    first = join_processes() == 0
     workdir = Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
-    sinks = [
-        JsonlSink(workdir / "metrics.jsonl"),
-        TensorBoardSink(workdir / "tensorboard"),
-        ProgressSink(config.train.steps, args.task),
-    ]
+    sinks: list[MetricSink] = []
+    if first:
+        sinks = [
+            JsonlSink(workdir / "metrics.jsonl"),
+            TensorBoardSink(workdir / "tensorboard"),
+            ProgressSink(config.train.steps, args.task),
+        ]
     try:
         result = train(
             config,
@@ -85,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if result.interrupted:
         text += "\ninterrupted; run the same command again to go on"
-    print_result({**summary, "workdir": str(workdir)}, args.json, text)
+    if first:
+        print_result({**summary, "workdir": str(workdir)}, args.json, text)
     return 1 if result.interrupted else 0
 
 

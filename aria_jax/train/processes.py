@@ -1,0 +1,37 @@
+"""Joining the processes of one run, as started by `launch` or by a cluster's own scripts."""
+
+import os
+
+import jax
+
+from data_pipeline.errors import UserError
+
+# What a launcher sets for each process; see launch/local.py.
+COORDINATOR, COUNT, INDEX = (
+    "ARIA_JAX_COORDINATOR",
+    "ARIA_JAX_PROCESS_COUNT",
+    "ARIA_JAX_PROCESS_INDEX",
+)
+
+
+def join_processes() -> int:
+    """Connects this process to the others where the environment names a coordinator.
+
+    Returns:
+        The index of this process among them; 0 where it is alone.
+
+    Raises:
+        UserError: only some of the three variables are set, or not to numbers.
+    """
+    values = {name: os.environ.get(name) for name in (COORDINATOR, COUNT, INDEX)}
+    if not any(values.values()):
+        return 0
+    if not all(values.values()):
+        missing = ", ".join(name for name, value in values.items() if not value)
+        raise UserError(f"a run of several processes needs {missing} too")
+    try:
+        count, index = int(os.environ[COUNT]), int(os.environ[INDEX])
+    except ValueError:
+        raise UserError(f"{COUNT} and {INDEX} must be numbers") from None
+    jax.distributed.initialize(os.environ[COORDINATOR], count, index)
+    return index
