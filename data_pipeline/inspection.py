@@ -20,6 +20,7 @@ class Inspection:
         labels: per label name, how many pieces have each value.
         kinds: how many tokens are of each kind, over the first pieces.
         notes_quantiles: notes of the shortest, quartile, median, quartile and longest piece.
+        length_histogram: pieces below each power of two of tokens (and not below the one before).
         rejected: files by "stage/reason".
         first_lines: the first tokens of the first piece.
     """
@@ -29,6 +30,7 @@ class Inspection:
     labels: dict[str, dict[str, int]]
     kinds: dict[str, int]
     notes_quantiles: list[int]
+    length_histogram: dict[int, int]
     rejected: dict[str, int]
     first_lines: list[str]
 
@@ -41,7 +43,7 @@ def inspect(data_dir: str | Path, *, sampled_pieces: int = 200) -> Inspection:
     """
     manifest = load_manifest(data_dir)
     tokenizer = Tokenizer.preset(manifest["tokenizer"]["preset"])
-    splits, labels, n_notes = {}, {}, []
+    splits, labels, n_notes, lengths = {}, {}, [], []
     kinds = np.zeros(len(Kind), np.int64)
     first_lines: list[str] = []
     for name in manifest["splits"]:
@@ -53,6 +55,7 @@ def inspect(data_dir: str | Path, *, sampled_pieces: int = 200) -> Inspection:
             "hours": float(shards.duration_ms.sum() / 3.6e6),
         }
         n_notes.append(shards.n_notes)
+        lengths.append(shards.lengths)
         for label in shards.label_names:
             codes, values = shards.label_codes(label)
             counts = np.bincount(codes[codes >= 0], minlength=len(values))
@@ -71,11 +74,18 @@ def inspect(data_dir: str | Path, *, sampled_pieces: int = 200) -> Inspection:
         labels={name: dict(counts.most_common()) for name, counts in labels.items()},
         kinds={kind.name.lower(): int(kinds[kind]) for kind in Kind},
         notes_quantiles=[int(q) for q in quantiles],
+        length_histogram=_by_power_of_two(np.concatenate(lengths)) if lengths else {},
         rejected=dict(
             Counter(f"{row['stage']}/{row['reason']}" for row in rejections(data_dir)).most_common()
         ),
         first_lines=first_lines,
     )
+
+
+def _by_power_of_two(lengths: np.ndarray) -> dict[int, int]:
+    """Count of lengths below each power of two, counted once; empty classes are left out."""
+    exponents, counts = np.unique(np.frexp(lengths)[1], return_counts=True)
+    return {2 ** int(e): int(n) for e, n in zip(exponents, counts, strict=True)}
 
 
 def _lines(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:

@@ -282,7 +282,10 @@ class TokenShards:
 
 
 def rejections(data_dir: str | Path) -> Iterable[dict[str, Any]]:
-    """The lines of rejected.jsonl: path, stage, reason, value."""
-    with (Path(data_dir) / REJECTED).open(encoding="utf-8") as file:
+    """The lines of rejected.jsonl: path, stage, reason, value. Raises UserError without it."""
+    path = Path(data_dir) / REJECTED
+    if not path.is_file():
+        raise UserError(f"{path}: missing; build the corpus again with --overwrite")
+    with path.open(encoding="utf-8") as file:
         for line in file:
             yield json.loads(line)

@@ -274,8 +274,8 @@ class Tokenizer:
         """
         ids = np.asarray(ids, np.int64)
         kind = self.kind[ids]
-        following = np.append(kind[1:], [Kind.SPECIAL])
-        third = np.append(kind[2:], [Kind.SPECIAL, Kind.SPECIAL])
+        following = np.append(kind, [Kind.SPECIAL])[1:]
+        third = np.append(kind, [Kind.SPECIAL, Kind.SPECIAL])[2:]
         whole = ((kind == Kind.NOTE) & (third == Kind.DUR)) | np.isin(kind, (Kind.DRUM, Kind.PEDAL))
         at = np.flatnonzero(whole & (following == Kind.ONSET))
         segment = np.cumsum(kind == Kind.TIME)
