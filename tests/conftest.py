@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.corpora import corpus  # noqa: F401  a fixture for every room
+from tests.corpora import corpus, midi_corpus  # noqa: F401  fixtures for every room
 
 _SHARED = Path(os.environ.get("ARIA_JAX_SHARED", Path(__file__).parents[2] / "shared"))
 

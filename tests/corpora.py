@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import shards
-from data_pipeline.midi import NOTE, Performance
+from data_pipeline.midi import NOTE, Performance, write_midi
 from data_pipeline.tokenizer import Tokenizer
 
 
@@ -47,6 +47,7 @@ def write_corpus(
     }
     manifest["splits"][split] = {"shards": entries}
     path.write_text(json.dumps(manifest))
+    (folder / shards.REJECTED).touch()
 
 
 @pytest.fixture(scope="session")
@@ -64,4 +65,26 @@ def corpus(tmp_path_factory) -> Path:
             }
             pieces.append((tokenizer.encode(performance, labels=labels), labels))
         write_corpus(folder, split, pieces)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def midi_corpus(tmp_path_factory) -> Path:
+    """Ten MIDI files of 320 notes with metadata.json: two composers, one low and slow, one high
+    and fast; long enough for slices of 100 notes and more. Read only.
+    """
+    folder, rng, rows = tmp_path_factory.mktemp("midi-corpus"), np.random.default_rng(0), []
+    for i in range(10):
+        composer = ("lento", "presto")[i % 2]
+        fast = composer == "presto"
+        notes = np.zeros(320, NOTE)
+        notes["start"] = np.cumsum(rng.integers(80, 200, 320) * (1 if fast else 3))
+        notes["end"] = notes["start"] + 150
+        notes["pitch"] = rng.integers(70, 100, 320) if fast else rng.integers(36, 66, 320)
+        notes["velocity"] = rng.integers(40, 100, 320)
+        write_midi(Performance(500, notes), folder / f"{composer}_{i}.mid")
+        composition = f"{composer} work {i // 2}"
+        row = {"path": f"{composer}_{i}.mid", "composer": composer, "composition": composition}
+        rows.append(row)
+    (folder / "metadata.json").write_text(json.dumps(rows))
     return folder

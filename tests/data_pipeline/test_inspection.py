@@ -44,7 +44,7 @@ def test_a_corpus_that_lost_its_rejections_is_explained(corpus, tmp_path):
     for file in corpus.iterdir():
         if file.name != "rejected.jsonl":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    with pytest.raises(UserError, match="rejected.jsonl: missing; build the corpus again"):
+    with pytest.raises(UserError, match=r"rejected\.jsonl: missing; build the corpus again"):
         inspect(tmp_path)
 
 

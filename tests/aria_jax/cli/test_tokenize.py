@@ -1,0 +1,69 @@
+"""`aria-jax tokenize` and `detokenize`: there and back, and what users get wrong."""
+
+import json
+
+import numpy as np
+import pytest
+
+from aria_jax.cli.main import main
+from data_pipeline.midi import read_midi
+from data_pipeline.tokenizer import Kind, Tokenizer
+
+
+@pytest.fixture
+def piece(midi_corpus):
+    return midi_corpus / "presto_1.mid"
+
+
+def test_one_line_and_json_hold_the_same_ids(piece, capsys):
+    assert main(["tokenize", str(piece)]) == 0
+    line = capsys.readouterr().out
+    assert main(["tokenize", str(piece), "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert line.count("\n") == 1 and [int(i) for i in line.split()] == result["ids"]
+    assert result["ids"] == Tokenizer.preset("aria").encode(read_midi(piece)).tolist()
+    assert result["n_notes"] == 320
+
+
+@pytest.mark.parametrize("preset", ["aria", "pedal"])
+@pytest.mark.parametrize("bare", [False, True])
+def test_ids_become_midi_that_has_the_same_ids_up_to_quantisation(
+    piece, tmp_path, capsys, preset, bare
+):
+    assert main(["tokenize", str(piece), "--json", "--preset", preset]) == 0
+    result = json.loads(capsys.readouterr().out)
+    (tmp_path / "ids.json").write_text(json.dumps(result["ids"] if bare else result))
+    arguments = [str(tmp_path / "ids.json"), str(tmp_path / "out.mid"), "--preset", preset]
+    assert main(["detokenize", *arguments]) == 0
+    tokenizer, ids = Tokenizer.preset(preset), np.array(result["ids"])
+    again = tokenizer.encode(read_midi(tmp_path / "out.mid")).astype(int)
+    # A duration rounded up can reach past the next onset of its pitch; MIDI has no such overlap,
+    # so the note ends there, one step of 10 ms earlier. Everything else is exactly the same.
+    duration = tokenizer.kind[ids] == Kind.DUR
+    np.testing.assert_array_equal(again[~duration], ids[~duration])
+    assert set(ids[duration] - again[duration]) <= {0, 1}
+
+
+@pytest.mark.parametrize("ids", [[], [0], [6, 0, 1]])
+def test_ids_without_notes_become_an_empty_midi_file(ids, tmp_path):
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    assert main(["detokenize", str(tmp_path / "ids.json"), str(tmp_path / "out.mid")]) == 0
+    assert len(read_midi(tmp_path / "out.mid").notes) == 0
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [('{"ids": [6, 0', "expected token ids"), ('{"notes": []}', "expected token ids"),
+     ("[1.5]", "expected token ids"), ("[-1]", "must lie in 0..17726"),
+     ("[17727]", "must lie in 0..17726")],
+)  # fmt: skip
+def test_unusable_ids_are_explained(content, message, tmp_path, capsys):
+    (tmp_path / "ids.json").write_text(content)
+    assert main(["detokenize", str(tmp_path / "ids.json"), str(tmp_path / "out.mid")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out.mid").exists()
+
+
+def test_a_folder_that_is_not_there_is_explained(tmp_path, capsys):
+    (tmp_path / "ids.json").write_text("[6, 0, 1]")
+    assert main(["detokenize", str(tmp_path / "ids.json"), str(tmp_path / "no" / "o.mid")]) == 2
+    assert "cannot write" in capsys.readouterr().err
