@@ -2,7 +2,8 @@
 
     python -m launch.local -n 2 -- train pretrain --data my_data --workdir run1
 
-Process 0 shows its output, another its last lines where it fails. When a process dies the others are ended, so that a run never hangs.
+Process 0 shows its output, another its last lines where it fails. When a process dies the others
+are ended, so that a run never hangs.
 """
 
 import argparse

@@ -9,7 +9,8 @@ import pytest
 
 from launch.local import main
 
-SETTINGS = ["d_model=16", "n_heads=2", "n_layers=1", "seq_len=32", "global_batch=8", "steps=4", "log_every=1", "eval_every=9", "augment=false"]
+SETTINGS = ["d_model=16", "n_heads=2", "n_layers=1", "seq_len=32", "global_batch=8", "steps=4"]
+SETTINGS += ["log_every=1", "eval_every=9", "augment=false"]
 
 
 def train(corpus, workdir, *before):
