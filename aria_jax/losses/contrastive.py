@@ -1,10 +1,26 @@
-"""Contrastive loss over the whole global batch.
+"""Contrastive losses over the whole global batch, without the matrix of pairs.
+
+Every variant is `softplus(log-sum-exp of the negatives - positive)` per anchor, so all of them
+are made of one operation, `pair_statistics`.
 
 Sizes: B pairs, E embedding width.
 """
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from aria_jax.kernels.contrastive.pairs import Implementation, Where, pair_statistics
+from aria_jax.kernels.contrastive.statistics import NOTHING, joined
+from aria_jax.sharding import LOGICAL_RULES
+
+UNIFORMITY_ROWS = 1024
+"""Rows the uniformity metric is estimated on; it needs all pairs of them."""
+
+Variant = Literal["symmetric", "nt-xent"]
 
 
 def contrastive_loss(
@@ -13,44 +29,107 @@ def contrastive_loss(
     *,
     temperature: float | jax.Array,
     composition: jax.Array | None = None,
+    variant: Variant = "symmetric",
+    hardness: float = 0.0,
+    mesh: Mesh | None = None,
+    global_negatives: bool = True,
+    implementation: Implementation = "auto",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Symmetric NT-Xent on cosine similarities (reference: symmetric_nt_xent_loss_cosine).
+    """Each view must find the other view of its piece among those of the other pieces.
 
-    Row i of one view must find row i of the other among all B. Under `jit` on a mesh, B is the
-    global batch: pairs of other devices are negatives too (in the reference only those of the
-    same process are).
+    Memory is O(B E), over n devices of a mesh O(B E / n) each; gradients are exact.
 
     Args:
-        z1_BxE, z2_BxE: embeddings of the two views, any scale.
+        z1_BxE, z2_BxE: embeddings of the two views, any scale; float32, or bfloat16 (products are
+            then of bfloat16, summed in float32).
+        temperature: positive; an array is learned like any parameter.
         composition: int [B]; different performances of one composition are not negatives.
+        variant: "symmetric": anchors of one view against the other view (reference:
+            symmetric_nt_xent_loss_cosine); "nt-xent": against all 2B - 1 others (SimCLR, Chen et
+            al. 2020, equation 1).
+        hardness: above 0, negatives weigh exp(hardness * logit), normalised to mean one (Robinson
+            et al. 2021, equation 4, without the debiasing term).
+        mesh: the batch is cut over its data axes, and negatives travel round them.
+        global_negatives: False compares on each device with the pairs of that device only (the
+            reference compares within a process, of one device each).
 
     Returns:
-        Loss (float32 scalar), and metrics: "retrieval" (share of rows that find their pair),
-        "alignment" (mean squared distance of pairs) and "uniformity" (log mean Gaussian potential
-        of first views; Wang & Isola 2020), both on the unit sphere, lower is better.
+        Loss (float32 scalar), and metrics: "retrieval" (share of anchors more similar to their
+        positive than to any negative), "alignment" (mean squared distance of pairs) and
+        "uniformity" (log mean Gaussian potential of first views, of at most 1,024 of them; Wang &
+        Isola 2020), both on the unit sphere, lower is better.
     """
     unit1, unit2 = _unit(z1_BxE), _unit(z2_BxE)
     batch = len(unit1)
-    similarity_BxB = unit1 @ unit2.T
-    logits_BxB = similarity_BxB / temperature
-    same_BxB = jnp.eye(batch, dtype=bool)
-    if composition is not None:
-        twins = (composition[:, None] == composition[None]) & ~same_BxB
-        logits_BxB = jnp.where(twins, -1e30, logits_BxB)
-    positive_B = jnp.diagonal(logits_BxB)
-    forward = jax.nn.logsumexp(logits_BxB, axis=1) - positive_B
-    backward = jax.nn.logsumexp(logits_BxB, axis=0) - positive_B
-    potential_BxB = jnp.exp(4 * (unit1 @ unit1.T) - 4)
-    others = jnp.sum(jnp.where(same_BxB, 0, potential_BxB)) / max(batch * (batch - 1), 1)
+    ids = jnp.arange(batch) if composition is None else composition
+    ids = ids.astype(jnp.int32)
+    where = _where(mesh, implementation, global_negatives)
+    scale = jnp.asarray(1 / temperature, jnp.float32)
+    positive_B = scale * jnp.sum(unit1.astype(jnp.float32) * unit2.astype(jnp.float32), 1)
+    negatives, hardest = _negatives(unit1, unit2, ids, scale * (1 + hardness), variant, where)
+    if hardness:
+        # The mean weight is one: Σ w e^s / mean w, in logs.
+        weights, _ = _negatives(unit1, unit2, ids, scale * hardness, variant, where)
+        number = _number_of_negatives(ids, variant, where)
+        negatives = [
+            jnp.where(number > 0, n - w + jnp.log(jnp.maximum(number, 1)), NOTHING)
+            for n, w in zip(negatives, weights, strict=True)
+        ]
+    losses = [jax.nn.softplus(n - positive_B).mean() for n in negatives]
+    found = [positive_B > h / (1 + hardness) for h in hardest]
     metrics = {
-        "retrieval": (logits_BxB.argmax(1) == jnp.arange(batch)).mean(),
-        "alignment": jnp.square(unit1 - unit2).sum(1).mean(),
-        "uniformity": jnp.log(others + 1e-12),
+        "retrieval": (found[0].mean() + found[1].mean()) / 2,
+        "alignment": jnp.square(unit1.astype(jnp.float32) - unit2.astype(jnp.float32))
+        .sum(1)
+        .mean(),
+        "uniformity": _uniformity(unit1[:UNIFORMITY_ROWS].astype(jnp.float32)),
     }
-    return (forward.mean() + backward.mean()) / 2, jax.lax.stop_gradient(metrics)
+    return (losses[0] + losses[1]) / 2, jax.lax.stop_gradient(metrics)
+
+
+def _where(mesh: Mesh | None, implementation: Implementation, ring: bool) -> Where:
+    axes = LOGICAL_RULES["batch"]
+    if mesh is None or np.prod([mesh.shape[axis] for axis in axes]) == 1:
+        return Where(implementation)
+    return Where(implementation, mesh, tuple(axes), ring)
+
+
+def _negatives(unit1, unit2, ids, scale, variant: Variant, where: Where):
+    """Log-sum-exp over the negatives of each anchor of both views, and the hardest of them."""
+    across = pair_statistics(unit1, unit2, ids, ids, scale, where)
+    sides = [(across.row_lse, across.row_max), (across.column_lse, across.column_max)]
+    if variant == "nt-xent":
+        for view, unit in enumerate((unit1, unit2)):
+            # Within a view the matrix is symmetric: rows say all.
+            within = pair_statistics(unit, unit, ids, ids, scale, where)
+            sides[view] = joined(*sides[view], within.row_lse, within.row_max)
+    lse, maxima = zip(*sides, strict=True)
+    return list(lse), list(maxima)
+
+
+def _number_of_negatives(ids: jax.Array, variant: Variant, where: Where) -> jax.Array:
+    """Of each anchor, float32 [B]."""
+    local = where.mesh is not None and not where.ring
+    parts = int(np.prod([where.mesh.shape[axis] for axis in where.axes])) if local else 1
+
+    def others(ids: jax.Array) -> jax.Array:
+        ordered = jnp.sort(ids)
+        twins = jnp.searchsorted(ordered, ids, side="right") - jnp.searchsorted(ordered, ids)
+        return len(ids) - twins
+
+    number = jax.vmap(others)(ids.reshape(parts, -1)).reshape(-1)
+    return (number * (2 if variant == "nt-xent" else 1)).astype(jnp.float32)
+
+
+def _uniformity(unit_RxE: jax.Array) -> jax.Array:
+    n = len(unit_RxE)
+    potential = jnp.exp(4 * (unit_RxE @ unit_RxE.T) - 4)
+    others = jnp.sum(jnp.where(jnp.eye(n, dtype=bool), 0, potential))
+    return jnp.log(others / max(n * (n - 1), 1) + 1e-12)
 
 
 def _unit(z_BxE: jax.Array) -> jax.Array:
-    z_BxE = z_BxE.astype(jnp.float32)
+    z = z_BxE.astype(jnp.float32)
     # The square root has no gradient at 0; the small constant keeps it finite.
-    return z_BxE * jax.lax.rsqrt(jnp.square(z_BxE).sum(1, keepdims=True) + 1e-12)
+    unit = z * jax.lax.rsqrt(jnp.square(z).sum(1, keepdims=True) + 1e-12)
+    return unit.astype(jnp.bfloat16 if z_BxE.dtype == jnp.bfloat16 else jnp.float32)

@@ -1,0 +1,178 @@
+"""Every implementation of the pairwise statistics against plain NumPy and autodiff."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aria_jax.kernels.contrastive import blockwise, pallas_tpu
+from aria_jax.kernels.contrastive.pairs import Where, pair_statistics
+from aria_jax.kernels.contrastive.statistics import NOTHING
+
+IMPLEMENTATIONS = ("blockwise", "tpu-interpret", "gpu-interpret")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    """Several tiles in each direction without large arrays."""
+    monkeypatch.setattr(pallas_tpu, "TILE_ROWS", 128)
+    monkeypatch.setattr(pallas_tpu, "TILE_COLUMNS", 128)
+    defaults = (60 * 7,)  # seven rows at a time
+    monkeypatch.setattr(blockwise.forward, "__defaults__", defaults)
+    monkeypatch.setattr(blockwise.backward, "__defaults__", defaults)
+
+
+def case(n, m, dtype=jnp.float32, n_compositions=10_000):
+    rng = np.random.default_rng(n * m)
+    x, y = (rng.normal(size=(size, 40)) for size in (n, m))
+    x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+    ids = [jnp.asarray(rng.integers(0, n_compositions, size), jnp.int32) for size in (n, m)]
+    return jnp.asarray(x, dtype), jnp.asarray(y, dtype), *ids, jnp.float32(12.0)
+
+
+def naive(x, y, x_ids, y_ids, scale):
+    logits = scale * jnp.matmul(x, y.T, preferred_element_type=jnp.float32)
+    logits = jnp.where(x_ids[:, None] == y_ids, NOTHING, logits)
+
+    def lse(axis):
+        return jax.nn.logsumexp(logits, axis=axis)
+
+    return lse(1), logits.max(1), lse(0), logits.max(0)
+
+
+def weighed(statistics, n, m):
+    """A scalar whose gradient reaches every log-sum-exp with another weight."""
+    row_lse, _, column_lse, _ = statistics
+    return row_lse @ jnp.linspace(-1, 2, n) + column_lse @ jnp.linspace(3, 0, m)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("n,m", [(1, 2), (60, 60), (129, 300)])
+def test_equals_the_plain_computation(implementation, n, m):
+    arguments = case(n, m, n_compositions=40)
+    where = Where(implementation)
+    for ours, theirs in zip(pair_statistics(*arguments, where), naive(*arguments), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+    def ours(x, y, scale):
+        return weighed(pair_statistics(x, y, *arguments[2:4], scale, where), n, m)
+
+    def theirs(x, y, scale):
+        return weighed(naive(x, y, *arguments[2:4], scale), n, m)
+
+    operands = arguments[0], arguments[1], arguments[4]
+    found = jax.grad(ours, (0, 1, 2))(*operands)
+    expected = jax.grad(theirs, (0, 1, 2))(*operands)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_sums_in_float32(implementation):
+    """Inputs of 8 bits, sums of 24: values to 1e-5, gradients to the rounding of their weights."""
+    arguments = case(60, 200, jnp.bfloat16)
+    where = Where(implementation)
+    for ours, theirs in zip(pair_statistics(*arguments, where), naive(*arguments), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    wide = [a.astype(jnp.float32) for a in arguments[:2]]
+    found = jax.grad(lambda x: weighed(pair_statistics(x, *arguments[1:], where), 60, 200))(
+        arguments[0]
+    )
+    expected = jax.grad(lambda x: weighed(naive(x, wide[1], *arguments[2:]), 60, 200))(wide[0])
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(
+        found.astype(jnp.float32), expected, rtol=1e-2, atol=4e-3 * np.abs(expected).max()
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_row_without_any_pair_is_silent(implementation):
+    x, y, _, _, scale = case(3, 4)
+    ids = jnp.array([5, 1, 1], jnp.int32), jnp.array([1, 1, 1, 1], jnp.int32)
+    where = Where(implementation)
+    found = pair_statistics(x, y, *ids, scale, where)
+    assert (found.row_lse[1:] == NOTHING).all() and found.row_lse[0] > -20
+    grads = jax.grad(
+        lambda x: jax.nn.softplus(pair_statistics(x, y, *ids, scale, where).row_lse).sum()
+    )
+    gradient = grads(x)
+    assert np.isfinite(gradient).all() and not gradient[1:].any() and gradient[0].any()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_tiny_temperatures_neither_overflow_nor_vanish(implementation):
+    """A fixed maximum would lose rows whose similarities all lie far below it."""
+    x = jnp.array([[1.0, 0.0], [0.6, 0.8]])
+    y = jnp.array([[-1.0, 0.0], [-0.6, -0.8]])
+    ids = jnp.arange(2, dtype=jnp.int32), jnp.arange(2, dtype=jnp.int32)
+    found = pair_statistics(x, y, *ids, jnp.float32(1000.0), Where(implementation))
+    np.testing.assert_allclose(found.row_lse, [-600.0, -600.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_lowers_for_an_nvidia_gpu(dtype):
+    """No GPU here: the kernels must at least become Triton programs, one per side."""
+    sides = [jax.ShapeDtypeStruct((1000, 512), dtype)] * 2
+    ids = [jax.ShapeDtypeStruct((1000,), jnp.int32)] * 2
+    scale = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def loss(x, y, x_ids, y_ids, scale):
+        return weighed(pair_statistics(x, y, x_ids, y_ids, scale, Where()), 1000, 1000)
+
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(*sides, *ids, scale)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 4
+    assert "pair_statistics" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@pytest.mark.aot
+def test_compiles_for_a_tpu_pod_as_a_ring(tpu_topology):
+    """Half a million pairs on 64 chips: kernels, no gathered batch, transfers beside kernels."""
+    from aria_jax.losses.contrastive import contrastive_loss
+
+    mesh = jax.sharding.Mesh(
+        np.array(tpu_topology.devices).reshape(16, 4, 1), ("data", "fsdp", "tensor")
+    )
+    cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
+    z = jax.ShapeDtypeStruct((64 * 8192, 512), jnp.bfloat16, sharding=cut)
+
+    def loss(z1, z2):
+        return contrastive_loss(z1, z2, temperature=0.1, mesh=mesh)
+
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)).trace(z, z)
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    text = compiled.as_text()
+    assert "all-gather" not in text
+    assert compiled.memory_analysis().temp_size_in_bytes < 150e6
+    assert _kernels_between_start_and_done(text) >= 2  # forward, backward
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize(
+    "dtype,n,megabytes", [(jnp.bfloat16, 32_768, 280), (jnp.float32, 8192, 70)]
+)
+def test_compiles_for_one_tpu_chip_in_linear_memory(tpu_topology, dtype, n, megabytes):
+    from aria_jax.losses.contrastive import contrastive_loss
+
+    one = jax.sharding.SingleDeviceSharding(tpu_topology.devices[0])
+    z = jax.ShapeDtypeStruct((n, 512), dtype, sharding=one)
+
+    def loss(z1, z2):
+        return contrastive_loss(z1, z2, temperature=0.1)
+
+    traced = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True)).trace(z, z)
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < megabytes * 1e6
+
+
+def _kernels_between_start_and_done(scheduled: str) -> int:
+    """Computations in which a Pallas kernel is scheduled while a transfer is under way."""
+    found = 0
+    for computation in scheduled.split("\n\n"):
+        under_way, overlapped = 0, False
+        for line in computation.splitlines():
+            under_way += " collective-permute-start(" in line
+            under_way -= " collective-permute-done(" in line
+            overlapped |= under_way > 0 and 'custom_call_target="tpu_custom_call"' in line
+        found += overlapped
+    return found
