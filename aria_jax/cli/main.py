@@ -18,6 +18,7 @@ VERBS = {
     "data": ("data", "build, inspect and sample training data"),
     "train": ("train", "pretrain, continue, contrastive, classify"),
     "generate": ("generate", "continue a performance"),
+    "score": ("score", "negative log-likelihood of performances under a model"),
     "embed": ("embed", "one embedding per file, as Parquet"),
     "probe": ("probe", "how much a linear classifier reads from embeddings"),
     "convert": ("convert", "weights from and to published PyTorch checkpoints"),

@@ -1,0 +1,96 @@
+"""`aria-jax score`: negative log-likelihood of performances under a model."""
+
+import argparse
+import sys
+from pathlib import Path
+
+DESCRIPTION = """\
+Negative log-likelihood of performances under a language model, in nats: the lower, the more the
+model expected them. Pieces longer than the model's context are read in overlapping windows.
+
+Takes MIDI files, folders of them, and token ids as JSON. A file that cannot be read is named and
+left out. --json prints one line per file:
+{"path", "mean_nll", "n_tokens", "nll": [per token, from the second on], "notes": [per note]}.
+
+examples:
+  aria-jax score nocturne.mid waltz.mid --checkpoint run1
+  aria-jax score my_midis --checkpoint run1 --json > scores.jsonl"""
+
+SUFFIXES = (".mid", ".midi", ".kar")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `aria-jax score`."""
+    parser.add_argument("files", nargs="+", metavar="FILE", help="MIDI file, folder or IDS.json")
+    parser.add_argument("--checkpoint", required=True, metavar="C", help="workdir of a run")
+    parser.add_argument("--context", type=int, help="tokens a window holds (the model's)")
+    parser.add_argument("--json", action="store_true", help="one JSON line per file")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Scores; 1 where some file could not be read."""
+    from data_pipeline.errors import InvalidMidi, UserError
+
+    paths = _listed(args.files)
+    from aria_jax.cli.console import print_result, progress_bar
+    from aria_jax.generate.score import score_pieces
+    from aria_jax.train.checkpoint import load_model
+    from data_pipeline.tokenizer import Tokenizer
+
+    loaded = load_model(args.checkpoint)
+    tokenizer = Tokenizer.preset(loaded.tokenizer)
+    pieces, named, rejected = [], [], []
+    for path in paths:
+        try:
+            pieces.append(_read(path, tokenizer))
+            named.append(path)
+        except InvalidMidi as error:
+            rejected.append(path)
+            print(f"left out: {error}", file=sys.stderr)
+    if not pieces:
+        raise UserError(f"none of the {len(paths)} files could be read")
+    with progress_bar("score", "token") as progress:
+        scores = score_pieces(
+            loaded.model, tokenizer, pieces, context=args.context, progress=progress
+        )
+    for path, score in zip(named, scores, strict=True):
+        result = {
+            "path": str(path),
+            "mean_nll": score.mean_nll,
+            "n_tokens": len(score.nll),
+            "nll": score.nll.tolist(),
+            "notes": score.notes,
+        }
+        text = f"{score.mean_nll:7.4f} nats/token  {len(score.nll):6d} tokens  {path}"
+        print_result(result, args.json, text)
+    if rejected:
+        print(f"{len(rejected)} of {len(paths)} files left out", file=sys.stderr)
+    return 1 if rejected else 0
+
+
+def _listed(names: list[str]) -> list[Path]:
+    """Files, with folders replaced by the MIDI files in them."""
+    from data_pipeline.errors import UserError
+
+    paths: list[Path] = []
+    for name in map(Path, names):
+        if name.is_dir():
+            inside = sorted(p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES)
+            if not inside:
+                raise UserError(f"{name}: no MIDI files (.mid, .midi, .kar) here")
+            paths += inside
+        elif name.is_file():
+            paths.append(name)
+        else:
+            raise UserError(f"{name}: no such file")
+    return paths
+
+
+def _read(path: Path, tokenizer):
+    """Ids of a MIDI or JSON file."""
+    from aria_jax.cli.generate import read_ids
+    from data_pipeline.midi import read_midi
+
+    if path.suffix.lower() == ".json":
+        return read_ids(str(path))
+    return tokenizer.encode(read_midi(path)).astype(int)

@@ -1,0 +1,154 @@
+"""How surprised a model is by a piece: negative log-likelihood per token and per note."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import jax
+import numpy as np
+from flax import nnx
+
+from aria_jax.losses.language_model import CHUNK_TOKENS, token_nll
+from aria_jax.models.heads import Model
+from data_pipeline.errors import UserError
+from data_pipeline.tokenizer import Kind, Tokenizer
+
+BUCKET = 128
+"""Windows are padded to multiples of this: few compilations, little waste."""
+BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of one piece.
+
+    Attributes:
+        ids: the piece, int [L].
+        nll: of ids[1:], each given what stands before it, in nats; float32 [L - 1].
+        tokenizer: of the ids.
+    """
+
+    ids: np.ndarray
+    nll: np.ndarray
+    tokenizer: Tokenizer
+
+    @cached_property
+    def mean_nll(self) -> float:
+        """Nats per token."""
+        return float(self.nll.mean(dtype=np.float64))
+
+    @cached_property
+    def notes(self) -> list[dict[str, float]]:
+        """Per note or drum hit: onset_ms, pitch, nll (summed over its two or three tokens)."""
+        at, onset_ms = self.tokenizer.events(self.ids)
+        kind = self.tokenizer.kind[self.ids[at]]
+        chosen = np.isin(kind, (Kind.NOTE, Kind.DRUM)) & (at > 0)  # nothing predicts a first token
+        found = []
+        for begin, onset, token_kind in zip(
+            at[chosen], onset_ms[chosen], kind[chosen], strict=True
+        ):
+            length = 3 if token_kind == Kind.NOTE else 2
+            found.append(
+                {
+                    "onset_ms": int(onset),
+                    "pitch": int(self.tokenizer.pitch[self.ids[begin]]),
+                    "nll": float(self.nll[begin - 1 : begin - 1 + length].sum()),
+                }
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class _Window:
+    """inputs[start:stop] of one piece, whose predictions from `keep` on count."""
+
+    piece: int
+    start: int
+    stop: int
+    keep: int
+
+
+def windows(piece: int, n_inputs: int, context: int) -> Iterator[_Window]:
+    """Overlapping windows: beyond the context every token still sees at least half of it."""
+    start, keep = 0, 0
+    while True:
+        stop = min(start + context, n_inputs)
+        yield _Window(piece, start, stop, keep)
+        if stop == n_inputs:
+            return
+        keep = stop
+        start = max(stop - context // 2, 0)
+
+
+def score_pieces(
+    model: Model,
+    tokenizer: Tokenizer,
+    pieces: Sequence[np.ndarray],
+    *,
+    context: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Score]:
+    """Scores pieces in batches of windows of like length.
+
+    Args:
+        pieces: ids of each piece, at least two.
+        context: tokens a window holds; the model's own by default.
+        progress: told (tokens done, tokens in all).
+
+    Raises:
+        UserError: no language model, ids beyond its vocabulary, or a piece of one token.
+    """
+    if model.config.head != "lm":
+        raise UserError(
+            f"scoring needs a language model; this one has a {model.config.head!r} head"
+        )
+    context = min(context or model.config.max_seq_len, model.config.max_seq_len)
+    if context < 2:
+        raise UserError(f"a context of {context} tokens predicts nothing; use 2 or more")
+    for ids in pieces:
+        if len(ids) < 2:
+            raise UserError("a piece of fewer than two tokens has nothing to score")
+        if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+            raise UserError(f"token ids must lie in 0..{model.config.vocab_size - 1}")
+    nll = [np.zeros(len(ids) - 1, np.float32) for ids in pieces]
+    cut = [w for i, ids in enumerate(pieces) for w in windows(i, len(ids) - 1, context)]
+    total, done = sum(w.stop - w.start for w in cut), 0
+    compute = _nll_function(model)
+    for batch, rows, length in _batches(cut):
+        inputs_BxL, targets_BxL = np.full((2, rows, length), tokenizer.pad_id, np.int32)
+        for row, w in enumerate(batch):
+            inputs_BxL[row, : w.stop - w.start] = pieces[w.piece][w.start : w.stop]
+            targets_BxL[row, : w.stop - w.start] = pieces[w.piece][w.start + 1 : w.stop + 1]
+        nll_BxL = np.asarray(compute(inputs_BxL, targets_BxL))
+        for row, w in enumerate(batch):
+            nll[w.piece][w.keep : w.stop] = nll_BxL[row, w.keep - w.start : w.stop - w.start]
+            done += w.stop - w.start
+        if progress is not None:
+            progress(done, total)
+    return [Score(ids, values, tokenizer) for ids, values in zip(pieces, nll, strict=True)]
+
+
+def _batches(cut: Sequence[_Window]) -> Iterator[tuple[list[_Window], int, int]]:
+    """Windows of one padded length, and the batch's rows and length; rows are the same throughout
+    a length, so that it compiles once.
+    """
+    padded = [-(-(w.stop - w.start) // BUCKET) * BUCKET for w in cut]
+    for length in sorted(set(padded)):
+        members = [w for w, size in zip(cut, padded, strict=True) if size == length]
+        rows = min(len(members), max(1, BATCH_TOKENS // length))
+        for first in range(0, len(members), rows):
+            yield members[first : first + rows], rows, length
+
+
+def _nll_function(model: Model):
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def compute(state, inputs_BxL: jax.Array, targets_BxL: jax.Array) -> jax.Array:
+        merged = nnx.merge(graph, state)
+        hidden_BxLxD = merged.hidden(inputs_BxL)
+        hidden_TxD = hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1])
+        nll_T, _ = token_nll(hidden_TxD, merged.head[...], targets_BxL.reshape(-1), CHUNK_TOKENS)
+        return nll_T.reshape(inputs_BxL.shape)
+
+    return lambda inputs_BxL, targets_BxL: compute(state, inputs_BxL, targets_BxL)
