@@ -9,6 +9,9 @@ from data_pipeline.errors import InvalidMidi
 from data_pipeline.midi import read_midi
 from data_pipeline.tokenizer import Tokenizer
 
+LONGEST_MS = 24 * 3_600_000
+"""A longer file is broken: silence costs a token every 5 s, so a few bytes can become millions."""
+
 
 class PieceMaker:
     """Parses, filters and tokenises; keeps what is slow to make between files.
@@ -30,6 +33,8 @@ class PieceMaker:
         stage = "parse"
         try:
             performance = read_midi(data)
+            if performance.duration_ms > LONGEST_MS:
+                return rejection(path, stage, "too-long", int(performance.duration_ms)), b""
             stage = "filter"
             if self._solo_piano:
                 performance = filters.keep_piano(performance)

@@ -30,7 +30,8 @@ HOSTILE = {
     "status-bytes-only": (one_track(b"\x00\xf7" * 50_000), None),
     "running-status": (one_track(b"\x00\x3c\x40" * 1000), "running-status-without-status"),
     "huge-delta-times": (
-        one_track(b"\x00\x90\x3c\x40" + b"\xff\xff\xff\x7f\x3c\x00\x00\x3c\x40" * 1000), None),
+        one_track(b"\x00\x90\x3c\x40" + b"\xff\xff\xff\x7f\x3c\x00\x00\x3c\x40" * 1000),
+        "too-long"),
     "noise": (np.random.default_rng(1).bytes(100_000), "not-midi"),
     "noise-in-a-track": (one_track(np.random.default_rng(2).bytes(100_000)), None),
 }  # fmt: skip
