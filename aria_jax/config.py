@@ -83,9 +83,13 @@ class OptimizerConfig:
 
     peak_lr: float = 3e-4
     warmup_steps: int = 200
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
     end_ratio: float = 0.1
     """Last learning rate as a fraction of the peak."""
+    decay_fraction: float = 0.2
+    """Share of the steps over which "wsd" decays."""
+    ema_decay: float | None = None
+    """Keeps an exponential moving average of the weights, which is evaluated and exported."""
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-5

@@ -12,7 +12,7 @@ from aria_jax.config import OptimizerConfig
 from aria_jax.interop.safetensors import import_model
 from aria_jax.losses.language_model import next_token_loss
 from aria_jax.models.heads import split_model
-from aria_jax.train.optimizer import build_optimizer, learning_rate
+from aria_jax.train.optimizer import build_optimizer, learning_rate, updates_done
 
 REFERENCE = OptimizerConfig(peak_lr=3e-4, warmup_steps=10, clip_norm=None)
 
@@ -42,12 +42,25 @@ def test_thirty_steps_of_the_reference(golden):
         params, state, loss = step(params, state)
         losses.append(float(loss))
     np.testing.assert_allclose(losses, case["loss"], rtol=1e-3)
+    assert updates_done(state) == 30
 
 
-@pytest.mark.parametrize("kind, end", [("linear", 0.1), ("cosine", 0.1), ("constant", 1.0)])
-def test_every_schedule_rises_to_the_peak_and_ends_where_it_says(kind, end):
-    config = OptimizerConfig(peak_lr=1.0, warmup_steps=5, schedule=kind)
-    schedule = learning_rate(config, 50)
+@pytest.mark.parametrize(
+    "kind, half, end",
+    [("linear", 0.55, 0.1), ("cosine", 0.55, 0.1), ("wsd", 1.0, 0.1), ("constant", 1.0, 1.0)],
+)
+def test_every_schedule_rises_to_the_peak_and_ends_where_it_says(kind, half, end):
+    schedule = learning_rate(OptimizerConfig(peak_lr=1.0, warmup_steps=10, schedule=kind), 110)
     assert float(schedule(0)) == pytest.approx(1e-6)
-    assert float(schedule(5)) == pytest.approx(1.0)
-    assert float(schedule(50)) == pytest.approx(end, rel=1e-5)
+    assert float(schedule(5)) == pytest.approx(0.5, rel=1e-5)
+    assert float(schedule(10)) == pytest.approx(1.0)
+    assert float(schedule(60)) == pytest.approx(half, rel=1e-5)
+    assert float(schedule(110)) == pytest.approx(end, rel=1e-5)
+    assert float(schedule(500)) == pytest.approx(end, rel=1e-5)
+
+
+def test_wsd_falls_over_the_last_fifth_only():
+    config = OptimizerConfig(peak_lr=1.0, warmup_steps=0, schedule="wsd", decay_fraction=0.2)
+    rates = jax.vmap(learning_rate(config, 100))(jnp.arange(101))
+    np.testing.assert_allclose(rates[:81], 1)
+    np.testing.assert_allclose(rates[80:], np.linspace(1, 0.1, 21), rtol=1e-5)
