@@ -1,0 +1,123 @@
+"""The paper's p-values from its counts, balanced plans, and votes that cannot go astray."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from aria_jax.eval.listening_test import Trial, analyse, compare, design
+from data_pipeline.errors import UserError
+
+# Wins, ties, losses and p-value as the paper prints them.
+PAPER = [
+    ("AM Transformer", 38, 0, 6, "9.43e-07"),
+    ("Suno 3.5", 18, 9, 21, "7.49e-01"),
+    ("MusicGen", 49, 1, 0, "3.55e-15"),
+    ("ground truth", 15, 9, 17, "8.60e-01"),
+]
+
+
+@pytest.mark.parametrize(("opponent", "wins", "ties", "losses", "printed"), PAPER)
+def test_the_papers_p_values(opponent, wins, ties, losses, printed):
+    result = compare(opponent, wins, ties, losses)
+    assert f"{result.p_value:.2e}" == printed
+    assert result.low < result.win_rate <= result.high
+
+
+@pytest.mark.parametrize(("opponent", "wins", "ties", "losses", "printed"), PAPER)
+def test_the_papers_sums_are_not_its_number_of_participants(opponent, wins, ties, losses, printed):
+    with pytest.raises(UserError, match=f"= {wins + ties + losses} judgements, but 46"):
+        compare(opponent, wins, ties, losses, n_judgements=46)
+
+
+def test_interval_and_test_agree_with_arithmetic_by_hand():
+    # 5 wins of 5: p = 2 / 2^5; Clopper-Pearson low bound solves x^5 = 0.025.
+    result = compare("x", 5, 3, 0, n_judgements=8)
+    assert result.p_value == pytest.approx(2 / 32)
+    assert result.low == pytest.approx(0.025 ** (1 / 5)) and result.high == 1.0
+    all_ties = compare("x", 0, 4, 0)
+    assert (all_ties.p_value, all_ties.win_rate) == (1.0, None)
+
+
+def test_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    wins = rng.binomial(30, 0.7, 400)
+    covered = [c.low <= 0.7 <= c.high for c in (compare("x", int(w), 0, 30 - int(w)) for w in wins)]
+    # Exact intervals cover at least 95%; four standard errors below that would be chance.
+    assert np.mean(covered) > 0.95 - 4 * np.sqrt(0.95 * 0.05 / 400)
+
+
+@pytest.mark.parametrize(("judges", "per_judge"), [(46, 4), (7, 3), (20, 8), (5, 40)])
+def test_plans_are_balanced(judges, per_judge):
+    opponents = ["a", "b", "c", "d"]
+    prompts = [f"p{i}" for i in range(40)]
+    trials = design(
+        opponents,
+        prompts,
+        n_judges=judges,
+        trials_per_judge=per_judge,
+        rng=np.random.default_rng(1),
+    )
+    assert len({t.id for t in trials}) == len(trials) == judges * per_judge
+    by_opponent = Counter(t.opponent for t in trials)
+    assert max(by_opponent.values()) - min(by_opponent.values()) <= 1
+    for opponent in opponents:
+        own = [t for t in trials if t.opponent == opponent]
+        first = sum(t.ours_first for t in own)
+        assert abs(2 * first - len(own)) <= 1
+        used = Counter({p: 0 for p in prompts}) + Counter(t.prompt for t in own)
+        counts = [used[p] for p in prompts]
+        assert max(counts) - min(counts) <= 2
+    for judge in range(judges):
+        heard = [t.prompt for t in trials if t.judge == judge]
+        assert len(set(heard)) == len(heard) == per_judge
+
+
+def test_plans_are_reproducible_and_ids_reveal_nothing():
+    def plan(seed):
+        rng = np.random.default_rng(seed)
+        return design(["a", "b"], ["p", "q"], n_judges=30, trials_per_judge=2, rng=rng)
+
+    assert plan(0) == plan(0) != plan(1)
+    trials = plan(0)
+    numbers = np.array([int(t.id[1:]) for t in trials])
+    sides = np.array([t.ours_first for t in trials])
+    assert abs(np.corrcoef(numbers, sides)[0, 1]) < 0.4  # 60 trials: three standard errors
+
+
+TRIALS = [
+    Trial("t0", 0, "x", "p", True),
+    Trial("t1", 0, "y", "q", False),
+    Trial("t2", 1, "x", "q", False),
+]
+
+
+def test_votes_are_counted_for_the_right_side():
+    x, y = analyse(TRIALS, {"t0": "first", "t1": "first", "t2": "second"})
+    assert (x.opponent, x.wins, x.ties, x.losses) == ("x", 2, 0, 0)
+    assert (y.opponent, y.wins, y.ties, y.losses) == ("y", 0, 0, 1)
+    x, _ = analyse(TRIALS, {"t0": "tie", "t1": "tie", "t2": "first"})
+    assert (x.wins, x.ties, x.losses) == (0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("votes", "message"),
+    [
+        ({"t0": "first", "t1": "first"}, "1 judgements, but 2"),
+        ({"t0": "first", "t1": "first", "t2": "tie", "t9": "tie"}, "t9"),
+        ({"t0": "first", "t1": "left", "t2": "tie"}, "left"),
+    ],
+)
+def test_votes_that_do_not_add_up_are_refused(votes, message):
+    with pytest.raises(UserError, match=message):
+        analyse(TRIALS, votes)
+
+
+def test_impossible_studies():
+    rng = np.random.default_rng(0)
+    with pytest.raises(UserError, match="repeat a prompt"):
+        design(["a"], ["p"], n_judges=1, trials_per_judge=2, rng=rng)
+    with pytest.raises(UserError, match="needs"):
+        design([], ["p"], n_judges=1, trials_per_judge=1, rng=rng)
+    with pytest.raises(UserError, match="no judgements"):
+        compare("x", 0, 0, 0)
