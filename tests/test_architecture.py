@@ -166,7 +166,7 @@ def test_no_module_is_a_crowded_room():
         "optimiser builder": ("adamw(",),
         "checkpoint manager": ("CheckpointManager(",),
         "TensorBoard set-up": ("SummaryWriter(",),
-        "training loop": ("value_and_grad(",),
+        "training step": ("apply_updates(",),
     }.items(),
 )
 def test_each_job_is_done_in_one_module(job, names):
