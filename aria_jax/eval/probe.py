@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from aria_jax.eval.classification import accuracy, confusion_counts, f1_per_class
 from data_pipeline.errors import UserError
 
 C_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
@@ -129,10 +130,10 @@ def _result(
     left_out: dict[str, int],
     seed: int,
 ) -> ProbeResult:
-    confusion = _confusion(truth, answer, len(classes))
+    confusion = confusion_counts(truth, answer, len(classes))
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, len(truth), (BOOTSTRAPS, len(truth)))
-    resampled = [_confusion(truth[d], answer[d], len(classes)) for d in draws]
+    resampled = [confusion_counts(truth[d], answer[d], len(classes)) for d in draws]
 
     def interval(values: list[float]) -> tuple[float, float]:
         low, high = np.quantile(values, [0.025, 0.975])
@@ -140,27 +141,14 @@ def _result(
 
     return ProbeResult(
         classes=classes,
-        accuracy=_accuracy(confusion),
-        macro_f1=float(_f1(confusion).mean()),
-        accuracy_ci=interval([_accuracy(c) for c in resampled]),
-        macro_f1_ci=interval([float(_f1(c).mean()) for c in resampled]),
-        per_class_f1=dict(zip(classes, _f1(confusion).tolist(), strict=True)),
+        accuracy=accuracy(confusion),
+        macro_f1=float(f1_per_class(confusion).mean()),
+        accuracy_ci=interval([accuracy(c) for c in resampled]),
+        macro_f1_ci=interval([float(f1_per_class(c).mean()) for c in resampled]),
+        per_class_f1=dict(zip(classes, f1_per_class(confusion).tolist(), strict=True)),
         confusion=confusion,
         majority_accuracy=float((truth == majority).mean()),
         n_train=n_train,
         n_test=len(truth),
         left_out=left_out,
     )
-
-
-def _confusion(truth: np.ndarray, answer: np.ndarray, n: int) -> np.ndarray:
-    return np.bincount(truth * n + answer, minlength=n * n).reshape(n, n)
-
-
-def _accuracy(confusion: np.ndarray) -> float:
-    return float(np.trace(confusion) / max(confusion.sum(), 1))
-
-
-def _f1(confusion: np.ndarray) -> np.ndarray:
-    hits = np.diagonal(confusion)
-    return 2 * hits / np.maximum(confusion.sum(0) + confusion.sum(1), 1)

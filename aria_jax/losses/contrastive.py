@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aria_jax.kernels.contrastive.pairs import Implementation, Where, pair_statistics
-from aria_jax.kernels.contrastive.statistics import NOTHING, joined
+from aria_jax.kernels.contrastive.statistics import NOTHING, PADDING_ID, joined
 from aria_jax.sharding import LOGICAL_RULES
 
 UNIFORMITY_ROWS = 1024
@@ -43,7 +43,8 @@ def contrastive_loss(
         z1_BxE, z2_BxE: embeddings of the two views, any scale; float32, or bfloat16 (products are
             then of bfloat16, summed in float32).
         temperature: positive; an array is learned like any parameter.
-        composition: int [B]; different performances of one composition are not negatives.
+        composition: int [B]; different performances of one composition are not negatives. A
+            negative number marks a filler row, which counts nowhere.
         variant: "symmetric": anchors of one view against the other view (reference:
             symmetric_nt_xent_loss_cosine); "nt-xent": against all 2B - 1 others (SimCLR, Chen et
             al. 2020, equation 1).
@@ -60,12 +61,12 @@ def contrastive_loss(
         Isola 2020), both on the unit sphere, lower is better.
     """
     unit1, unit2 = _unit(z1_BxE), _unit(z2_BxE)
-    batch = len(unit1)
-    ids = jnp.arange(batch) if composition is None else composition
-    ids = ids.astype(jnp.int32)
+    ids = jnp.arange(len(unit1)) if composition is None else composition
+    ids = jnp.where(ids < 0, PADDING_ID, ids).astype(jnp.int32)
     where = _where(mesh, implementation, global_negatives)
     scale = jnp.asarray(1 / temperature, jnp.float32)
-    positive_B = scale * jnp.sum(unit1.astype(jnp.float32) * unit2.astype(jnp.float32), 1)
+    wide1, wide2 = unit1.astype(jnp.float32), unit2.astype(jnp.float32)
+    positive_B = scale * jnp.sum(wide1 * wide2, 1)
     negatives, hardest = _negatives(unit1, unit2, ids, scale * (1 + hardness), variant, where)
     if hardness:
         # The mean weight is one: Σ w e^s / mean w, in logs.
@@ -75,16 +76,18 @@ def contrastive_loss(
             jnp.where(number > 0, n - w + jnp.log(jnp.maximum(number, 1)), NOTHING)
             for n, w in zip(negatives, weights, strict=True)
         ]
-    losses = [jax.nn.softplus(n - positive_B).mean() for n in negatives]
-    found = [positive_B > h / (1 + hardness) for h in hardest]
+    present = (ids != PADDING_ID).astype(jnp.float32)
+
+    def mean(values_B: jax.Array) -> jax.Array:
+        return jnp.sum(values_B * present) / jnp.maximum(present.sum(), 1)
+
+    loss = sum(mean(jax.nn.softplus(n - positive_B)) for n in negatives) / 2
     metrics = {
-        "retrieval": (found[0].mean() + found[1].mean()) / 2,
-        "alignment": jnp.square(unit1.astype(jnp.float32) - unit2.astype(jnp.float32))
-        .sum(1)
-        .mean(),
-        "uniformity": _uniformity(unit1[:UNIFORMITY_ROWS].astype(jnp.float32)),
+        "retrieval": sum(mean(positive_B > h / (1 + hardness)) for h in hardest) / 2,
+        "alignment": mean(jnp.square(wide1 - wide2).sum(1)),
+        "uniformity": _uniformity(wide1[:UNIFORMITY_ROWS], present[:UNIFORMITY_ROWS]),
     }
-    return (losses[0] + losses[1]) / 2, jax.lax.stop_gradient(metrics)
+    return loss, jax.lax.stop_gradient(metrics)
 
 
 def _where(mesh: Mesh | None, implementation: Implementation, ring: bool) -> Where:
@@ -115,17 +118,16 @@ def _number_of_negatives(ids: jax.Array, variant: Variant, where: Where) -> jax.
     def others(ids: jax.Array) -> jax.Array:
         ordered = jnp.sort(ids)
         twins = jnp.searchsorted(ordered, ids, side="right") - jnp.searchsorted(ordered, ids)
-        return len(ids) - twins
+        return jnp.sum(ids != PADDING_ID) - twins
 
     number = jax.vmap(others)(ids.reshape(parts, -1)).reshape(-1)
     return (number * (2 if variant == "nt-xent" else 1)).astype(jnp.float32)
 
 
-def _uniformity(unit_RxE: jax.Array) -> jax.Array:
-    n = len(unit_RxE)
+def _uniformity(unit_RxE: jax.Array, present_R: jax.Array) -> jax.Array:
+    pairs = present_R[:, None] * present_R * (1 - jnp.eye(len(unit_RxE)))
     potential = jnp.exp(4 * (unit_RxE @ unit_RxE.T) - 4)
-    others = jnp.sum(jnp.where(jnp.eye(n, dtype=bool), 0, potential))
-    return jnp.log(others / max(n * (n - 1), 1) + 1e-12)
+    return jnp.log(jnp.sum(pairs * potential) / jnp.maximum(pairs.sum(), 1) + 1e-12)
 
 
 def _unit(z_BxE: jax.Array) -> jax.Array:

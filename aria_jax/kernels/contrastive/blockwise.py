@@ -89,5 +89,5 @@ def _blocks(x_NxE: jax.Array, ids_N: jax.Array, m: int, tile: int):
 def _logits(x, y, x_ids, y_ids, scale):
     """Logits of a tile, `NOTHING` for the pairs that do not count; and which do."""
     logits = scale * jnp.matmul(x, y.T, preferred_element_type=jnp.float32)
-    counts = (x_ids[:, None] != y_ids) & (x_ids != PADDING_ID)[:, None]
+    counts = (x_ids[:, None] != y_ids) & (x_ids != PADDING_ID)[:, None] & (y_ids != PADDING_ID)
     return jnp.where(counts, logits, NOTHING), counts

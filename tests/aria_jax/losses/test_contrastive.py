@@ -204,6 +204,20 @@ def test_gradient_caching_equals_one_pass(pairs):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_filler_rows_count_nowhere(pairs, variant):
+    z1, z2, composition = pairs
+    options = {"temperature": 0.2, "variant": variant, "hardness": 0.3}
+    expected = contrastive_loss(z1, z2, composition=composition, **options)
+    found = contrastive_loss(
+        *(jnp.pad(z, ((0, 3), (0, 0)), constant_values=0.3) for z in (z1, z2)),
+        composition=jnp.pad(composition, (0, 3), constant_values=-1),
+        **options,
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+
+
 def test_metrics_say_what_they_claim():
     z = jnp.eye(4)
     _, perfect = contrastive_loss(z, z, temperature=0.1)
