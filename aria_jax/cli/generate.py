@@ -170,6 +170,8 @@ def read_ids(path: str) -> "np.ndarray":
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         ids = content["ids"] if isinstance(content, dict) else content
+        if isinstance(ids, list) and len(ids) == 1 and isinstance(ids[0], list):
+            ids = ids[0]  # one continuation of `aria-jax generate --json`
         whole = isinstance(ids, list) and all(type(i) is int for i in ids)
     except (ValueError, KeyError, UnicodeDecodeError):
         whole = False
@@ -189,17 +191,10 @@ def _condition(args: argparse.Namespace, emb_size: int | None) -> "np.ndarray | 
             f"{args.checkpoint}: this model takes no embedding (it was trained without an adapter, "
             "model.emb_size); leave --embedding out"
         )
-    from aria_jax.embed.export import model_encoder
-    from aria_jax.embed.pieces import midi_slices
-    from aria_jax.train.checkpoint import load_model
+    from aria_jax.embed.single import performance_encoder
     from data_pipeline.midi import read_midi
-    from data_pipeline.tokenizer import Tokenizer
 
-    loaded = load_model(args.embedding_checkpoint)
-    tokenizer = Tokenizer.preset(loaded.tokenizer)
-    max_tokens = min(2048, loaded.config.max_seq_len)
-    slices = midi_slices(read_midi(args.embedding), tokenizer, 300, max_tokens)
-    condition = model_encoder(loaded.model, tokenizer.pad_id)(slices).mean(axis=0)
+    condition = performance_encoder(args.embedding_checkpoint)(read_midi(args.embedding))
     if len(condition) != emb_size:
         raise UserError(
             f"{args.embedding_checkpoint} embeds in {len(condition)} numbers, "

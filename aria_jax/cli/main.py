@@ -22,6 +22,7 @@ VERBS = {
     "embed": ("embed", "one embedding per file, as Parquet"),
     "probe": ("probe", "how much a linear classifier reads from embeddings"),
     "convert": ("convert", "weights from and to published PyTorch checkpoints"),
+    "listening-test": ("listening_test", "blinded A/B pages, and the analysis of their votes"),
     "demo": ("demo", "the whole story on a small corpus, ending in an HTML report"),
 }
 

@@ -1,0 +1,285 @@
+"""`aria-jax listening-test`: blinded A/B pages, the analysis of votes, and objective companions."""
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aria_jax.eval.listening_test import Comparison
+    from aria_jax.report.listening_page import Clip
+
+DESCRIPTION = """\
+The paper's listening test: 15 s prompts, 45 s continuations, ours against another system's in
+blinded pairs, sides and prompts counter-balanced.
+
+  make     CLIPS/SYSTEM/PROMPT.mid (or .wav, .mp3, …) -> one page a judge, and key.json, which alone
+           says what was what: keep it from the judges
+  analyse  key.json and the judges' votes-*.json -> wins, ties, losses, exact sign test
+  counts   the same test of counts you already have
+  compare  two folders of MIDI -> density, entropy, intervals, self-similarity of either, and with
+           --checkpoint the Fréchet distance of their embeddings
+
+examples:
+  aria-jax listening-test make clips study --ours aria --judges 46 --trials 4
+  aria-jax listening-test analyse study/key.json votes-*.json
+  aria-jax listening-test counts 38 0 6 --judgements 44
+  aria-jax listening-test compare generated held_out --checkpoint run2"""
+
+KEY_FORMAT = "aria-jax-listening-test-1"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `aria-jax listening-test`."""
+    actions = parser.add_subparsers(dest="action", required=True)
+    make = actions.add_parser("make", help="write the pages")
+    make.add_argument("clips", help="folder with one folder of clips a system")
+    make.add_argument("out", help="folder for the pages")
+    make.add_argument("--ours", required=True, help="the system the others are compared with")
+    make.add_argument("--judges", type=int, required=True, help="how many pages")
+    make.add_argument("--trials", type=int, help="pairs a judge (default: one per opponent)")
+    make.add_argument("--seconds", type=float, default=60.0, help="of each clip (60)")
+    make.add_argument("--seed", type=int, default=0, help="of the plan (0)")
+    analyse = actions.add_parser("analyse", help="analyse votes")
+    analyse.add_argument("key", help="key.json of the study")
+    analyse.add_argument("votes", nargs="+", help="votes-*.json of the judges")
+    counts = actions.add_parser("counts", help="analyse counts")
+    for name in ("wins", "ties", "losses"):
+        counts.add_argument(name, type=int)
+    counts.add_argument("--judgements", type=int, help="how many there should be")
+    compare = actions.add_parser("compare", help="objective statistics of two folders")
+    compare.add_argument("generated", help="folder of MIDI files")
+    compare.add_argument("reference", help="folder of MIDI files")
+    compare.add_argument("--checkpoint", metavar="C", help="contrastive run to embed them with")
+    for action in (make, analyse, counts, compare):
+        action.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Does what `args.action` says."""
+    {"make": _make, "analyse": _analyse, "counts": _counts, "compare": _compare}[args.action](args)
+
+
+# --- make ----------------------------------------------------------------------------------------
+
+
+def _make(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from aria_jax.cli.console import print_result
+    from aria_jax.eval.listening_test import design
+    from aria_jax.report.listening_page import Question, write_judge_page
+    from data_pipeline.errors import UserError
+
+    clips = _find_clips(Path(args.clips))
+    if args.ours not in clips:
+        raise UserError(f"{args.clips}: no folder {args.ours!r}; there are {', '.join(clips)}")
+    opponents = [name for name in clips if name != args.ours]
+    prompts = sorted(set.intersection(*(set(named) for named in clips.values())))
+    if not prompts:
+        raise UserError(f"{args.clips}: no clip name is in the folder of every system")
+    out = Path(args.out)
+    if (out / "key.json").exists():
+        raise UserError(f"{out}/key.json exists: a study is never overwritten; name a new folder")
+    trials = design(
+        opponents,
+        prompts,
+        n_judges=args.judges,
+        trials_per_judge=args.trials or len(opponents),
+        rng=np.random.default_rng(args.seed),
+    )
+    study = f"{out.name}-{args.seed}"
+    out.mkdir(parents=True, exist_ok=True)
+    loaded = {
+        (system, prompt): _load_clip(clips[system][prompt])
+        for system in clips
+        for prompt in prompts
+    }
+    for judge in range(args.judges):
+        questions = []
+        for trial in (t for t in trials if t.judge == judge):
+            sides = [loaded[args.ours, trial.prompt], loaded[trial.opponent, trial.prompt]]
+            first, second = sides if trial.ours_first else reversed(sides)
+            questions.append(Question(trial.id, first, second))
+        write_judge_page(
+            out / f"judge-{judge + 1:03d}.html",
+            study=study,
+            judge=f"{judge + 1:03d}",
+            questions=questions,
+            seconds=args.seconds,
+        )
+    key = {
+        "format": KEY_FORMAT,
+        "study": study,
+        "ours": args.ours,
+        "trials": [asdict(trial) for trial in trials],
+    }
+    (out / "key.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
+    result = {
+        "out": str(out),
+        "judges": args.judges,
+        "trials": len(trials),
+        "prompts": len(prompts),
+    }
+    text = (
+        f"{args.judges} pages with {len(trials)} pairs in {out}; give the judges judge-*.html and "
+        "clips/ (if any), not key.json"
+    )
+    print_result(result, args.json, text)
+
+
+def _find_clips(folder: Path) -> dict[str, dict[str, Path]]:
+    """System -> prompt -> file."""
+    from aria_jax.report.listening_page import AUDIO_SUFFIXES
+    from data_pipeline.errors import UserError
+
+    suffixes = (".mid", ".midi", *AUDIO_SUFFIXES)
+    systems = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
+    if len(systems) < 2:
+        raise UserError(f"{folder}: expected a folder of clips for each of two systems or more")
+    return {
+        system.name: {p.stem: p for p in sorted(system.iterdir()) if p.suffix.lower() in suffixes}
+        for system in systems
+    }
+
+
+def _load_clip(path: Path) -> "Clip":
+    from aria_jax.report.listening_page import AUDIO_SUFFIXES, Clip
+    from data_pipeline.midi import read_midi, resolve_pedal
+
+    if path.suffix.lower() in AUDIO_SUFFIXES:
+        return Clip(sound=path)
+    return Clip(performance=resolve_pedal(read_midi(path)))
+
+
+# --- analyse -------------------------------------------------------------------------------------
+
+
+def _analyse(args: argparse.Namespace) -> None:
+    from aria_jax.eval.listening_test import Trial, analyse
+    from data_pipeline.errors import UserError
+
+    key = _read_json(args.key)
+    if key.get("format") != KEY_FORMAT:
+        raise UserError(f"{args.key}: not the key of a listening test")
+    trials = [Trial(**trial) for trial in key["trials"]]
+    votes: dict[str, str] = {}
+    judges: dict[int, str] = {}
+    for path in args.votes:
+        ballot = _read_json(path)
+        try:
+            study, judge, cast = ballot["study"], int(ballot["judge"]) - 1, dict(ballot["votes"])
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{path}: not a judge's votes") from None
+        if study != key["study"]:
+            raise UserError(f"{path}: votes of study {study!r}, not {key['study']!r}")
+        if judge in judges:
+            raise UserError(f"{path}: judge {judge + 1:03d} has voted already, in {judges[judge]}")
+        own = {trial.id for trial in trials if trial.judge == judge}
+        if strange := set(cast) - own:
+            raise UserError(f"{path}: {sorted(strange)[0]} is no trial of judge {judge + 1:03d}")
+        judges[judge] = path
+        votes |= cast
+    asked = [trial for trial in trials if trial.judge in judges]
+    _print_comparisons(analyse(asked, votes), args.json, len(judges))
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    from data_pipeline.errors import UserError
+
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError:
+        raise UserError(f"{path}: no such file") from None
+    except ValueError:
+        raise UserError(f"{path}: not JSON") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not what `aria-jax listening-test make` or its pages write")
+    return content
+
+
+def _counts(args: argparse.Namespace) -> None:
+    from aria_jax.eval.listening_test import compare
+
+    one = compare("the opponent", args.wins, args.ties, args.losses, n_judgements=args.judgements)
+    _print_comparisons([one], args.json, None)
+
+
+def _print_comparisons(
+    comparisons: "list[Comparison]", as_json: bool, n_judges: int | None
+) -> None:
+    from aria_jax.cli.console import print_result
+
+    lines = [] if n_judges is None else [f"{n_judges} judges"]
+    lines += [f"{'against':<20} wins  ties  losses  p (sign test)  win rate, 95% interval"]
+    for c in comparisons:
+        rate = "-" if c.win_rate is None else f"{c.win_rate:.0%}"
+        lines.append(
+            f"{c.opponent:<20} {c.wins:4d}  {c.ties:4d}  {c.losses:6d}  {c.p_value:13.3g}  "
+            f"{rate} ({c.low:.0%} to {c.high:.0%})"
+        )
+    result = {"judges": n_judges, "comparisons": [asdict(c) for c in comparisons]}
+    print_result(result, as_json, "\n".join(lines))
+
+
+# --- compare -------------------------------------------------------------------------------------
+
+
+def _compare(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from aria_jax.cli.console import print_result
+    from aria_jax.eval.music_statistics import frechet_distance, music_statistics, summarise
+
+    sets = {side: _performances(getattr(args, side)) for side in ("generated", "reference")}
+    summary = {
+        side: summarise([music_statistics(performance) for performance in performances])
+        for side, performances in sets.items()
+    }
+    result: dict[str, Any] = {
+        side: {
+            "n": len(sets[side]),
+            **{name: {"mean": m, "std": s} for name, (m, s) in summary[side].items()},
+        }
+        for side in sets
+    }
+    lines = [
+        f"{'mean ± standard deviation':<26} {len(sets['generated'])} generated".ljust(48)
+        + f"{len(sets['reference'])} reference"
+    ]
+    for name in summary["generated"]:
+        cells = [
+            "{:9.3f} ± {:.3f}".format(*summary[side][name]) for side in ("generated", "reference")
+        ]
+        lines.append(f"{name.replace('_', ' '):<26} {cells[0]:<20} {cells[1]}")
+    if args.checkpoint:
+        from aria_jax.embed.single import performance_encoder
+
+        embed = performance_encoder(args.checkpoint)
+        generated, reference = (np.stack([embed(one) for one in sets[side]]) for side in sets)
+        distance = frechet_distance(generated, reference)
+        result["frechet_distance"] = distance
+        lines.append(f"Fréchet distance of embeddings: {distance:.4f}")
+    print_result(result, args.json, "\n".join(lines))
+
+
+def _performances(folder: str) -> list:
+    """Every readable MIDI file with notes under a folder."""
+    import sys
+
+    from data_pipeline.errors import InvalidMidi, UserError
+    from data_pipeline.midi import read_midi
+
+    found = []
+    for path in sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".mid", ".midi")):
+        try:
+            performance = read_midi(path)
+        except InvalidMidi as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        if len(performance.notes):
+            found.append(performance)
+    if not found:
+        raise UserError(f"{folder}: no MIDI files with notes here")
+    return found
