@@ -1,19 +1,22 @@
-"""Checkpoints: an Orbax CheckpointManager directory of params, opt_state and a JSON record.
+"""Checkpoints: an Orbax CheckpointManager directory of params, opt_state, ema and a JSON record.
 
-The record holds the run's config, the tokenizer and the data position. The position is the step
-(with the seed in the config): loaders are random access, so element i of the stream depends on
-(seed, i) alone and any number of processes can go on from it, which Grain's own iterator state
-does not allow.
+The record holds the run's config, the tokenizer and the position: seed, epoch and step. Loaders
+are random access, so row i of the stream depends on (seed, i) alone, and so do the keys of
+dropout: any number of processes can go on from a position, which Grain's own iterator state does
+not allow.
 """
 
 import hashlib
 import json
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -24,6 +27,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.tokenizer import Tokenizer
 
 DIRECTORY = "checkpoints"
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -59,17 +63,27 @@ class Checkpointer:
     def __init__(self, workdir: str | Path, keep: int = 3):
         self.directory = (Path(workdir) / DIRECTORY).absolute()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        names = ("params", "opt_state", "record")
+        names = ("params", "opt_state", "ema", "record")
         self._manager = ocp.CheckpointManager(self.directory, item_names=names, options=options)
+        self._damaged: set[int] = set()
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, oldest first."""
+        """Steps with a complete checkpoint, oldest first; incomplete writes are not listed."""
         return sorted(self._manager.all_steps())
 
     def save(
-        self, step: int, params: Parameters, opt_state: Any | None, record: dict[str, Any]
+        self,
+        step: int,
+        params: Parameters,
+        record: dict[str, Any],
+        *,
+        opt_state: Any | None = None,
+        ema: Parameters | None = None,
     ) -> None:
         """Starts writing; returns once the arrays may be changed. A step is written once."""
+        if step in self._damaged:
+            self._manager.delete(step)
+            self._damaged.remove(step)
         if step in self._manager.all_steps():
             return
         items: dict[str, Any] = {
@@ -78,20 +92,46 @@ class Checkpointer:
         }
         if opt_state is not None:
             items["opt_state"] = ocp.args.StandardSave(jax.tree.leaves(opt_state))
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        if ema is not None:
+            items["ema"] = ocp.args.StandardSave(ema)
+        # Forced: behind a damaged newer checkpoint Orbax would refuse.
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def newest(self, read: Callable[[int], Read]) -> tuple[int, Read]:
+        """The newest step that `read` can read, and what it read; warns about the others.
+
+        Raises:
+            UserError: none can be read, or `read` raised it.
+        """
+        for step in reversed(self.steps()):
+            try:
+                return step, read(step)
+            except UserError:
+                raise
+            except Exception as error:  # Orbax raises anything on a damaged file
+                reason = str(error).strip().partition("\n")[0]
+                self._damaged.add(step)
+                warnings.warn(
+                    f"{self.directory}: checkpoint {step} is damaged, trying the one before "
+                    f"({type(error).__name__}: {reason[:200]})",
+                    stacklevel=2,
+                )
+        raise UserError(f"{self.directory}: no checkpoint here can be read; use a new --workdir")
 
     def record(self, step: int) -> dict[str, Any]:
         """The JSON record of a checkpoint."""
         args = ocp.args.Composite(record=ocp.args.JsonRestore())
         return self._manager.restore(step, args=args)["record"]
 
-    def restore_params(self, step: int, like: Parameters) -> Parameters:
-        """Weights, laid out and typed like `like` (arrays or ShapeDtypeStructs with sharding)."""
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(like))
-        return self._manager.restore(step, args=args)["params"]
+    def restore(self, step: int, item: str, like: Any) -> Any:
+        """Item "params", "opt_state" or "ema", laid out and typed like `like`.
 
-    def restore_opt_state(self, step: int, like: Any) -> Any:
-        """Optimiser state, laid out like `like`."""
+        `like` holds ShapeDtypeStructs with shardings: any mesh, any number of processes, any float
+        type.
+        """
+        if item != "opt_state":
+            args = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
+            return self._manager.restore(step, args=args)[item]
         leaves, structure = jax.tree.flatten(like)
         args = ocp.args.Composite(opt_state=ocp.args.StandardRestore(leaves))
         restored = self._manager.restore(step, args=args)["opt_state"]
@@ -106,19 +146,25 @@ class Checkpointer:
         self._manager.close()
 
 
-def abstract_parameters(model: Model, mesh: jax.sharding.Mesh | None) -> Parameters:
-    """Shapes, types and shardings of a model's weights; on one device without a mesh."""
-    params = split_model(model)[1]
+def shapes_like(
+    tree: Any, mesh: jax.sharding.Mesh | None, dtype: jax.typing.DTypeLike | None = None
+) -> Any:
+    """Shapes, types and shardings of parameters or optimiser state; without a mesh on one device.
+
+    Args:
+        dtype: what floating-point leaves become; None keeps theirs.
+    """
     if mesh is None:
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        shardings = jax.tree.map(lambda _: one, params)
+        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        shardings = jax.tree.map(lambda _: one, tree)
     else:
-        shardings = parameter_shardings(params, mesh)
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        params,
-        shardings,
-    )
+        shardings = parameter_shardings(tree, mesh)
+
+    def shape(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        cast = dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype if cast else leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(shape, tree, shardings)
 
 
 def model_record(config: ModelConfig, tokenizer: str) -> dict[str, Any]:
@@ -132,20 +178,28 @@ def model_record(config: ModelConfig, tokenizer: str) -> dict[str, Any]:
 def save_model(path: str | Path, model: Model, *, tokenizer: str = "aria", step: int = 0) -> None:
     """Writes a model as a checkpoint that `load_model`, `--checkpoint` and `--init-from` take."""
     checkpointer = Checkpointer(path)
-    if checkpointer.steps():
+    try:
+        if checkpointer.steps():
+            raise UserError(f"{path}: already holds checkpoints; name a new directory")
+        checkpointer.save(step, split_model(model)[1], model_record(model.config, tokenizer))
+    finally:
         checkpointer.close()
-        raise UserError(f"{path}: already holds checkpoints; name a new directory")
-    checkpointer.save(step, split_model(model)[1], None, model_record(model.config, tokenizer))
-    checkpointer.close()
 
 
 def load_model(
     path: str | Path,
     *,
     mesh: jax.sharding.Mesh | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
     compute: ComputeConfig | None = None,
 ) -> LoadedModel:
-    """The newest model of a run or of `save_model`, on one device or cut over a mesh.
+    """The newest intact model of a run or of `save_model`, on one device or cut over a mesh.
+
+    A run that keeps a moving average of its weights gives that average. Its weights of the lowest
+    validation loss are a model of their own, in the folder `best` of its workdir.
+
+    Args:
+        dtype: of the weights, e.g. bfloat16; None keeps them as they were saved.
 
     Raises:
         UserError: no checkpoint there, or one that another version wrote.
@@ -154,18 +208,21 @@ def load_model(
     if not (path / DIRECTORY).is_dir():
         raise UserError(f"{path}: no checkpoint here (expected the --workdir of a training run)")
     checkpointer = Checkpointer(path)
-    try:
-        if not checkpointer.steps():
-            raise UserError(f"{path}: its checkpoints folder is empty; was the run interrupted?")
-        step = checkpointer.steps()[-1]
+
+    def read(step: int) -> LoadedModel:
         record = checkpointer.record(step)
         preset = record["tokenizer"]["preset"]
         if record["tokenizer"]["hash"] != Tokenizer.preset(preset).hash:
             raise UserError(f"{path}: trained with another version of the {preset} tokenizer")
         config = from_dict(ModelConfig, record["model"])
-        model = abstract_model(config, compute or ComputeConfig())
-        merge, _ = split_model(model)
-        params = checkpointer.restore_params(step, abstract_parameters(model, mesh))
-        return LoadedModel(merge(params), config, preset, step, str(path))
+        merge, params = split_model(abstract_model(config, compute or ComputeConfig()))
+        item = "ema" if record.get("ema") else "params"
+        restored = checkpointer.restore(step, item, shapes_like(params, mesh, dtype))
+        return LoadedModel(merge(restored), config, preset, step, str(path))
+
+    try:
+        if not checkpointer.steps():
+            raise UserError(f"{path}: its checkpoints folder is empty; was the run interrupted?")
+        return checkpointer.newest(read)[1]
     finally:
         checkpointer.close()

@@ -1,9 +1,16 @@
-"""Where a run's numbers go."""
+"""Where a run's numbers go, and how they get there without making the device wait."""
 
 import json
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
+
+import jax
+import numpy as np
+
+from data_pipeline.errors import UserError
 
 Split = Literal["train", "val"]
 
@@ -12,7 +19,7 @@ class MetricSink(Protocol):
     """Takes metrics as they come; `close` once at the end."""
 
     def write(self, step: int, metrics: Mapping[str, float], split: Split) -> None:
-        """Takes the metrics of one step (train) or one evaluation (val)."""
+        """Takes the metrics of some steps (train) or of one evaluation (val)."""
 
     def close(self) -> None:
         """Flushes."""
@@ -25,8 +32,9 @@ class JsonlSink:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Mapping[str, float], split: Split) -> None:
-        """Appends a line and flushes it: a killed run keeps its log."""
-        self._file.write(json.dumps({"step": step, "split": split, **metrics}) + "\n")
+        """Appends a line and flushes it: a killed run keeps its log. Infinities become null."""
+        values = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
+        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -50,3 +58,91 @@ class TensorBoardSink:
     def close(self) -> None:
         """Flushes the event file."""
         self._writer.close()
+
+
+class Log:
+    """Sends metrics to the sinks of process 0 and remembers the last of each."""
+
+    def __init__(self, sinks: Sequence[MetricSink]):
+        self._sinks = sinks if jax.process_index() == 0 else ()
+        self.last: dict[str, float] = {}
+
+    def write(self, step: int, metrics: dict[str, float], split: Split) -> None:
+        """Writes to every sink."""
+        self.last.update({f"{split}/{name}": value for name, value in metrics.items()})
+        for sink in self._sinks:
+            sink.write(step, metrics, split)
+
+
+class Watch:
+    """Reads the metrics of a step after the next one is under way, so the device never waits.
+
+    Writes means over `log_every` steps: of the steps that were not skipped, with their number.
+
+    Args:
+        flops_per_token: to tell the share of `peak_flops` that is used (MFU); None leaves it out.
+        last_good: names the newest checkpoint for the message of a diverged run.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        *,
+        log_every: int,
+        max_bad: int,
+        last_good: Callable[[], str],
+        flops_per_token: float,
+        peak_flops: float | None,
+    ):
+        self._log, self._log_every, self._max_bad = log, log_every, max_bad
+        self._last_good = last_good
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._bad = 0
+        self._since: list[dict[str, float]] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves what happened since the last step out of the throughput."""
+        self._began = time.perf_counter()
+
+    def after(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Takes the metrics of the step just dispatched; reads those of the one before."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Reads what is pending.
+
+        Raises:
+            UserError: too many steps in a row were not finite.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._bad = self._bad + 1 if values["skipped"] else 0
+        if self._bad >= self._max_bad:
+            raise UserError(
+                f"the loss was not finite for {self._bad} steps up to step {step}; "
+                f"{self._last_good()}; lower optimizer.peak_lr and start again from it"
+            )
+        self._since.append(values)
+        if step % self._log_every == 0:
+            self._write(step)
+
+    def _write(self, step: int) -> None:
+        seconds = max(time.perf_counter() - self._began, 1e-9)
+        good = [values for values in self._since if not values["skipped"]]
+        means = {name: float(np.mean([v[name] for v in good])) for name in good[0]} if good else {}
+        tokens_per_s = sum(v["n_tokens"] for v in self._since) / seconds
+        means |= {
+            "skipped": float(len(self._since) - len(good)),
+            "tokens_per_s": tokens_per_s,
+            "step_s": seconds / len(self._since),
+        }
+        if self._peak_flops is not None:
+            means["mfu"] = tokens_per_s * self._flops_per_token / self._peak_flops
+        self._log.write(step, means, "train")
+        self._since = []
+        self.restart_clock()

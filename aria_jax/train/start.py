@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from aria_jax.config import RunConfig, to_dict
+from aria_jax.config import RunConfig, from_dict, to_dict
 from aria_jax.train.checkpoint import DIRECTORY, Checkpointer
 from data_pipeline.errors import UserError
 
@@ -55,13 +55,20 @@ def decide(workdir: Path, init_from: str | Path | None, checkpointer: Checkpoint
     raise UserError(f"--init-from {path}: neither a checkpoint nor a .safetensors file")
 
 
-def refuse_changed_config(saved: dict[str, Any], config: RunConfig, workdir: Path) -> None:
-    """Raises `UserError` naming each setting that differs from the run to be resumed."""
-    before, now = _flat(saved), _flat(to_dict(config))
+def refuse_changed_run(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+    """Raises `UserError` naming each setting that differs from the run to be resumed.
+
+    Args:
+        saved: record of the checkpoint, with "config" and "tokenizer".
+        now: the same of the run about to start.
+    """
+    complete = to_dict(from_dict(RunConfig, saved["config"]))  # new settings have their defaults
+    before = _flat({**complete, "tokenizer": saved["tokenizer"]})
+    after = _flat({**now["config"], "tokenizer": now["tokenizer"]})
     changed = [
-        f"{key}: was {before.get(key)}, is {now.get(key)}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not {key, key.split(".")[0]} & FREE
+        f"{key}: was {before.get(key)}, is {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not {key, key.split(".")[0]} & FREE
     ]
     if changed:
         raise UserError(
@@ -70,9 +77,9 @@ def refuse_changed_config(saved: dict[str, Any], config: RunConfig, workdir: Pat
         )
 
 
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
+def _flat(sections: dict[str, Any]) -> dict[str, Any]:
     flat = {}
-    for section, values in config.items():
+    for section, values in sections.items():
         if isinstance(values, dict):
             for name, value in values.items():
                 flat[f"{section}.{name}"] = list(value) if isinstance(value, tuple) else value

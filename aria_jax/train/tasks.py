@@ -4,9 +4,10 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from aria_jax.config import RunConfig
@@ -16,9 +17,22 @@ from aria_jax.losses.language_model import next_token_loss
 from aria_jax.models.heads import Model
 from data_pipeline import loaders
 from data_pipeline.augment import AugmentConfig
+from data_pipeline.shards import load_manifest
+from data_pipeline.tokenizer import Tokenizer
 
 Batch = dict[str, Any]
 LossFunction = Callable[[Model, Batch, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+class Batches(Protocol):
+    """Batches of this process in a fixed order; see data_pipeline.loaders."""
+
+    @property
+    def n_examples(self) -> int:
+        """Rows of an epoch, over all processes."""
+
+    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
+        """Batches from a step on."""
 
 
 @dataclass(frozen=True)
@@ -27,26 +41,34 @@ class Task:
 
     Attributes:
         loss: (model, batch, dropout key or None) -> (loss, aux). `aux["n_tokens"]` counts the
-            tokens seen; the other entries are averaged and logged.
-        train: batches of this process from a step on, without end.
-        evaluate: batches of one pass over the validation pieces.
+            tokens seen, `aux["weight"]` is what the loss is a mean over (tokens, rows); the other
+            entries are averaged like the loss, and logged.
+        train: without end.
+        evaluate: one pass over the validation pieces; None where there are none.
     """
 
     loss: LossFunction
-    train: Callable[[int], Iterator[Batch]]
-    evaluate: Callable[[], Iterator[Batch]]
+    train: Batches
+    evaluate: Batches | None
 
 
 def resolve(config: RunConfig, data_dir: str | Path) -> RunConfig:
-    """`config` with what only the data can say: the class names of the label to learn."""
-    if config.task != "classify" or config.model.class_names:
-        return config
-    names = loaders.label_values(data_dir, config.data.label)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, class_names=names))
+    """`config` with what only the data can say: size of the vocabulary, names of the classes."""
+    preset = load_manifest(data_dir)["tokenizer"]["preset"]
+    model = dataclasses.replace(config.model, vocab_size=Tokenizer.preset(preset).vocab_size)
+    if config.task == "classify" and not model.class_names:
+        names = loaders.label_values(data_dir, config.data.label)
+        model = dataclasses.replace(model, class_names=names)
+    return dataclasses.replace(config, model=model)
 
 
 def build_task(
-    config: RunConfig, data_dir: str | Path, *, shard_index: int = 0, shard_count: int = 1
+    config: RunConfig,
+    data_dir: str | Path,
+    *,
+    shard_index: int = 0,
+    shard_count: int = 1,
+    mesh: jax.sharding.Mesh | None = None,
 ) -> Task:
     """The task of `config`, reading shard `shard_index` of `shard_count` of every batch."""
     common = {
@@ -56,18 +78,12 @@ def build_task(
         "shard_index": shard_index,
         "shard_count": shard_count,
     }
-    augment = AugmentConfig() if config.data.augment else None
-    make, loss, extra = {
-        "pretrain": (loaders.lm_windows, _language_model, {"packing": config.data.packing}),
-        "continue": (
-            loaders.lm_windows,
-            _language_model,
-            {"packing": config.data.packing, "add_dim": True},
-        ),
-        "contrastive": (loaders.contrastive_pairs, _contrastive, _slice_notes(config)),
+    make, extra = {
+        "pretrain": (loaders.lm_windows, {"packing": config.data.packing}),
+        "continue": (loaders.lm_windows, {"packing": config.data.packing, "add_dim": True}),
+        "contrastive": (loaders.contrastive_pairs, _slice_notes(config)),
         "classify": (
             loaders.labelled_slices,
-            _classify,
             {
                 **_slice_notes(config),
                 "label": config.data.label,
@@ -79,13 +95,40 @@ def build_task(
     def batches(split: str, **options: Any) -> Any:
         return make(data_dir, split=split, **common, **extra, **options)
 
+    augment = AugmentConfig() if config.data.augment else None
+    has_val = bool(load_manifest(data_dir)["splits"].get("val", {}).get("shards"))
     return Task(
-        loss=loss(config),
-        train=lambda step: batches("train", augment=augment, workers=config.data.workers).iterate(
-            step
-        ),
-        evaluate=lambda: batches("val", augment=None, epochs=1, shuffle=False).iterate(),
+        loss=loss_function(config, mesh),
+        train=batches("train", augment=augment, workers=config.data.workers),
+        evaluate=batches("val", augment=None, epochs=1, shuffle=False) if has_val else None,
     )
+
+
+def loss_function(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> LossFunction:
+    """The loss of `config.task`; contrastive negatives travel round the devices of `mesh`."""
+    if config.task == "contrastive":
+        return _contrastive(config, mesh)
+    return _classify(config) if config.task == "classify" else _language_model(config)
+
+
+def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """What one global batch of `config.task` looks like, without reading any data."""
+    rows, length = config.data.global_batch, config.data.seq_len
+    ids, one = (rows, length), (rows,)
+    shapes: dict[str, tuple[tuple[int, ...], Any]]
+    if config.task == "contrastive":
+        shapes = {
+            "tokens": ((rows, 2, length), np.int32),
+            "eos": ((rows, 2), np.int32),
+            "composition": (one, np.int32),
+        }
+    elif config.task == "classify":
+        names = ("eos", "label", "piece", "n_tokens")
+        shapes = {"tokens": (ids, np.int32), **{name: (one, np.int32) for name in names}}
+    else:
+        names = ("inputs", "targets", "segment_ids", "positions")
+        shapes = {"loss_mask": (ids, bool), **{name: (ids, np.int32) for name in names}}
+    return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
 
 
 def _slice_notes(config: RunConfig) -> dict[str, int]:
@@ -105,18 +148,19 @@ def _language_model(config: RunConfig) -> LossFunction:
             segment_ids=batch["segment_ids"] if packed else None,
             dropout_key=key,
         )
-        return next_token_loss(
+        value, aux = next_token_loss(
             hidden,
             model.head[...],
             batch["targets"],
             batch["loss_mask"],
             z_loss=config.train.z_loss,
         )
+        return value, {**aux, "weight": aux["n_tokens"]}
 
     return loss
 
 
-def _contrastive(config: RunConfig) -> LossFunction:
+def _contrastive(config: RunConfig, mesh: jax.sharding.Mesh | None) -> LossFunction:
     def loss(model: Model, batch: Batch, key: jax.Array | None):
         tokens_Bx2xL, eos_Bx2 = batch["tokens"], batch["eos"]
         flat = tokens_Bx2xL.reshape(-1, tokens_Bx2xL.shape[-1])
@@ -127,8 +171,15 @@ def _contrastive(config: RunConfig) -> LossFunction:
             z_Bx2xE[:, 1],
             temperature=config.train.temperature,
             composition=batch["composition"],
+            mesh=mesh,
         )
-        return value, {**aux, "n_tokens": (eos_Bx2 + 1).sum()}
+        n_rows = len(eos_Bx2)
+        n_real = (batch["composition"] >= 0).sum()
+        # Filler rows (end of the validation pieces) are easy negatives: a batch with some counts
+        # only where there is no full one.
+        weight = jnp.where(n_real == n_rows, n_rows, n_real * 1e-6).astype(jnp.float32)
+        n_tokens = (eos_Bx2 + 1).sum().astype(jnp.float32)
+        return value, {**aux, "n_tokens": n_tokens, "weight": weight}
 
     return loss
 
@@ -136,8 +187,13 @@ def _contrastive(config: RunConfig) -> LossFunction:
 def _classify(config: RunConfig) -> LossFunction:
     def loss(model: Model, batch: Batch, key: jax.Array | None):
         logits = model.pooled(batch["tokens"], batch["eos"], config.train.pooling, dropout_key=key)
-        value, aux = classification_loss(logits, batch["label"])
-        return value, {**aux, "n_tokens": (batch["eos"] + 1).sum()}
+        used_B = (batch["piece"] >= 0).astype(jnp.float32)
+        value, aux = classification_loss(logits, batch["label"], used_B)
+        return value, {
+            **aux,
+            "n_tokens": batch["n_tokens"].sum().astype(jnp.float32),
+            "weight": used_B.sum(),
+        }
 
     return loss
 

@@ -1,0 +1,73 @@
+"""What a step costs by formula, and what chips deliver by their data sheets."""
+
+from dataclasses import dataclass
+
+from aria_jax.config import ModelConfig, RunConfig
+from aria_jax.models.heads import head_width
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Figures of a data sheet.
+
+    Attributes:
+        flops: dense bfloat16 FLOP/s at peak.
+        hbm: bytes of device memory.
+        bandwidth: bytes a second to and from it.
+        network: bytes a second in and out over all links to other chips of the slice.
+    """
+
+    flops: float
+    hbm: float
+    bandwidth: float
+    network: float = 0.0
+
+
+# By a part of jax's `device_kind`; the first that matches, so longer names stand first.
+# TPUs: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e pages). GPUs: NVIDIA data sheets, no sparsity.
+CHIPS = {
+    "TPU v6": Chip(918e12, 32 * GIB, 1640e9, 448e9),
+    "TPU v5 lite": Chip(197e12, 16 * GIB, 819e9, 200e9),
+    "TPU v5e": Chip(197e12, 16 * GIB, 819e9, 200e9),
+    "TPU v5": Chip(459e12, 95 * GIB, 2765e9, 600e9),
+    "TPU v4": Chip(275e12, 32 * GIB, 1228e9, 300e9),
+    "B200": Chip(2250e12, 180e9, 8000e9, 1800e9),
+    "H200": Chip(989e12, 141e9, 4800e9, 900e9),
+    "H100": Chip(989e12, 80e9, 3350e9, 900e9),
+    "A100": Chip(312e12, 80e9, 2039e9, 600e9),
+    "L4": Chip(121e12, 24e9, 300e9),
+}
+
+
+def chip_of(device_kind: str) -> Chip | None:
+    """The data sheet of a device; None for CPUs and devices not in the table."""
+    return next((chip for name, chip in CHIPS.items() if name in device_kind), None)
+
+
+def forward_flops_per_token(model: ModelConfig, seq_len: int) -> dict[str, float]:
+    """FLOPs of one token's forward pass in a causal sequence, by part.
+
+    A multiplication and an addition are two. Attention counts the visible half of the scores
+    (2 · L/2 for the scores and as much for the values, times d_model). The vocabulary head works
+    on every token, other heads on one position of a sequence.
+    """
+    d, ff, n = model.d_model, model.d_model * model.ff_mult, model.n_layers
+    head = 2.0 * d * head_width(model)
+    return {
+        "blocks": 2.0 * n * (4 * d * d + 3 * d * ff),
+        "attention": 2.0 * n * seq_len * d,
+        "head": head if model.head == "lm" else head / seq_len,
+    }
+
+
+def train_flops_per_token(config: RunConfig) -> float:
+    """Forward and backward, without what `compute.remat` computes again (so MFU, not HFU)."""
+    return 3 * sum(forward_flops_per_token(config.model, config.data.seq_len).values())
+
+
+def tokens_per_step(config: RunConfig) -> int:
+    """Positions of one optimiser step, padding included; a contrastive pair is two sequences."""
+    views = 2 if config.task == "contrastive" else 1
+    return views * config.data.global_batch * config.data.seq_len

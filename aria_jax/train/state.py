@@ -1,0 +1,91 @@
+"""The first state of a run: restored, given weights, or random; always born on the mesh."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from aria_jax.config import RunConfig
+from aria_jax.interop.safetensors import import_model
+from aria_jax.models.heads import Model, Parameters, abstract_model, init_sharded, split_model
+from aria_jax.sharding import parameter_shardings
+from aria_jax.train.checkpoint import Checkpointer, load_model, shapes_like
+from aria_jax.train.start import Start, refuse_changed_run
+from aria_jax.train.step import TrainState, new_state
+from data_pipeline.errors import UserError
+
+Merge = Callable[[Parameters], Model]
+
+
+def abstract_state(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[Merge, TrainState]:
+    """The model's `merge` function, and the state's shapes with their shardings; no memory."""
+    merge, params = split_model(abstract_model(config.model, config.compute))
+    return merge, shapes_like(jax.eval_shape(partial(new_state, config), params), mesh)
+
+
+def first_state(
+    config: RunConfig,
+    mesh: jax.sharding.Mesh,
+    start: Start,
+    checkpointer: Checkpointer,
+    record: dict[str, Any],
+) -> tuple[Merge, TrainState, int]:
+    """`merge`, the state that `start` asks for, and the number of steps it has behind it.
+
+    Args:
+        record: what the run would write into its checkpoints, held against what is there.
+    """
+    merge, like = abstract_state(config, mesh)
+    if start.kind == "resume":
+        step, state = checkpointer.newest(
+            partial(_restored, checkpointer, like, record, Path(str(start.path)))
+        )
+        return merge, state, step
+    key = jax.random.key(config.train.seed)
+    params = split_model(init_sharded(config.model, config.compute, key, mesh))[1]
+    if start.path is not None:
+        params = _with_weights_of(params, _source_model(start, mesh), config, start.path)
+    shardings = parameter_shardings(like, mesh)
+    return merge, jax.jit(partial(new_state, config), out_shardings=shardings)(params), 0
+
+
+def _restored(
+    checkpointer: Checkpointer, like: TrainState, record: dict[str, Any], path: Path, step: int
+) -> TrainState:
+    refuse_changed_run(checkpointer.record(step), record, path)
+    return TrainState(
+        checkpointer.restore(step, "params", like.params),
+        checkpointer.restore(step, "opt_state", like.opt_state),
+        None if like.ema is None else checkpointer.restore(step, "ema", like.ema),
+    )
+
+
+def _source_model(start: Start, mesh: jax.sharding.Mesh) -> Model:
+    if start.kind == "published":
+        return import_model(str(start.path))
+    return load_model(str(start.path), mesh=mesh).model
+
+
+def _with_weights_of(
+    params: Parameters, source: Model, config: RunConfig, path: Path
+) -> Parameters:
+    """`params` with the backbone of `source`, and its head where it is of the same kind."""
+    theirs = split_model(source)[1]
+    same_head = (source.config.head, source.config.class_names) == (
+        config.model.head,
+        config.model.class_names,
+    )
+    chosen = {**params, "backbone": theirs["backbone"]}
+    if same_head and "head" in theirs:
+        chosen["head"] = theirs["head"]
+    for (name, ours), found in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(chosen), strict=True
+    ):
+        if ours.shape != found.shape:
+            raise UserError(
+                f"{path}: {jax.tree_util.keystr(name)} has shape {found.shape}, this run needs "
+                f"{ours.shape}; choose the preset the weights were trained with"
+            )
+    return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), chosen, params)
