@@ -62,10 +62,13 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matrix products; parameters, softmax and losses stay float32."""
-    remat: Literal["none", "dots", "full"] = "none"
-    """What the backward pass recomputes: nothing, all but matrix products, or everything."""
+    remat: Literal["none", "dots", "full", "offload"] = "none"
+    """What the backward pass recomputes: nothing, all but matrix products and attention, or
+    everything; "offload" is "full" with the layers' inputs waiting in the host's memory."""
     scan_layers: bool = True
     """One compiled block for all layers compiles fast; False unrolls them: faster on CPU."""
+    attention: Literal["auto", "splash", "cudnn", "blockwise", "plain"] = "auto"
+    """Kernel of attention; "auto" takes the fastest for platform, dtype and length."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    sequence: int = 1
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,7 @@ class RunConfig:
         found += [
             f"{name}={value} must be positive" for name, value in positive.items() if value <= 0
         ]
-        if [self.mesh.data, self.mesh.fsdp, self.mesh.tensor].count(-1) > 1:
+        if list(dataclasses.astuple(self.mesh)).count(-1) > 1:
             found.append("at most one mesh axis may be -1")
         return found
 

@@ -1,17 +1,33 @@
-"""The mesh, and the one table from logical axes of arrays to axes of the mesh."""
+"""The mesh, and the one table from logical axes of arrays to axes of the mesh.
+
+A program that runs on several devices sets its mesh around what it compiles:
+
+    mesh = make_mesh(config.mesh)
+    with jax.set_mesh(mesh):
+        step(params, batch)
+
+Code inside finds it by `active_mesh()`: activations are pinned by `constrain`, and kernels that
+the compiler cannot cut by itself run under `shard_map`. Without a mesh all of it does nothing.
+"""
+
+from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from aria_jax.config import MeshConfig
 from data_pipeline.errors import UserError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
 LOGICAL_RULES: dict[str | None, str | tuple[str, ...] | None] = {
     # Batches spread over every device that does not share a layer's matrices.
     "batch": ("data", "fsdp"),
+    # Long contexts: each device holds a part of every sequence's activations; attention gathers
+    # the keys and values of all parts.
+    "length": "sequence",
     # Fully sharded data parallelism: weights and optimiser state cut along the model width,
     # gathered when a layer needs them.
     "embed": "fsdp",
@@ -19,15 +35,17 @@ LOGICAL_RULES: dict[str | None, str | tuple[str, ...] | None] = {
     # the feed-forward.
     "heads": "tensor",
     "mlp": "tensor",
-    # 17,727 divides by no mesh axis, and scanned layers must be whole on every device.
-    "vocab": None,
+    # Logits. 17,727 divides by no mesh axis, so parameters keep their vocabulary whole and the
+    # loss pads it (losses/language_model.py).
+    "vocab": "tensor",
+    # Scanned layers must be whole on every device.
     "layer": None,
     None: None,
 }
 
 # Logical axes of each parameter, by the name of its leaf.
 PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
-    "embedding": ("vocab", "embed"),
+    "embedding": (None, "embed"),
     "qkv": ("layer", "embed", None, "heads"),
     "out": ("layer", "heads", "embed"),
     "gate": ("layer", "embed", "mlp"),
@@ -38,24 +56,49 @@ PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
 }
 
 
-def make_mesh(config: MeshConfig, devices: list | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
     """A mesh over `devices` (all of them by default); the axis of -1 takes what is left.
 
+    Neighbours on the mesh are neighbours on the interconnect. Where the devices are several TPU
+    slices, the data axis goes across them: one sum of gradients a step is all that the slow
+    network between slices carries.
+
     Raises:
-        UserError: the axes do not multiply to the number of devices.
+        UserError: the axes do not multiply to the number of devices, or the data axis does not
+            divide by the number of slices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    sizes = {axis: getattr(config, axis) for axis in MESH_AXES}
     known = int(np.prod([size for size in sizes.values() if size != -1]))
     free = [axis for axis, size in sizes.items() if size == -1]
     if free and known > 0 and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
-    if int(np.prod(list(sizes.values()))) != len(devices):
+    if int(np.prod(list(sizes.values()))) != len(devices) or min(sizes.values()) < 1:
         asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
         raise UserError(f"{asked} do not multiply to the {len(devices)} devices there are")
-    shape = tuple(sizes[axis] for axis in MESH_AXES)
-    kinds = (jax.sharding.AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=kinds, devices=devices)
+    kinds = (AxisType.Auto,) * len(MESH_AXES)
+    return Mesh(_device_grid(tuple(sizes.values()), devices), MESH_AXES, axis_types=kinds)
+
+
+def _device_grid(shape: tuple[int, ...], devices: list) -> np.ndarray:
+    """`devices` as an array of `shape`, data axis first, by the interconnect's topology."""
+    n_slices = 1
+    if devices[0].platform == "tpu":
+        n_slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if n_slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    data, *within = shape
+    if data % n_slices:
+        raise UserError(
+            f"mesh.data={data} must divide by the {n_slices} slices: only the data axis may cross "
+            "the network between them"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // n_slices, *within),
+        (n_slices, *(1 for _ in within)),
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 def named_sharding(mesh: Mesh, logical_axes: tuple[str | None, ...]) -> NamedSharding:
@@ -65,10 +108,14 @@ def named_sharding(mesh: Mesh, logical_axes: tuple[str | None, ...]) -> NamedSha
         ValueError: two of them would share a mesh axis.
     """
     spec = [LOGICAL_RULES[axis] for axis in logical_axes]
-    used = [a for entry in spec if entry for a in ((entry,) if isinstance(entry, str) else entry)]
+    used = [axis for entry in spec for axis in _axes(entry)]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {logical_axes} put one mesh axis to use twice: {spec}")
     return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -79,6 +126,45 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return named_sharding(mesh, ())
+
+
+def active_mesh() -> AbstractMesh | None:
+    """The mesh that `jax.set_mesh` set, if it has several devices and one may still cut over it.
+
+    Inside `shard_map` the cutting is done: None.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or mesh.axis_names != MESH_AXES:
+        return None
+    return mesh if all(kind == AxisType.Auto for kind in mesh.axis_types) else None
+
+
+def platform() -> str:
+    """What the program being compiled runs on: "cpu", "gpu" or "tpu".
+
+    Described devices of another machine count, so that ahead-of-time compilation is the same.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
+def fitting_spec(
+    mesh: AbstractMesh, logical_axes: tuple[str | None, ...], shape: tuple[int, ...]
+) -> PartitionSpec:
+    """How an activation is cut: by the table, but for axes whose size does not divide."""
+    spec = named_sharding(mesh, logical_axes).spec
+    parts = [int(np.prod([mesh.shape[axis] for axis in _axes(entry)])) for entry in spec]
+    return PartitionSpec(
+        *(entry if size % n == 0 else None for entry, size, n in zip(spec, shape, parts))
+    )
+
+
+def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
+    """`x`, cut over the active mesh by the table; unchanged without one."""
+    mesh = active_mesh()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, fitting_spec(mesh, logical_axes, x.shape))
 
 
 def parameter_shardings(tree, mesh: Mesh):
