@@ -146,7 +146,7 @@ class _Loop:
     def train(self, should_stop: Callable[[int], bool] | None, profiler: Profiler) -> bool:
         """Advances to the last step, or until asked to stop (then True)."""
         settings, stopped = self._config.train, False
-        with stop_requests() as asked, self._mesh:
+        with stop_requests() as asked, jax.set_mesh(self._mesh):
             batches = self._task.train.iterate(self.step)
             self._watch.restart_clock()
             while self.step < settings.steps and not stopped:
