@@ -112,6 +112,7 @@ class BatchStream:
         read_ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_PREFETCHED_BATCHES)
         batches = grain.MapDataset.source(self)[start_step:].to_iter_dataset(read_ahead)
         if self.workers:
+            _mark_flags_as_parsed()
             batches = batches.mp_prefetch(
                 grain.multiprocessing.MultiprocessingOptions(
                     num_workers=self.workers, per_worker_buffer_size=_PREFETCHED_BATCHES
@@ -123,6 +124,14 @@ class BatchStream:
         finally:
             if self.workers:
                 iterator.close()
+
+
+def _mark_flags_as_parsed() -> None:
+    """grain's worker processes read absl flags, which only `absl.app.run` parses."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
 
 
 def _import_grain() -> ModuleType:
