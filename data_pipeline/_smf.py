@@ -1,7 +1,9 @@
 """Standard MIDI File bytes to notes and controllers, compiled; exact to mido and aria-utils.
 
-The semantics are those of `mido.MidiFile` followed by aria-utils `_extract_track_data`: the same
-files are refused, and the same notes are paired, on overlapping and zero-length notes too.
+The notes, times and controllers are those of `mido.MidiFile` followed by aria-utils
+`_extract_track_data`, on overlapping and zero-length notes too. Files that mido refuses are
+refused, except for the content of messages that no token depends on: system-exclusive bytes above
+127, key and time signatures that do not exist.
 """
 
 import numba
@@ -20,7 +22,23 @@ REASONS = {
 MAX_MESSAGE_BYTES = 1_000_000  # mido refuses longer system-exclusive and meta messages
 MAX_TICK = 1 << 40
 
+# Columns of what `decode_track` counts.
+_STATUS, _NOTES, _PEDALS, _TEMPI, _PROGRAMS, _TEXTS = range(6)
+
+_SYSEX, _ESCAPE, _META = 0xF0, 0xF7, 0xFF
+_TEXT, _COPYRIGHT, _TEMPO = 0x01, 0x02, 0x51
+
 _compiled = numba.njit(cache=True, nogil=True)
+
+# Data bytes after each status byte; -1: no such message (mido's table).
+_N_DATA = np.full(256, 2, np.int64)
+_N_DATA[0xC0:0xE0] = 1
+_N_DATA[0xF1], _N_DATA[0xF2], _N_DATA[0xF3] = 1, 2, 1
+_N_DATA[[0xF6, 0xF8, 0xFA, 0xFB, 0xFC, 0xFE]] = 0
+_N_DATA[[0xF4, 0xF5, 0xF9, 0xFD]] = -1
+
+_KNOWN_META = np.zeros(256, np.bool_)
+_KNOWN_META[[*range(8), 9, 0x20, 0x21, 0x2F, 0x51, 0x54, 0x58, 0x59, 0x7F]] = True
 
 
 @_compiled
@@ -39,11 +57,18 @@ def _varint(data, position):
 
 
 @_compiled
+def _put(table, row, values):
+    # Numba's own `table[row] = values` is several times slower.
+    for column in range(len(values)):
+        table[row, column] = values[column]
+
+
+@_compiled
 def decode_track(data, start, end, notes, pedals, tempi, programs, texts):
     """Decodes one track chunk.
 
     Args:
-        data: uint8 [N], the file.
+        data: uint8 [end], the file as far as the chunk's end.
         start, end: the chunk's content.
         notes: int64 [_, 5] out: start tick, end tick, pitch, velocity, channel.
         pedals: int64 [_, 3] out: tick, value, channel.
@@ -55,152 +80,141 @@ def decode_track(data, start, end, notes, pedals, tempi, programs, texts):
         int64 [6]: status (0 or a key of `REASONS`), and how many rows of each were written.
     """
     counts = np.zeros(6, np.int64)
-    # Open notes: one linked list per (channel, pitch) through rows of a growing pool.
+    # Notes as they begin, linked to lists of open notes per channel and pitch.
     first = np.full(2048, -1, np.int64)
     last = np.full(2048, -1, np.int64)
-    pool = np.empty((256, 3), np.int64)  # start tick, velocity, next row
-    free = 0
+    pool = np.empty((len(notes), 3), np.int64)  # start tick, velocity, next row
+    n_opened = tick = running = 0
     position = start
-    tick = 0
-    running = 0
     while position != end:
         delta, position = _varint(data, position)
-        if delta < 0:
-            counts[0] = 1 if delta == -1 else 6
+        if delta < 0 or tick + delta > MAX_TICK:
+            counts[_STATUS] = 1 if delta == -1 else 6
             return counts
         tick += delta
-        if tick > MAX_TICK:
-            counts[0] = 6
+        if position >= end:
+            counts[_STATUS] = 1
             return counts
-        if position >= len(data):
-            counts[0] = 1
-            return counts
-        status = data[position]
-        if status < 0x80:
-            if running == 0:
-                counts[0] = 2
-                return counts
-            status = running
-            if running == 0xF0 or running == 0xF7:
-                position += 1  # mido drops the byte it looked at
-        else:
+        status = np.int64(data[position])
+        if status >= 0x80:
             position += 1
-            if status != 0xFF:
+            if status != _META:
                 running = status
-        if status == 0xFF or status == 0xF0 or status == 0xF7:
-            kind = -1
-            if status == 0xFF:
-                if position >= len(data):
-                    counts[0] = 1
-                    return counts
-                kind = data[position]
-                position += 1
-            length, position = _varint(data, position)
-            if length > MAX_MESSAGE_BYTES:
-                counts[0] = 5
-                return counts
-            if length < 0 or position + length > len(data):
-                counts[0] = 1 if length != -2 else 5
-                return counts
-            if kind == 1 or kind == 2:
-                texts[counts[5], 0] = position
-                texts[counts[5], 1] = length
-                counts[5] += 1
-            elif kind == 0x51:
-                if length < 3:
-                    counts[0] = 7
-                    return counts
-                tempi[counts[3], 0] = tick
-                tempi[counts[3], 1] = (
-                    (np.int64(data[position]) << 16)
-                    | (np.int64(data[position + 1]) << 8)
-                    | np.int64(data[position + 2])
-                )
-                counts[3] += 1
-            position += length
-            continue
-        high = status & 0xF0
-        if high == 0xF0:
-            if status == 0xF1 or status == 0xF3:
-                n_data = 1
-            elif status == 0xF2:
-                n_data = 2
-            elif status == 0xF4 or status == 0xF5 or status == 0xF9 or status == 0xFD:
-                counts[0] = 3
-                return counts
-            else:
-                n_data = 0
-        elif high == 0xC0 or high == 0xD0:
-            n_data = 1
         else:
-            n_data = 2
-        if position + n_data > len(data):
-            counts[0] = 1
-            return counts
-        for i in range(n_data):
-            if data[position + i] > 127:
-                counts[0] = 4
+            status = running
+            if running == 0 or _N_DATA[running] == 0:
+                counts[_STATUS] = 2
                 return counts
+            if running in (_SYSEX, _ESCAPE):
+                position += 1  # mido drops the byte it looked at
+        if status in (_META, _SYSEX, _ESCAPE):
+            position, lost = _skip_message(
+                data, position, status, tick, delta, tempi, texts, counts
+            )
+            tick -= lost
+            if counts[_STATUS]:
+                return counts
+            continue
+        n_data = _N_DATA[status]
+        if n_data < 0 or position + n_data > end:
+            counts[_STATUS] = 3 if n_data < 0 else 1
+            return counts
         one = np.int64(data[position]) if n_data > 0 else 0
         two = np.int64(data[position + 1]) if n_data > 1 else 0
+        if one > 127 or two > 127:
+            counts[_STATUS] = 4
+            return counts
         position += n_data
-        channel = np.int64(status & 0x0F)
-        if high == 0xC0:
-            programs[counts[4], 0] = tick
-            programs[counts[4], 1] = one
-            programs[counts[4], 2] = channel
-            counts[4] += 1
-        elif high == 0xB0 and one == 64:
-            pedals[counts[2], 0] = tick
-            pedals[counts[2], 1] = two
-            pedals[counts[2], 2] = channel
-            counts[2] += 1
-        elif high == 0x90 and two > 0:
-            if free == len(pool):
-                grown = np.empty((2 * len(pool), 3), np.int64)
-                grown[:free] = pool
-                pool = grown
-            pool[free, 0] = tick
-            pool[free, 1] = two
-            pool[free, 2] = -1
+        kind, channel = status & 0xF0, status & 0x0F
+        if kind == 0xC0:
+            _put(programs, counts[_PROGRAMS], (tick, one, channel))
+            counts[_PROGRAMS] += 1
+        elif kind == 0xB0 and one == 64:
+            _put(pedals, counts[_PEDALS], (tick, two, channel))
+            counts[_PEDALS] += 1
+        elif kind == 0x90 and two > 0:
             key = channel * 128 + one
+            _put(pool, n_opened, (tick, two, -1))
             if first[key] < 0:
-                first[key] = free
+                first[key] = n_opened
             else:
-                pool[last[key], 2] = free
-            last[key] = free
-            free += 1
-        elif high == 0x80 or high == 0x90:
+                pool[last[key], 2] = n_opened
+            last[key] = n_opened
+            n_opened += 1
+        elif kind == 0x80 or kind == 0x90:
             key = channel * 128 + one
-            row = first[key]
-            kept_first = -1
-            kept_last = -1
-            n_closed = 0
-            while row >= 0:
-                following = pool[row, 2]
-                if pool[row, 0] != tick:
-                    n = counts[1]
-                    notes[n, 0] = pool[row, 0]
-                    notes[n, 1] = tick
-                    notes[n, 2] = one
-                    notes[n, 3] = pool[row, 1]
-                    notes[n, 4] = channel
-                    counts[1] += 1
-                    n_closed += 1
-                else:
-                    pool[row, 2] = -1
-                    if kept_first < 0:
-                        kept_first = row
-                    else:
-                        pool[kept_last, 2] = row
-                    kept_last = row
-                row = following
-            # A note-on at this very tick survives only if the note-off closed an earlier note.
-            if n_closed == 0:
-                kept_first = -1
-            first[key] = kept_first
-            last[key] = kept_last
+            n = counts[_NOTES]
+            first[key], last[key], counts[_NOTES] = _close(pool, first[key], tick, key, notes, n)
     return counts
+
+
+@_compiled
+def _skip_message(data, position, status, tick, delta, tempi, texts, counts):
+    """Steps over a meta or system-exclusive message and keeps its tempo or text.
+
+    Returns:
+        Next position, and the ticks that mido loses: the delta time of a meta message it does not
+        know. Faults go to `counts`.
+    """
+    kind = -1
+    if status == _META:
+        if position >= len(data):
+            counts[_STATUS] = 1
+            return position, 0
+        kind = np.int64(data[position])
+        position += 1
+    length, position = _varint(data, position)
+    if length > MAX_MESSAGE_BYTES or length == -2:
+        counts[_STATUS] = 5
+    elif length < 0 or position + length > len(data):
+        counts[_STATUS] = 1
+    elif kind in (_TEXT, _COPYRIGHT):
+        _put(texts, counts[_TEXTS], (position, length))
+        counts[_TEXTS] += 1
+    elif kind == _TEMPO and length < 3:
+        counts[_STATUS] = 7
+    elif kind == _TEMPO:
+        tempo = 0
+        for byte in data[position : position + 3]:
+            tempo = tempo * 256 + np.int64(byte)
+        _put(tempi, counts[_TEMPI], (tick, tempo))
+        counts[_TEMPI] += 1
+    elif kind >= 0 and not _KNOWN_META[kind]:
+        return position + length, delta
+    return position + length, 0
+
+
+@_compiled
+def _close(pool, row, tick, key, notes, n):
+    """Ends the open notes of one pitch and channel at `tick`.
+
+    Args:
+        pool: notes as they began; row: the first open one.
+        key: channel * 128 + pitch.
+        notes, n: where finished notes go, and how many there are.
+
+    Returns:
+        First and last row of the notes that stay open, and the new `n`. Notes that began at this
+        very tick stay open if earlier ones were ended, else they are forgotten.
+    """
+    before = n
+    kept_first = kept_last = -1
+    while row >= 0:
+        following = pool[row, 2]
+        if pool[row, 0] != tick:
+            _put(notes, n, (pool[row, 0], tick, key & 127, pool[row, 1], key >> 7))
+            n += 1
+        else:
+            pool[row, 2] = -1
+            if kept_first < 0:
+                kept_first = row
+            else:
+                pool[kept_last, 2] = row
+            kept_last = row
+        row = following
+    if n == before:
+        return -1, -1, n
+    return kept_first, kept_last, n
 
 
 @_compiled
@@ -219,26 +233,24 @@ def durations_ms(starts, ends, tempo_ticks, tempi, ticks_per_beat):
     """
     n_tempi = len(tempo_ticks)
     out = np.empty(len(starts), np.int64)
+    segment = now = 0
+    seconds = 0.0
     for i in range(len(starts)):
         start, end = starts[i], ends[i]
-        segment = np.searchsorted(tempo_ticks, start)
-        if segment == n_tempi:
-            segment = n_tempi - 1
-        if segment > 0:
-            segment -= 1
-        seconds = 0.0
-        now = start
-        while segment + 1 < n_tempi:
+        if i == 0 or start != starts[i - 1] or end < ends[i - 1]:
+            segment = min(np.searchsorted(tempo_ticks, start), n_tempi - 1)
+            segment = max(segment - 1, 0)
+            seconds, now = 0.0, start
+        # Else: goes on from where the last sum stood, so that sorted ends cost one pass.
+        while segment + 1 < n_tempi and tempo_ticks[segment + 1] <= end:
             following = tempo_ticks[segment + 1]
-            stop = end if end < following else following
-            seconds += (stop - now) * (tempi[segment] * 1e-6 / ticks_per_beat)
-            if end < following:
-                break
+            seconds += (following - now) * (tempi[segment] * 1e-6 / ticks_per_beat)
             now = following
             segment += 1
-        if end > tempo_ticks[n_tempi - 1]:
-            seconds += (end - now) * (tempi[n_tempi - 1] * 1e-6 / ticks_per_beat)
-        out[i] = np.int64(np.rint(seconds * 1e3))
+        total = seconds
+        if segment + 1 < n_tempi or end > tempo_ticks[n_tempi - 1]:
+            total += (end - now) * (tempi[segment] * 1e-6 / ticks_per_beat)
+        out[i] = np.int64(np.rint(total * 1e3))
     return out
 
 

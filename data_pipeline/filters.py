@@ -6,7 +6,6 @@ taken as written: the pedal is not folded in.
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 from data_pipeline.midi import DRUM_CHANNEL, Performance
-from data_pipeline.tokenizer import FAMILIES
 
 Outcome = tuple[bool, Any]
 
@@ -319,20 +317,3 @@ def check(performance: Performance, settings: dict[str, dict[str, Any]]) -> list
     """(test, value) of each test that the performance fails."""
     outcomes = ((name, TESTS[name](performance, **args)) for name, args in settings.items())
     return [(name, value) for name, (passed, value) in outcomes if not passed]
-
-
-def keep_piano(performance: Performance) -> Performance:
-    """Without the channels that ever play anything but a piano, and without drums."""
-    programs = performance.programs
-    other = set(programs["channel"][programs["program"] // 8 != FAMILIES.index("piano")].tolist())
-    other.add(DRUM_CHANNEL)
-
-    def kept(rows: np.ndarray) -> np.ndarray:
-        return rows[~np.isin(rows["channel"], list(other))]
-
-    return replace(
-        performance,
-        notes=kept(performance.notes),
-        pedals=kept(performance.pedals),
-        programs=kept(programs),
-    )

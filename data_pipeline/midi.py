@@ -20,6 +20,8 @@ PROGRAM = np.dtype([("tick", "i8"), ("program", "u1"), ("channel", "u1")])
 
 DRUM_CHANNEL = 9
 PEDAL_DOWN = 64  # controller values from here on press the pedal
+MAX_HOURS = 24
+"""No piece lasts longer; a broken delta time would otherwise ask for gigabytes of `<T>` tokens."""
 _DEFAULT_TEMPO = np.array([(0, 500_000)], TEMPO)
 _DEFAULT_PROGRAM = np.array([(0, 0, 0)], PROGRAM)
 
@@ -137,7 +139,7 @@ def read_midi(source: str | Path | bytes) -> Performance:
         _sorted_by_tick([track[i] for track in decoded], dtype)
         for i, dtype in enumerate((NOTE, PEDAL, TEMPO, PROGRAM))
     )
-    return Performance(
+    performance = Performance(
         ticks_per_beat=ticks_per_beat,
         notes=notes,
         pedals=pedals,
@@ -145,6 +147,15 @@ def read_midi(source: str | Path | bytes) -> Performance:
         programs=programs if len(programs) else _DEFAULT_PROGRAM,
         texts=tuple(text for track in decoded for text in track[4]),
     )
+    refuse_overlong(performance.ms(notes["start"][-1:]), name)
+    return performance
+
+
+def refuse_overlong(onsets_ms: np.ndarray, name: str) -> None:
+    """Raises InvalidMidi where an onset lies beyond `MAX_HOURS`."""
+    hours = onsets_ms.max(initial=0) / 3_600_000
+    if hours > MAX_HOURS:
+        raise InvalidMidi("too-long", f"{name}: lasts {hours:,.0f} hours; the limit is {MAX_HOURS}")
 
 
 def _chunks(data: bytes, name: str) -> tuple[int, list[tuple[int, int]]]:
@@ -183,10 +194,9 @@ def _decode_track(bytes_N: np.ndarray, data: bytes, start: int, end: int, name: 
     """Notes, pedals, tempi and programs of one track as structured arrays, and its texts."""
     from data_pipeline._smf import REASONS, decode_track
 
-    # An event takes two bytes at least and a note two events; nothing can outgrow these.
-    most = (end - start) // 2 + 2
-    columns = (5, 3, 2, 3, 2)
-    tables = [np.empty((most, n), np.int64) for n in columns]
+    # No kind of event can outgrow these: (fewest bytes one takes, columns).
+    sizes = ((3, 5), (3, 3), (7, 2), (2, 3), (4, 2))
+    tables = [np.empty(((end - start) // n + 1, columns), np.int64) for n, columns in sizes]
     counts = decode_track(bytes_N[:end], start, end, *tables)
     if counts[0]:
         reason = REASONS[int(counts[0])]

@@ -13,6 +13,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from data_pipeline.cleaning import remove_instruments
 from data_pipeline.errors import InvalidMidi, UserError
 from data_pipeline.midi import (
     DRUM_CHANNEL,
@@ -22,13 +23,13 @@ from data_pipeline.midi import (
     PROGRAM,
     Performance,
     pedalled_ends,
+    refuse_overlong,
 )
 from data_pipeline.vocabulary import (
     DRUM_VELOCITY,
     DUR_INDEX,
     FAMILIES,
     HIGHEST_DRUM,
-    IGNORED,
     INSTRUMENTS,
     LABELS,
     LOWEST_DRUM,
@@ -192,10 +193,10 @@ class Tokenizer:
             rng: draws the order of the prefix (without: ascending ids) and jitters `<D>` by ±10.
 
         Raises:
-            InvalidMidi: no note is left once unsupported instruments are removed; or the pedal
-                preset was given anything but a piano.
+            InvalidMidi: no note is left once unsupported instruments are removed; the pedal
+                preset was given anything but a piano; or it lasts longer than a day.
         """
-        performance = remove_ignored_instruments(performance)
+        performance = remove_instruments(performance)
         if not len(performance.notes):
             raise InvalidMidi("no-notes", "no notes of a supported instrument")
         instrument_of_channel, prefix = self._prefix(performance, labels or {})
@@ -239,6 +240,7 @@ class Tokenizer:
         order = np.argsort(ticks, kind="stable")
         begin = 0 if not remove_preceding_silence else int(ticks[order[0]])
         onsets_ms = performance.between_ms(begin, ticks)
+        refuse_overlong(onsets_ms, "a performance")
         events = np.full((len(ticks), 3), -1, np.int64)
         n = len(notes)
         drum = notes["channel"] == DRUM_CHANNEL
@@ -339,15 +341,18 @@ class Tokenizer:
         return int(np.count_nonzero((kind == Kind.NOTE) | (kind == Kind.DRUM)))
 
     def slice_notes(self, ids: np.ndarray, start: int, stop: int) -> np.ndarray:
-        """Notes `start:stop` of a piece as a piece of their own: prefix, `<S>`, notes from onset
-        0, `<E>`; uint16.
+        """Notes `start:stop` of a piece, and the pedal events between them, as a piece of their
+        own: prefix, `<S>`, notes from onset 0, `<E>`; uint16.
 
         Onsets are multiples of 10 ms and so is the shift: nothing is quantised twice.
         """
         ids = np.asarray(ids, np.int64)
         at, onset_ms = self.events(ids)
         prefix = ids[: np.argmax(ids == self.bos_id)] if self.bos_id in ids else ids[:0]
-        at, onset_ms = at[start:stop], onset_ms[start:stop]
+        is_note = self.kind[ids[at]] != Kind.PEDAL
+        n_so_far = np.cumsum(is_note)
+        here = (n_so_far > start) & (n_so_far - is_note < stop)
+        at, onset_ms = at[here], onset_ms[here]
         if not len(at):
             return np.concatenate([prefix, [self.bos_id, self.eos_id]]).astype(np.uint16)
         onset_ms = onset_ms - onset_ms[0]
@@ -371,26 +376,3 @@ def _interleave(events_Nx3: np.ndarray, n_time_tokens: np.ndarray, time_id: int)
         here = events_Nx3[:, column] >= 0
         out[begins[here] + column] = events_Nx3[here, column]
     return out
-
-
-def remove_ignored_instruments(performance: Performance) -> Performance:
-    """Without the channels that ever play an unsupported instrument (reference:
-    remove_instruments); drums stay.
-    """
-    programs = performance.programs
-    ignored = np.array([family in IGNORED for family in FAMILIES])[programs["program"] // 8]
-    channels = set(programs["channel"][ignored].tolist()) - {DRUM_CHANNEL}
-    if not channels:
-        return performance
-
-    def kept(rows: np.ndarray) -> np.ndarray:
-        return rows[~np.isin(rows["channel"], list(channels))]
-
-    return Performance(
-        performance.ticks_per_beat,
-        kept(performance.notes),
-        kept(performance.pedals),
-        performance.tempi,
-        kept(programs),
-        performance.texts,
-    )

@@ -3,7 +3,7 @@
 import hashlib
 from typing import Any
 
-from data_pipeline import dedup, filters
+from data_pipeline import cleaning, dedup, filters
 from data_pipeline.building.journal import printable, rejection
 from data_pipeline.errors import InvalidMidi
 from data_pipeline.midi import read_midi
@@ -37,7 +37,7 @@ class PieceMaker:
                 return rejection(path, stage, "too-long", int(performance.duration_ms)), b""
             stage = "filter"
             if self._solo_piano:
-                performance = filters.keep_piano(performance)
+                performance = cleaning.keep_piano(performance)
             failures = filters.check(performance, self._filters)
             if failures:
                 return rejection(path, stage, failures[0][0], dict(failures)), b""

@@ -100,6 +100,21 @@ def test_the_pedal_preset_writes_pedal_events_and_takes_piano_only():
         pedal.encode(ensemble(0, 20))
 
 
+def test_a_slice_counts_notes_and_keeps_the_pedal_between_them():
+    pedal = Tokenizer.preset("pedal")
+    notes = np.array([(60, 60, 0, 1000 * i, 1000 * i + 100) for i in range(4)], NOTE)
+    pedals = np.array([(500, 127, 0), (1500, 0, 0), (2500, 127, 0)], PEDAL)
+    ids = pedal.slice_notes(pedal.encode(Performance(500, notes, pedals)), 1, 3)
+    back = pedal.decode(ids)
+    assert back.notes["start"].tolist() == [0, 1000] and back.pedals["tick"].tolist() == [500]
+
+
+def test_more_than_a_day_is_refused_before_it_becomes_tokens():
+    notes = np.array([(60, 60, 0, 0, 100), (60, 60, 0, 10**12, 10**12 + 9)], NOTE)
+    with pytest.raises(InvalidMidi, match="the limit is 24"):
+        ARIA.encode(Performance(500, notes))
+
+
 def test_unsupported_instruments_are_left_out_and_nothing_left_is_an_error():
     notes = np.array([(60, 60, 0, 0, 100)], NOTE)
     sfx = Performance(500, notes, programs=np.array([(0, 127, 0)], PROGRAM))

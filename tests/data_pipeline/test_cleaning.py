@@ -1,0 +1,77 @@
+"""Cleaning takes away what it names and changes nothing else."""
+
+import numpy as np
+import pytest
+
+from data_pipeline.cleaning import keep_piano, remove_instruments, remove_redundant_pedals
+from data_pipeline.midi import NOTE, PEDAL, PROGRAM, Performance, resolve_pedal
+from tests.corpora import random_performance
+
+PIANO, FLUTE, BELLS = 0, 73, 14
+
+
+def band() -> Performance:
+    """One note and one pedal press each of piano, flute, bells and drums."""
+    notes = np.array([(60, 64, c, c, 100) for c in (0, 1, 2, 9)], NOTE)
+    pedals = np.array([(5, 127, c) for c in (0, 1, 2, 9)], PEDAL)
+    programs = np.array([(0, PIANO, 0), (0, FLUTE, 1), (0, BELLS, 2), (0, BELLS, 9)], PROGRAM)
+    return Performance(500, notes, pedals, programs=programs)
+
+
+@pytest.mark.parametrize(
+    "clean, channels",
+    [
+        (remove_instruments, [0, 1, 9]),
+        (lambda p: remove_instruments(p, {"pipe"}), [0, 2, 9]),
+        (lambda p: remove_instruments(p, set()), [0, 1, 2, 9]),
+        (keep_piano, [0]),
+    ],
+)
+def test_channels_of_other_instruments_go_with_all_they_say(clean, channels):
+    cleaned = clean(band())
+    for rows in (cleaned.notes, cleaned.pedals, cleaned.programs):
+        assert rows["channel"].tolist() == channels
+
+
+def test_a_channel_that_changes_to_another_instrument_goes_as_a_whole():
+    programs = np.array([(0, PIANO, 0), (50, BELLS, 0)], PROGRAM)
+    performance = Performance(500, np.array([(60, 64, 0, 0, 10)], NOTE), programs=programs)
+    assert not len(remove_instruments(performance).notes)
+    assert not len(keep_piano(performance).notes)
+
+
+def pedalled(*pedals: tuple[int, int]) -> Performance:
+    """Notes that end at 100 and 300 under these pedal events (tick, value)."""
+    notes = np.array([(60, 64, 0, 0, 100), (62, 64, 0, 250, 300)], NOTE)
+    return Performance(500, notes, np.array([(t, v, 0) for t, v in pedals], PEDAL))
+
+
+@pytest.mark.parametrize(
+    "pedals, kept",
+    [
+        ([(50, 127), (150, 0)], [50, 150]),
+        ([(50, 127), (100, 0)], [50, 100]),  # a release exactly at a note's end stays
+        ([(110, 127), (200, 0)], []),
+        ([(0, 0), (50, 127), (60, 90), (150, 0), (160, 10)], [50, 150]),  # repetitions
+        ([(120, 127)], [120]),  # never released: holds until the last note
+        ([(310, 127)], []),
+    ],
+)
+def test_pedal_presses_without_effect_go(pedals, kept):
+    assert remove_redundant_pedals(pedalled(*pedals)).pedals["tick"].tolist() == kept
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_pedal_sounds_the_same_without_its_redundant_events(seed):
+    rng = np.random.default_rng(seed)
+    performance = random_performance(rng, 150)
+    performance.notes["channel"] = rng.integers(0, 3, 150)
+    pedals = np.zeros(200, PEDAL)
+    pedals["tick"] = np.sort(rng.integers(0, performance.duration_ms, 200))
+    pedals["value"] = rng.choice([0, 63, 64, 127], 200)
+    pedals["channel"] = rng.integers(0, 4, 200)
+    performance = Performance(500, performance.notes, pedals)
+    cleaned = remove_redundant_pedals(performance)
+    assert 0 < len(cleaned.pedals) < len(pedals)
+    assert resolve_pedal(cleaned).notes.tolist() == resolve_pedal(performance).notes.tolist()
+    assert remove_redundant_pedals(cleaned).pedals.tolist() == cleaned.pedals.tolist()
