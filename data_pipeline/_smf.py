@@ -84,7 +84,8 @@ def decode_track(data, start, end, notes, pedals, tempi, programs, texts):
     first = np.full(2048, -1, np.int64)
     last = np.full(2048, -1, np.int64)
     pool = np.empty((len(notes), 3), np.int64)  # start tick, velocity, next row
-    n_opened = tick = running = 0
+    n_opened = tick = 0
+    running = np.int64(0)
     position = start
     while position != end:
         delta, position = _varint(data, position)
@@ -156,7 +157,7 @@ def _skip_message(data, position, status, tick, delta, tempi, texts, counts):
         Next position, and the ticks that mido loses: the delta time of a meta message it does not
         know. Faults go to `counts`.
     """
-    kind = -1
+    kind = np.int64(-1)
     if status == _META:
         if position >= len(data):
             counts[_STATUS] = 1
@@ -174,7 +175,7 @@ def _skip_message(data, position, status, tick, delta, tempi, texts, counts):
     elif kind == _TEMPO and length < 3:
         counts[_STATUS] = 7
     elif kind == _TEMPO:
-        tempo = 0
+        tempo = np.int64(0)
         for byte in data[position : position + 3]:
             tempo = tempo * 256 + np.int64(byte)
         _put(tempi, counts[_TEMPI], (tick, tempo))

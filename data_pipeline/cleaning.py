@@ -49,7 +49,7 @@ def remove_redundant_pedals(performance: Performance) -> Performance:
     end included; resolving the pedal gives the same notes (reference: remove_redundant_pedals).
 
     Repeated presses and releases go. A press that is never released holds until the last note, so
-    it stays if a note ends under it.
+    it stays if a note ends under it (in the reference it goes if it is the file's last event).
     """
     notes, pedals = performance.notes, performance.pedals
     keep = np.zeros(len(pedals), bool)

@@ -235,8 +235,10 @@ class Tokenizer:
         """Ids between `<S>` and `<E>`: events of up to three tokens, each after its `<T>`s."""
         notes = performance.notes
         ticks = notes["start"]
+        # Drums have no pedal (the reference writes `<U>` for it).
+        pedals = performance.pedals[performance.pedals["channel"] != DRUM_CHANNEL]
         if self.has_pedal:
-            ticks = np.concatenate([ticks, performance.pedals["tick"]])
+            ticks = np.concatenate([ticks, pedals["tick"]])
         order = np.argsort(ticks, kind="stable")
         begin = 0 if not remove_preceding_silence else int(ticks[order[0]])
         onsets_ms = performance.between_ms(begin, ticks)
@@ -255,7 +257,7 @@ class Tokenizer:
         drum_ids = np.where(known, self.first_drum_id + pitch - LOWEST_DRUM, self.unk_id)
         events[:n, 0] = np.where(drum, drum_ids, events[:n, 0])
         if self.has_pedal:
-            events[n:, 0] = self.first_pedal_id + (performance.pedals["value"] < PEDAL_DOWN)
+            events[n:, 0] = self.first_pedal_id + (pedals["value"] < PEDAL_DOWN)
         events[:, 1] = self.first_onset_id + ONSET_INDEX[onsets_ms % SEGMENT_MS]
         segments = (onsets_ms // SEGMENT_MS)[order]
         n_time_tokens = np.maximum(np.diff(segments, prepend=0), 0)

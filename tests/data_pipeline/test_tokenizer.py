@@ -100,6 +100,13 @@ def test_the_pedal_preset_writes_pedal_events_and_takes_piano_only():
         pedal.encode(ensemble(0, 20))
 
 
+def test_the_pedal_of_the_drums_is_no_token():
+    notes = np.array([(60, 60, 0, 0, 100), (40, 60, 9, 200, 210)], NOTE)
+    pedals = np.array([(50, 127, 9)], PEDAL)
+    with_pedal = Tokenizer.preset("pedal").encode(Performance(500, notes, pedals))
+    assert with_pedal.tolist() == ARIA.encode(Performance(500, notes)).tolist()
+
+
 def test_a_slice_counts_notes_and_keeps_the_pedal_between_them():
     pedal = Tokenizer.preset("pedal")
     notes = np.array([(60, 60, 0, 1000 * i, 1000 * i + 100) for i in range(4)], NOTE)
