@@ -209,14 +209,12 @@ class _Best:
 
     def __init__(self, workdir: Path):
         self._folder = workdir / BEST
-        self._loss: float | None = None
+        # Looked up before the first step: later, one process can find what another has just
+        # written, and processes that decide differently wait for each other in vain.
+        self._loss = self._known() if (self._folder / DIRECTORY).is_dir() else np.inf
 
     def offer(self, step: int, loss: float, params: Any, record: dict[str, Any]) -> None:
         """Writes the weights if no evaluation of this run was better."""
-        if not (self._folder / DIRECTORY).is_dir():
-            self._loss = np.inf
-        elif self._loss is None:
-            self._loss = self._known()
         if loss >= self._loss:
             return
         checkpointer = Checkpointer(self._folder, keep=1)
