@@ -232,7 +232,8 @@ def _table(result: dict) -> str:
     lines = [
         f"{result['preset']} on {result['device']}, batch 1, "
         f"prompt of {result['prompt_tokens']} tokens",
-        f"memory-bandwidth limit (large matrix-vector product): {result['bandwidth_gb_s']:.1f} GB/s",
+        "memory-bandwidth limit (large matrix-vector product): "
+        f"{result['bandwidth_gb_s']:.1f} GB/s",
     ]
     for precision in ("float32", "bfloat16", "int8"):
         if precision in result:

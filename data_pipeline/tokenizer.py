@@ -43,6 +43,9 @@ from data_pipeline.vocabulary import (
     Kind,
 )
 
+DIM_FROM_END = 100
+DIM_JITTER = 10
+
 
 @dataclass(frozen=True)
 class Tokenizer:
@@ -204,7 +207,7 @@ class Tokenizer:
         if rng is not None:
             prefix = rng.permutation(prefix)
         if add_dim and len(body) > 150:
-            body = self._with_dim(body, rng)
+            body = self.with_dim(body, rng)
         ending = [self.eos_id] if add_eos else []
         return np.concatenate([prefix, [self.bos_id], body, ending]).astype(np.uint16)
 
@@ -263,12 +266,19 @@ class Tokenizer:
         n_time_tokens = np.maximum(np.diff(segments, prepend=0), 0)
         return _interleave(events[order], n_time_tokens, self.time_id)
 
-    def _with_dim(self, body: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
-        """`body` with `<D>` before the event about 100 tokens from its end."""
-        jitter = int(rng.integers(-10, 11)) if rng is not None else 0
-        at = len(body) - 100 + jitter
-        at -= {Kind.ONSET: 1, Kind.DUR: 2}.get(Kind(self.kind[body[at]]), 0)
-        return np.insert(body, at, self.dim_id)
+    def with_dim(self, ids: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """`ids` with `<D>` before the event about 100 tokens from their end, a last `<E>` not
+        counted (reference: AbsTokenizer._format).
+
+        Args:
+            ids: at least 113 of them after the prefix.
+            rng: moves the place by up to 10 tokens.
+        """
+        jitter = int(rng.integers(-DIM_JITTER, DIM_JITTER + 1)) if rng is not None else 0
+        at = len(ids) - int(ids[-1] == self.eos_id) - DIM_FROM_END + jitter
+        # Not between a note and its onset or duration.
+        at -= {Kind.ONSET: 1, Kind.DUR: 2}.get(Kind(self.kind[ids[at]]), 0)
+        return np.insert(ids, at, self.dim_id)
 
     # --- ids -> performance ---
 

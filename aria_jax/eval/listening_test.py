@@ -12,8 +12,6 @@ import numpy as np
 
 from data_pipeline.errors import UserError
 
-PROMPT_SECONDS = 15.0
-CONTINUATION_SECONDS = 45.0
 CHOICES = ("first", "tie", "second")
 
 

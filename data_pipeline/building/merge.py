@@ -6,7 +6,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +45,24 @@ class MergeSettings:
 
 @dataclass
 class _Plan:
-    """Decisions for every accepted piece, in order: None to keep it, else (reason, value)."""
+    """What becomes of every accepted piece, numbered in the order of the units.
 
-    dropped: dict[int, tuple[str, str]]
-    composition: list[int]
-    in_val: list[bool]
+    Attributes:
+        dropped: (reason, value) of the pieces that are not kept.
+        composition: of each piece.
+        in_val: of each composition.
+        n_pieces, n_tokens: of each composition, kept pieces only.
+    """
+
+    dropped: dict[int, tuple[str, str]] = field(default_factory=dict)
+    composition: list[int] = field(default_factory=list)
+    in_val: list[bool] = field(default_factory=list)
+    n_pieces: Counter[int] = field(default_factory=Counter)
+    n_tokens: Counter[int] = field(default_factory=Counter)
+
+    def split(self, composition: int) -> str:
+        """Where a composition goes."""
+        return SPLITS[self.in_val[composition]]
 
 
 def merge(
@@ -62,7 +75,7 @@ def merge(
     """
     plan = _plan(units, settings)
     work.mkdir(exist_ok=True)
-    writers = _open_shards(units, plan, work, settings)
+    writers = _open_shards(plan, work, settings)
     rejected: Counter[str] = Counter()
     piece = 0
     with (work / REJECTED).open("w", encoding="utf-8") as rejects:
@@ -71,7 +84,7 @@ def merge(
                 if "n_tokens" in summary:
                     dropped = plan.dropped.get(piece)
                     if dropped is None:
-                        split = SPLITS[plan.in_val[plan.composition[piece]]]
+                        split = plan.split(plan.composition[piece])
                         writers[split].write(np.frombuffer(ids, dtype="<u2"), summary)
                         piece += 1
                         continue
@@ -99,8 +112,7 @@ def _plan(units: Sequence[Path], settings: MergeSettings) -> _Plan:
     """Reads summaries only. Of equal pieces the first by path stays."""
     seen: dict[str, str] = {}
     names: dict[str, int] = {}
-    kept: Counter[int] = Counter()
-    plan = _Plan({}, [], [])
+    plan = _Plan()
     for unit in units:
         for summary in read_summaries(unit):
             if "n_tokens" not in summary:
@@ -114,10 +126,11 @@ def _plan(units: Sequence[Path], settings: MergeSettings) -> _Plan:
             plan.composition.append(composition)
             if settings.dedup == "exact" and summary["content"] in seen:
                 plan.dropped[piece] = ("exact-duplicate", seen[summary["content"]])
-            elif kept[composition] == settings.max_per_composition:
+            elif plan.n_pieces[composition] == settings.max_per_composition:
                 plan.dropped[piece] = ("composition-cap", name.partition(":")[2])
             else:
-                kept[composition] += 1
+                plan.n_pieces[composition] += 1
+                plan.n_tokens[composition] += summary["n_tokens"]
                 seen[summary["content"]] = summary["path"]
     plan.in_val = split_compositions(list(names), settings.val_fraction)
     return plan
@@ -172,24 +185,13 @@ class _SplitWriter:
         }
 
 
-def _open_shards(
-    units: Sequence[Path], plan: _Plan, work: Path, settings: MergeSettings
-) -> dict[str, _SplitWriter]:
+def _open_shards(plan: _Plan, work: Path, settings: MergeSettings) -> dict[str, _SplitWriter]:
     """As many shards as asked for, but never one that would be empty (a split has at least one)."""
-    n_pieces: Counter[str] = Counter()
-    n_tokens: Counter[str] = Counter()
-    piece = 0
-    for unit in units:
-        for summary in read_summaries(unit):
-            if "n_tokens" not in summary:
-                continue
-            if piece not in plan.dropped:
-                split = SPLITS[plan.in_val[plan.composition[piece]]]
-                n_pieces[split] += 1
-                n_tokens[split] += summary["n_tokens"]
-            piece += 1
     writers = {}
     for split in SPLITS:
-        wanted = settings.shards or -(-n_tokens[split] // TOKENS_PER_SHARD)
-        writers[split] = _SplitWriter(split, max(1, min(wanted, n_pieces[split])), work)
+        members = [c for c in plan.n_pieces if plan.split(c) == split]
+        n_pieces = sum(plan.n_pieces[c] for c in members)
+        n_tokens = sum(plan.n_tokens[c] for c in members)
+        wanted = settings.shards or -(-n_tokens // TOKENS_PER_SHARD)
+        writers[split] = _SplitWriter(split, max(1, min(wanted, n_pieces)), work)
     return writers

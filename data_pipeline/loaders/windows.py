@@ -4,6 +4,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +13,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.loaders.packing import pack_best_fit
 from data_pipeline.loaders.pieces import Pieces, augmented
 from data_pipeline.loaders.stream import Batch, BatchStream, element_rng
-from data_pipeline.tokenizer import Kind, Tokenizer
+from data_pipeline.tokenizer import Tokenizer
 
-DIM_FROM_END = 100
-DIM_JITTER = 10
 MIN_TOKENS_FOR_DIM = 160
 """Shorter pieces get no `<D>` (reference: 150 tokens without prefix, `<S>` and `<E>`)."""
 
@@ -91,12 +90,7 @@ class _Corpus:
         ids = self.pieces.ids(piece)
         if not self.add_dim or len(ids) <= MIN_TOKENS_FOR_DIM:
             return ids
-        rng = element_rng(self.seed, _DIM, epoch, piece)
-        jitter = int(rng.integers(-DIM_JITTER, DIM_JITTER + 1))
-        at = len(ids) - 1 - DIM_FROM_END + jitter  # the reference counts without <E>
-        # Not between a note and its onset or duration.
-        at -= {Kind.ONSET: 1, Kind.DUR: 2}.get(Kind(self.tokenizer.kind[ids[at]]), 0)
-        return np.insert(ids, at, self.tokenizer.dim_id)
+        return self.tokenizer.with_dim(ids, element_rng(self.seed, _DIM, epoch, piece))
 
 
 @dataclass(frozen=True)
@@ -124,8 +118,8 @@ class _EpochOrder:
         return {"seed": self.seed, "shuffle": self.shuffle, "_known": OrderedDict()}
 
 
-class ConcatWindows:
-    """The pieces of an epoch as one stream, cut every `seq_len` tokens."""
+class _Windows:
+    """What both ways of filling a window are given."""
 
     def __init__(
         self,
@@ -137,6 +131,13 @@ class ConcatWindows:
     ):
         self._corpus, self._seq_len, self._seed = corpus, seq_len, seed
         self._order, self._config = _EpochOrder(seed, shuffle), augment
+
+
+class ConcatWindows(_Windows):
+    """The pieces of an epoch as one stream, cut every `seq_len` tokens."""
+
+    def __init__(self, corpus: _Corpus, seq_len: int, *others: Any):
+        super().__init__(corpus, seq_len, *others)
         self._n_tokens = int(corpus.lengths.sum())
         self.n_examples = max(1, -(-(self._n_tokens - 1) // seq_len))
         self._offsets: dict[int, np.ndarray] = {}
@@ -191,19 +192,11 @@ class ConcatWindows:
         return known
 
 
-class PackedWindows:
+class PackedWindows(_Windows):
     """Rows of whole pieces, or of parts of pieces that are longer than a row."""
 
-    def __init__(
-        self,
-        corpus: _Corpus,
-        seq_len: int,
-        seed: int,
-        shuffle: bool,
-        augment: AugmentConfig | None,
-    ):
-        self._corpus, self._seq_len, self._seed = corpus, seq_len, seed
-        self._order, self._config = _EpochOrder(seed, shuffle), augment
+    def __init__(self, corpus: _Corpus, seq_len: int, *others: Any):
+        super().__init__(corpus, seq_len, *others)
         self._plan = pack_best_fit(corpus.lengths, seq_len)
         self.n_examples = len(self._plan.first) - 1
 
