@@ -155,7 +155,10 @@ def fitting_spec(
     spec = named_sharding(mesh, logical_axes).spec
     parts = [int(np.prod([mesh.shape[axis] for axis in _axes(entry)])) for entry in spec]
     return PartitionSpec(
-        *(entry if size % n == 0 else None for entry, size, n in zip(spec, shape, parts))
+        *(
+            entry if size % n == 0 else None
+            for entry, size, n in zip(spec, shape, parts, strict=True)
+        )
     )
 
 

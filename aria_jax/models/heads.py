@@ -42,7 +42,7 @@ class Model(nnx.Module):
         condition_BxE: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """What the head reads, float32 [B, L, D]; with a condition [B, L - 1, D].
+        """What the head reads, [B, L, D] in the compute dtype; with a condition [B, L - 1, D].
 
         The conditioning vector stands before the first token; the last token makes room for it,
         and its own position is dropped from the output (reference: TransformerLM_CND).
@@ -61,8 +61,7 @@ class Model(nnx.Module):
 
     def __call__(self, tokens_BxL: jax.Array, **inputs) -> jax.Array:
         """Head outputs at every position, float32; `inputs` as for `hidden`."""
-        hidden = self.hidden(tokens_BxL, **inputs)
-        return hidden if self.head is None else hidden @ self.head[...]
+        return self._read(self.hidden(tokens_BxL, **inputs))
 
     def pooled(
         self, tokens_BxL: jax.Array, eos_B: jax.Array, pooling: str = "eos", **inputs
@@ -78,8 +77,16 @@ class Model(nnx.Module):
             pooled_BxD = jnp.take_along_axis(hidden, eos_B[:, None, None], axis=1)[:, 0]
         else:
             used_BxL = jnp.arange(hidden.shape[1])[None] <= eos_B[:, None]
-            pooled_BxD = (hidden * used_BxL[..., None]).sum(1) / (eos_B[:, None] + 1)
-        return pooled_BxD if self.head is None else pooled_BxD @ self.head[...]
+            total_BxD = jnp.sum(hidden * used_BxL[..., None], axis=1, dtype=jnp.float32)
+            pooled_BxD = total_BxD / (eos_B[:, None] + 1)
+        return self._read(pooled_BxD)
+
+    def _read(self, hidden: jax.Array) -> jax.Array:
+        """The head on the last axis, float32."""
+        if self.head is None:
+            return hidden.astype(jnp.float32)
+        matrix = self.head[...].astype(hidden.dtype)
+        return jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32)
 
 
 def head_width(config: ModelConfig) -> int:

@@ -12,12 +12,18 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from aria_jax.config import ComputeConfig, ModelConfig
-from aria_jax.kernels.attention import attention, causal_mask
+from aria_jax.kernels.attention import ATTENTION_RESIDUALS, attention
+from aria_jax.sharding import constrain
 
 ROPE_BASE = 500_000.0
 NORM_EPSILON = 1e-5
+ACTIVATIONS = ("batch", "length", None)
+"""Logical axes of hidden states [B, L, D]."""
+BLOCK_INPUT = "block_input"
+"""Checkpoint name of what a layer reads."""
 
 LayerWeights = Mapping[str, jax.Array]
 """Weights of one layer: qkv [D, 3, D], out [D, D], gate and up [D, F], down [F, D], and
@@ -70,7 +76,7 @@ class Transformer(nnx.Module):
         prefix_BxD: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
-        """Hidden states after the last norm, float32 [B, L, D].
+        """Hidden states after the last norm, [B, L, D] in the compute dtype.
 
         Args:
             tokens_BxL: integer ids.
@@ -79,43 +85,68 @@ class Transformer(nnx.Module):
             prefix_BxD: a vector put before the first token; the last token is dropped for it.
             dropout_key: switches residual dropout on.
         """
+        # The table is looked up in float32, so that its gradient is summed in float32.
         x_BxLxD = self.embedding[...][tokens_BxL].astype(self.compute.dtype)
         if prefix_BxD is not None:
             prefix = prefix_BxD[:, None].astype(x_BxLxD.dtype)
             x_BxLxD = jnp.concatenate([prefix, x_BxLxD[:, :-1]], axis=1)
-        length = tokens_BxL.shape[1]
         if positions is None:
-            positions = jnp.arange(length)[None]
+            positions = jnp.arange(tokens_BxL.shape[1])[None]
         cos, sin = rope_tables(positions, self.config.d_head)
-        mask = causal_mask(length, segment_ids)
 
-        def layer(x_BxLxD: jax.Array, scanned: tuple) -> tuple[jax.Array, None]:
+        def layer(x_BxLxD: jax.Array, scanned: tuple) -> jax.Array:
             weights, drop_rate, key = scanned
+            x_BxLxD = checkpoint_name(constrain(x_BxLxD, *ACTIVATIONS), BLOCK_INPUT)
             q, k, v = project_qkv(weights, x_BxLxD, cos, sin, self.config.n_heads)
+            attended = attention(
+                q, k, v, segment_ids=segment_ids, implementation=self.compute.attention
+            )
             keys = (None, None) if key is None else jax.random.split(key)
             drop = tuple(None if k is None else (k, drop_rate) for k in keys)
-            return finish_block(weights, x_BxLxD, attention(q, k, v, mask), drop), None
+            return constrain(finish_block(weights, x_BxLxD, attended, drop), *ACTIVATIONS)
 
         n = self.config.n_layers
         drop_rates = self.config.resid_dropout * jnp.arange(n) / max(n - 1, 1)
         keys = None
         if dropout_key is not None and self.config.resid_dropout > 0:
             keys = jax.random.split(dropout_key, n)
-        x_BxLxD, _ = jax.lax.scan(
-            _rematerialised(layer, self.compute.remat),
-            x_BxLxD,
-            (self.blocks.stacked(), drop_rates, keys),
-            unroll=1 if self.compute.scan_layers else n,
-        )
-        return layer_norm(x_BxLxD.astype(jnp.float32), self.norm_scale[...], self.norm_bias[...])
+        x_BxLxD = _through(layer, x_BxLxD, (self.blocks.stacked(), drop_rates, keys), self.compute)
+        return layer_norm(x_BxLxD, self.norm_scale[...], self.norm_bias[...])
 
 
-def _rematerialised(layer, policy: str):
+def _through(layer, x_BxLxD: jax.Array, stacked: tuple, compute: ComputeConfig) -> jax.Array:
+    """The output of all layers; `stacked` has one slice of every leaf for each."""
+    # Within a loop nothing can undo recomputation by merging it with the forward pass.
+    layer = _rematerialised(layer, compute.remat, prevent_cse=not compute.scan_layers)
+    if compute.scan_layers:
+        return jax.lax.scan(lambda x, one: (layer(x, one), None), x_BxLxD, stacked)[0]
+    # `split` is one pass over the weights, and over their gradients on the way back.
+    leaves, structure = jax.tree.flatten(stacked)
+    n = len(leaves[0])
+    for one in zip(*(jax.lax.split(leaf, [1] * n) for leaf in leaves), strict=True):
+        x_BxLxD = layer(x_BxLxD, structure.unflatten([leaf[0] for leaf in one]))
+    return x_BxLxD
+
+
+def _rematerialised(layer, policy: str, *, prevent_cse: bool):
     """`layer` with the backward pass of that policy (see `ComputeConfig.remat`)."""
     if policy == "none":
         return layer
-    kept = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}[policy]
-    return jax.checkpoint(layer, policy=kept, prevent_cse=False)
+    policies = jax.checkpoint_policies
+    kept = {
+        "dots": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable,
+            policies.save_only_these_names(ATTENTION_RESIDUALS),
+        ),
+        "full": policies.nothing_saveable,
+        "offload": policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=[BLOCK_INPUT],
+            offload_src="device",
+            offload_dst="pinned_host",
+        ),
+    }[policy]
+    return jax.checkpoint(layer, policy=kept, prevent_cse=prevent_cse)
 
 
 def rope_tables(positions_BxL: jax.Array, d_head: int) -> tuple[jax.Array, jax.Array]:

@@ -1,37 +1,53 @@
 """Every layout of the mesh computes what one device computes."""
 
+from dataclasses import dataclass
+
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
+from aria_jax import sharding
 from aria_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from aria_jax.losses.language_model import next_token_loss
-from aria_jax.models.heads import init_sharded
-from aria_jax.sharding import batch_sharding, make_mesh, named_sharding
+from aria_jax.models.heads import init_sharded, split_model
+from aria_jax.sharding import (
+    LOGICAL_RULES,
+    MESH_AXES,
+    active_mesh,
+    batch_sharding,
+    constrain,
+    fitting_spec,
+    make_mesh,
+    named_sharding,
+    parameter_shardings,
+)
 from data_pipeline.errors import UserError
 
+# 61 tokens divide by no mesh axis, like the real vocabulary.
 CONFIG = ModelConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=32, vocab_size=61)
 
 
-def loss_and_grads(mesh):
-    model = init_sharded(CONFIG, ComputeConfig(), jax.random.key(0), mesh)
+def loss_and_grads(mesh, **compute):
+    model = init_sharded(CONFIG, ComputeConfig(**compute), jax.random.key(0), mesh)
     tokens = np.random.default_rng(0).integers(0, 61, (8, 33))
-    graph, params = nnx.split(model)
-    inputs, targets = (
-        jax.device_put(t, batch_sharding(mesh)) for t in (tokens[:, :-1], tokens[:, 1:])
+    segments = np.repeat(np.arange(4), 8)[None].repeat(8, 0)
+    merge, params = split_model(model)
+    inputs, targets, segments = (
+        jax.device_put(t, batch_sharding(mesh)) for t in (tokens[:, :-1], tokens[:, 1:], segments)
     )
 
     @jax.jit
     def run(params):
         def loss(params):
-            model = nnx.merge(graph, params)
-            hidden = model.hidden(inputs)
+            model = merge(params)
+            hidden = model.hidden(inputs, segment_ids=segments)
             return next_token_loss(hidden, model.head[...], targets, targets >= 0)[0]
 
         return jax.value_and_grad(loss)(params)
 
-    value, grads = run(params)
+    with jax.set_mesh(mesh):
+        value, grads = run(params)
     return float(value), jax.tree.leaves(jax.tree.map(np.asarray, grads))
 
 
@@ -41,12 +57,30 @@ def single():
 
 
 @pytest.mark.parametrize(
-    "n, axes", [(2, (2, 1, 1)), (4, (1, 2, 2)), (8, (-1, 2, 2)), (8, (1, 8, 1)), (4, (1, 1, 4))]
+    "axes",
+    [
+        (2, 1, 1, 1),
+        (1, 1, 1, 2),
+        (1, 2, 2, 1),
+        (1, 1, 4, 1),
+        (2, 2, 2, 1),
+        (1, 8, 1, 1),
+        (1, 2, 2, 2),
+    ],
+    ids=str,
 )
-def test_layouts_agree(single, n, axes):
-    mesh = make_mesh(MeshConfig(*axes), jax.devices()[:n])
+def test_layouts_agree(single, axes):
+    mesh = make_mesh(MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
     value, grads = loss_and_grads(mesh)
     assert value == pytest.approx(single[0], rel=1e-5)  # reductions in another order
+    for ours, theirs in zip(grads, single[1], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("compute", [{"scan_layers": False}, {"remat": "full"}], ids=str)
+def test_layouts_agree_however_layers_are_computed(single, compute):
+    value, grads = loss_and_grads(make_mesh(MeshConfig(1, 2, 2, 2), jax.devices()[:8]), **compute)
+    assert value == pytest.approx(single[0], rel=1e-5)
     for ours, theirs in zip(grads, single[1], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
@@ -58,9 +92,34 @@ def test_parameters_are_cut_by_the_table():
     assert qkv.sharding.shard_shape(qkv.shape) == (2, 32 // 4, 3, 32 // 2)
 
 
+def test_a_sharded_start_is_the_unsharded_one():
+    one, many = (
+        init_sharded(CONFIG, ComputeConfig(), jax.random.key(0), make_mesh(MeshConfig(), devices))
+        for devices in (jax.devices()[:1], jax.devices()[:8])
+    )
+    leaves = (jax.tree.leaves(nnx.state(model)) for model in (one, many))
+    for ours, theirs in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_optimiser_state_is_cut_like_the_parameters():
+    import optax
+
+    mesh = make_mesh(MeshConfig(1, 4, 2), jax.devices()[:8])
+    _, params = split_model(init_sharded(CONFIG, ComputeConfig(), jax.random.key(0), mesh))
+    state = jax.eval_shape(optax.adamw(1e-3).init, params)
+    moments = parameter_shardings(state, mesh)[0]
+    expected = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
+    for tree in (moments.mu, moments.nu):
+        assert jax.tree.map(lambda leaf: leaf.spec, tree) == expected
+    assert moments.count.is_fully_replicated
+
+
 def test_user_mistakes_are_explained():
     with pytest.raises(UserError, match="do not multiply to the 8 devices"):
         make_mesh(MeshConfig(3, 1, 1), jax.devices()[:8])
+    with pytest.raises(UserError, match="do not multiply to the 8 devices"):
+        make_mesh(MeshConfig(-1, -1, 1), jax.devices()[:8])
     with pytest.raises(UserError, match="choose a divisor of 32"):
         mesh = make_mesh(MeshConfig(1, 3, 1), jax.devices()[:3])
         init_sharded(CONFIG, ComputeConfig(), jax.random.key(0), mesh)
@@ -70,3 +129,63 @@ def test_two_logical_axes_never_share_a_mesh_axis():
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     with pytest.raises(ValueError, match="twice"):
         named_sharding(mesh, ("batch", "embed"))
+    for rule in LOGICAL_RULES.values():
+        assert set((rule,) if isinstance(rule, str) else rule or ()) <= set(MESH_AXES)
+
+
+def test_sizes_that_do_not_divide_stay_whole():
+    mesh = make_mesh(MeshConfig(2, 2, 2, 1), jax.devices()[:8])
+    assert fitting_spec(mesh, ("batch", "length", "heads"), (8, 5, 3)) == jax.P(
+        ("data", "fsdp"), "sequence", None
+    )
+    assert fitting_spec(mesh, ("batch", "length", "heads"), (6, 5, 4)) == jax.P(
+        None, "sequence", "tensor"
+    )
+
+
+def test_the_mesh_is_seen_where_cutting_is_still_to_do():
+    mesh = make_mesh(MeshConfig(2, 1, 1, 1), jax.devices()[:2])
+    seen = []
+
+    def within(x):
+        seen.append(active_mesh())
+        return constrain(x, "batch")
+
+    assert active_mesh() is None
+    with jax.set_mesh(mesh):
+        assert active_mesh() is not None
+        jax.shard_map(within, in_specs=jax.P("data"), out_specs=jax.P("data"))(np.ones(2))
+    assert seen == [None]
+
+
+@dataclass(frozen=True)
+class Chip:
+    """A chip of a described TPU pod."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5"
+    process_index: int = 0
+
+
+def slices(number):
+    """2×2×1 chips each."""
+    return [
+        Chip(4 * s + 2 * y + x, s, (x, y, 0))
+        for s in range(number)
+        for y in range(2)
+        for x in range(2)
+    ]
+
+
+def test_only_the_data_axis_crosses_slices():
+    grid = sharding._device_grid((4, 2, 1, 1), slices(2))
+    numbers = np.vectorize(lambda chip: chip.slice_index)(grid)
+    assert grid.shape == (4, 2, 1, 1)
+    assert np.all(numbers == numbers[:, :1, :1, :1])  # each model lies within one slice
+    assert {chip.id for chip in grid.flat} == set(range(8))
+    with pytest.raises(UserError, match="must divide by the 2 slices"):
+        sharding._device_grid((1, 8, 1, 1), slices(2))

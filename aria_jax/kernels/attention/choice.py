@@ -1,0 +1,64 @@
+"""Which kernel of attention runs, and on which part of the arrays."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from aria_jax.kernels.attention import blockwise, cudnn, plain
+from aria_jax.sharding import active_mesh, fitting_spec, platform
+
+Implementation = Literal["auto", "splash", "cudnn", "blockwise", "plain"]
+
+SHORTEST_SPLASH = 128
+"""Below this length splash attention would compute mostly padding."""
+
+
+def attention(
+    q_BxLxHxK: jax.Array,
+    k_BxLxHxK: jax.Array,
+    v_BxLxHxK: jax.Array,
+    *,
+    segment_ids: jax.Array | None = None,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """softmax(q k / √K) v over each position's past within its segment; softmax in float32.
+
+    Args:
+        segment_ids: int [B, L]; equal ids see each other. One segment per row without.
+        implementation: "auto" takes the fastest for platform, dtype, length and segments.
+
+    Returns:
+        [B, L, H, K] in the dtype of `v`.
+    """
+    if implementation == "auto":
+        implementation = automatic(q_BxLxHxK, segment_ids)
+    mesh = active_mesh()
+    if implementation == "splash":
+        from aria_jax.kernels.attention import splash  # Pallas takes a second to import
+
+        return splash.attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_ids, mesh)
+    kernel = {"cudnn": cudnn, "blockwise": blockwise, "plain": plain}[implementation].attend
+    if mesh is None:
+        return kernel(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_ids)
+    # Each device attends for its rows and heads; devices of the sequence axis do the same work.
+    spec = fitting_spec(mesh, ("batch", None, "heads", None), q_BxLxHxK.shape)
+    run = jax.shard_map(
+        kernel,
+        mesh=mesh,
+        in_specs=(spec, spec, spec, PartitionSpec(spec[0])),
+        out_specs=spec,
+        check_vma=False,
+    )
+    return run(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_ids)
+
+
+def automatic(q_BxLxHxK: jax.Array, segment_ids: jax.Array | None) -> Implementation:
+    """The fastest implementation for these arrays on this platform."""
+    if platform() == "tpu" and q_BxLxHxK.shape[1] >= SHORTEST_SPLASH:
+        return "splash"
+    half = q_BxLxHxK.dtype in (jnp.bfloat16, jnp.float16)
+    if platform() == "gpu" and half and segment_ids is None:
+        return "cudnn"
+    return "blockwise"

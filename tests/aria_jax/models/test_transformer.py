@@ -1,0 +1,174 @@
+"""The decoder: ways to compute it agree, segments are separate, dropout ramps up."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from aria_jax.config import ComputeConfig, ModelConfig
+from aria_jax.losses.language_model import next_token_loss
+from aria_jax.models.heads import build_model, split_model
+from aria_jax.models.transformer import (
+    LayerWeights,
+    apply_rope,
+    finish_block,
+    project_qkv,
+    rope_tables,
+)
+
+CONFIG = ModelConfig(d_model=32, n_heads=4, n_layers=3, max_seq_len=32, vocab_size=61)
+
+
+def model(config=CONFIG, **compute):
+    return build_model(config, ComputeConfig(**compute), rngs=nnx.Rngs(params=0))
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 24)))
+
+
+def loss_and_grads(tokens, dropout_key=None, config=CONFIG, **compute):
+    merge, params = split_model(model(config, **compute))
+
+    @jax.jit
+    def run(params):
+        def loss(params):
+            m = merge(params)
+            hidden = m.hidden(tokens, dropout_key=dropout_key)
+            return next_token_loss(hidden, m.head[...], tokens, tokens >= 0)[0]
+
+        return jax.value_and_grad(loss)(params)
+
+    return run(params)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        {"scan_layers": False},
+        {"remat": "dots"},
+        {"remat": "full"},
+        {"remat": "full", "scan_layers": False},
+        {"remat": "offload"},
+        {"attention": "plain"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dropout", [False, True])
+def test_ways_to_compute_agree(tokens, compute, dropout):
+    config = dataclasses.replace(CONFIG, resid_dropout=0.3 if dropout else 0.0)
+    key = jax.random.key(1) if dropout else None
+    value, grads = loss_and_grads(tokens, key, config)
+    other, other_grads = loss_and_grads(tokens, key, config, **compute)
+    assert other == pytest.approx(value, rel=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("policy, kept", [("full", 0), ("dots", 1), ("none", 2)])
+def test_what_remat_saves(policy, kept):
+    """The more is recomputed, the less memory the step takes."""
+    config = dataclasses.replace(CONFIG, n_layers=8)
+    tokens = jnp.zeros((8, 128), jnp.int32)
+
+    def temporaries(policy):
+        merge, params = split_model(model(config, remat=policy))
+        step = jax.grad(lambda params: merge(params).hidden(tokens).sum())
+        return jax.jit(step).lower(params).compile().memory_analysis().temp_size_in_bytes
+
+    less = {"full": "dots", "dots": "none", "none": "none"}[policy]
+    assert temporaries(policy) <= temporaries(less)
+    if policy == "full":
+        assert temporaries("full") < temporaries("none") / 2
+
+
+def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters(tokens):
+    value, grads = loss_and_grads(tokens)
+    half, half_grads = loss_and_grads(tokens, dtype="bfloat16")
+    assert half == pytest.approx(value, rel=1e-2)
+    assert {leaf.dtype for leaf in jax.tree.leaves(half_grads)} == {jnp.dtype("float32")}
+    for ours, theirs in zip(jax.tree.leaves(half_grads), jax.tree.leaves(grads), strict=True):
+        similarity = jnp.vdot(ours, theirs) / (jnp.linalg.norm(ours) * jnp.linalg.norm(theirs))
+        assert similarity > 0.99
+
+
+def test_a_packed_segment_is_computed_as_if_alone(tokens):
+    m = model()
+    first, second = tokens[:1, :10], tokens[1:, :14]
+    packed = jnp.concatenate([first, second], axis=1)
+    segments = jnp.array([[1] * 10 + [2] * 14])
+    positions = jnp.concatenate([jnp.arange(10), jnp.arange(14)])[None]
+    logits = m(packed, positions=positions, segment_ids=segments)
+    np.testing.assert_allclose(logits[:, :10], m(first), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logits[:, 10:], m(second), rtol=1e-4, atol=1e-5)
+
+
+def test_the_future_does_not_change_the_past(tokens):
+    m = model()
+    changed = tokens.at[:, 12:].set(0)
+    np.testing.assert_allclose(m(tokens)[:, :12], m(changed)[:, :12], rtol=1e-5, atol=1e-6)
+
+
+def test_rotation_depends_on_distance_only():
+    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
+    scores = []
+    for shift in (0, 5, 900):
+        cos, sin = rope_tables(jnp.array([[3 + shift, 7 + shift]]), 8)
+        rotated_q = apply_rope(q, cos[:, :1], sin[:, :1])
+        rotated_k = apply_rope(k, cos[:, 1:], sin[:, 1:])
+        scores.append(float((rotated_q * rotated_k).sum()))
+    np.testing.assert_allclose(scores, scores[0], rtol=1e-4)
+
+
+def test_dropout_ramps_up_from_nothing(tokens):
+    """Reference: layer i of n drops with resid_dropout * i / (n - 1)."""
+    config = dataclasses.replace(CONFIG, n_layers=1, resid_dropout=0.9)
+    single = model(config)
+    np.testing.assert_array_equal(
+        single(tokens, dropout_key=jax.random.key(0)), single(tokens)
+    )  # the first layer drops nothing
+    config = dataclasses.replace(CONFIG, n_layers=2, resid_dropout=0.5)
+    double = model(config)
+    assert not np.allclose(double(tokens, dropout_key=jax.random.key(0)), double(tokens))
+
+
+def test_dropout_drops_the_share_it_is_asked_for_and_keeps_the_mean():
+    d = 64
+    weights: LayerWeights = {
+        "out": jnp.eye(d),
+        "gate": jnp.zeros((d, 4 * d)),
+        "up": jnp.zeros((d, 4 * d)),
+        "down": jnp.zeros((4 * d, d)),
+        "norm2_scale": jnp.ones(d),
+        "norm2_bias": jnp.zeros(d),
+    }
+    drop = ((jax.random.key(0), 0.25), None)
+    attended = jnp.ones((4, 128, 4, d // 4))
+    out = finish_block(weights, jnp.zeros((4, 128, d)), attended, drop)
+    assert np.mean(out == 0) == pytest.approx(0.25, abs=0.01)
+    assert out.mean() == pytest.approx(1.0, abs=0.02)
+
+
+def test_queries_keys_and_values_lie_as_the_docstring_says():
+    d, heads = 16, 2
+    qkv = jax.random.normal(jax.random.key(0), (d, 3, d))
+    weights = {"qkv": qkv, "norm1_scale": jnp.zeros(d), "norm1_bias": jnp.arange(d) / d}
+    cos, sin = rope_tables(jnp.zeros((1, 1)), d // heads)
+    found = project_qkv(weights, jnp.ones((1, 1, d)), cos, sin, heads)
+    for part, ours in enumerate(found):
+        np.testing.assert_allclose(
+            ours.reshape(d), (jnp.arange(d) / d) @ qkv[:, part], rtol=1e-5, atol=1e-6
+        )
+
+
+def test_pooling_reads_the_end_or_averages_up_to_it(tokens):
+    config = dataclasses.replace(CONFIG, head="none")
+    m = model(config)
+    hidden, eos = m(tokens), jnp.array([3, 23])
+    np.testing.assert_allclose(m.pooled(tokens, eos)[0], hidden[0, 3], rtol=1e-5, atol=1e-6)
+    mean = m.pooled(tokens, eos, "mean")
+    np.testing.assert_allclose(mean[0], hidden[0, :4].mean(0), rtol=1e-5, atol=1e-6)
