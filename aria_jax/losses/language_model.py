@@ -1,14 +1,27 @@
 """Next-token cross-entropy that never holds the logits of the whole batch.
 
-Sizes: T tokens (batch × length), D d_model, V vocabulary, C tokens of one chunk.
+Output matrix and softmax are one operation, done for a chunk of tokens at a time. When gradients
+are asked for, each chunk's are computed beside its loss, while its logits exist: nothing is
+computed twice, and the backward pass only scales (the idea of Liger kernels' fused linear
+cross-entropy, Hsu et al. 2024, arXiv 2410.10989).
+
+On a mesh every device takes its tokens and its part of the vocabulary, which is padded until it
+divides; padded columns have no probability.
+
+Sizes: B batch, L length, T tokens (B × L), D d_model, V vocabulary, C tokens of one chunk.
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from aria_jax.sharding import LOGICAL_RULES, active_mesh, fitting_spec
 
 CHUNK_TOKENS = 1024
+"""Of one device."""
 
 
 def next_token_loss(
@@ -23,87 +36,196 @@ def next_token_loss(
     """Mean negative log-likelihood in nats over the unmasked targets.
 
     Args:
-        hidden_BxLxD: what the head reads.
+        hidden_BxLxD: what the head reads; matrix products are done in its dtype, sums in float32.
         head_DxV: float32 output matrix.
         targets_BxL: int ids; loss_mask_BxL: bool, False leaves a target out.
         z_loss: weight of the squared log-normaliser, added to each token's loss.
 
     Returns:
-        The loss (float32 scalar), and {"n_tokens": float32, number of targets}.
+        The loss (float32 scalar), and float32 scalars {"n_tokens": number of targets, "accuracy":
+        share of them with the largest logit}.
     """
-    d = hidden_BxLxD.shape[-1]
-    weights_T = loss_mask_BxL.reshape(-1).astype(jnp.float32)
-    n_tokens = weights_T.sum()
-    nll_T, log_z_T = token_nll(
-        hidden_BxLxD.reshape(-1, d), head_DxV, targets_BxL.reshape(-1), chunk_tokens
+    mask_BxL = loss_mask_BxL.astype(jnp.float32)
+    n_tokens = mask_BxL.sum()
+    weights_BxL = mask_BxL / jnp.maximum(n_tokens, 1)
+    loss, accuracy = _weighted(
+        hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, z_loss, chunk_tokens
     )
-    per_token = nll_T + z_loss * jnp.square(log_z_T) if z_loss else nll_T
-    loss = (per_token * weights_T).sum() / jnp.maximum(n_tokens, 1)
-    return loss, {"n_tokens": n_tokens}
+    return loss, {"n_tokens": n_tokens, "accuracy": accuracy}
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
 def token_nll(
     hidden_TxD: jax.Array, head_DxV: jax.Array, targets_T: jax.Array, chunk_tokens: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Negative log-likelihood and log-normaliser of each token, float32 [T] both.
+    """Negative log-likelihood and log-normaliser of each token, float32 [T] both."""
 
-    Logits exist for `chunk_tokens` tokens at a time, forward and backward.
+    def chunk(inputs):
+        hidden_CxD, targets_C = inputs
+        found = _statistics(_logits(hidden_CxD, head), targets_C)
+        return found.log_z - found.chosen, found.log_z
+
+    head = head_DxV.astype(hidden_TxD.dtype)
+    chunks = tuple(_chunked(x, chunk_tokens) for x in (hidden_TxD, targets_T))
+    nll, log_z = jax.lax.map(chunk, chunks)
+    return nll.reshape(-1)[: len(targets_T)], log_z.reshape(-1)[: len(targets_T)]
+
+
+class _Part(NamedTuple):
+    """Which part of the vocabulary the columns of a head are.
+
+    Attributes:
+        size: of the whole vocabulary, without padding.
+        axis: mesh axis that the vocabulary is cut over; None for all of it here.
     """
-    return _forward(hidden_TxD, head_DxV, targets_T, chunk_tokens)[0]
+
+    size: int
+    axis: str | None
+
+    def ids(self, width: int) -> jax.Array:
+        """Token ids of the columns here, int32 [width]."""
+        first = 0 if self.axis is None else jax.lax.axis_index(self.axis) * width
+        return first + jnp.arange(width)
 
 
-def _chunked(x: jax.Array, chunk_tokens: int) -> jax.Array:
-    """[T, ...] as [T / C, C, ...], zero-padded."""
-    padded = jnp.pad(x, [(0, -len(x) % chunk_tokens)] + [(0, 0)] * (x.ndim - 1))
-    return padded.reshape(-1, chunk_tokens, *x.shape[1:])
+class _Statistics(NamedTuple):
+    """Of each token: log-normaliser, logit of the target and largest logit, float32 [C]."""
+
+    log_z: jax.Array
+    chosen: jax.Array
+    largest: jax.Array
 
 
 def _logits(hidden_CxD: jax.Array, head_DxV: jax.Array) -> jax.Array:
-    return jnp.matmul(
-        hidden_CxD, head_DxV.astype(hidden_CxD.dtype), preferred_element_type=jnp.float32
+    return jnp.matmul(hidden_CxD, head_DxV, preferred_element_type=jnp.float32)
+
+
+def _statistics(
+    logits_CxV: jax.Array, targets_C: jax.Array, part: _Part | None = None
+) -> _Statistics:
+    largest = logits_CxV.max(-1)
+    if part is None or part.axis is None:
+        total = jnp.exp(logits_CxV - largest[:, None]).sum(-1)
+        chosen = jnp.take_along_axis(logits_CxV, targets_C[:, None], axis=-1)[:, 0]
+    else:
+        largest = jax.lax.pmax(largest, part.axis)
+        total = jnp.exp(logits_CxV - largest[:, None]).sum(-1)
+        here = part.ids(logits_CxV.shape[1]) == targets_C[:, None]
+        chosen = jnp.where(here, logits_CxV, 0).sum(-1)
+        total, chosen = jax.lax.psum((total, chosen), part.axis)
+    return _Statistics(largest + jnp.log(total), chosen, largest)
+
+
+def _chunked(x: jax.Array, chunk_tokens: int) -> jax.Array:
+    """[T, ...] as [chunks, C, ...], zero-padded; C is at most `chunk_tokens`."""
+    n_chunks = -(-len(x) // chunk_tokens)
+    size = -(-len(x) // n_chunks)
+    padded = jnp.pad(x, [(0, n_chunks * size - len(x))] + [(0, 0)] * (x.ndim - 1))
+    return padded.reshape(n_chunks, size, *x.shape[1:])
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _weighted(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, z_loss, chunk_tokens):
+    """Weighted sums over tokens: of the loss, and of whether the target has the largest logit."""
+    arguments = (hidden_BxLxD, head_DxV, targets_BxL, weights_BxL)
+    return _over_devices(*arguments, z_loss=z_loss, chunk_tokens=chunk_tokens, gradients=False)[:2]
+
+
+def _forward(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, z_loss, chunk_tokens):
+    arguments = (hidden_BxLxD, head_DxV, targets_BxL, weights_BxL)
+    loss, accuracy, d_hidden, d_head = _over_devices(
+        *arguments, z_loss=z_loss, chunk_tokens=chunk_tokens, gradients=True
     )
+    return (loss, accuracy), (d_hidden, d_head.astype(head_DxV.dtype))
 
 
-def _forward(hidden_TxD, head_DxV, targets_T, chunk_tokens):
-    n = len(targets_T)
-    chunk_tokens = min(chunk_tokens, n)
-
-    def chunk(_, inputs):
-        hidden_CxD, targets_C = inputs
-        logits = _logits(hidden_CxD, head_DxV)
-        log_z = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, targets_C[:, None], axis=-1)[:, 0]
-        return None, (log_z - chosen, log_z)
-
-    inputs = _chunked(hidden_TxD, chunk_tokens), _chunked(targets_T, chunk_tokens)
-    _, (nll, log_z) = jax.lax.scan(chunk, None, inputs)
-    nll_T, log_z_T = nll.reshape(-1)[:n], log_z.reshape(-1)[:n]
-    return (nll_T, log_z_T), (hidden_TxD, head_DxV, targets_T, log_z_T)
+def _backward(z_loss, chunk_tokens, residuals, cotangents):
+    d_hidden, d_head = residuals
+    d_loss = cotangents[0]
+    return (d_hidden * d_loss).astype(d_hidden.dtype), d_head * d_loss, None, None
 
 
-def _backward(chunk_tokens, residuals, cotangents):
-    hidden_TxD, head_DxV, targets_T, log_z_T = residuals
-    d_nll_T, d_log_z_T = cotangents
-    n = len(targets_T)
-    chunk_tokens = min(chunk_tokens, n)
+_weighted.defvjp(_forward, _backward)
+
+
+def _over_devices(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, **options):
+    """`_on_one_device` on every device's tokens and vocabulary, summed."""
+    vocab_size = head_DxV.shape[1]
+    head_DxV = head_DxV.astype(hidden_BxLxD.dtype)
+    mesh = active_mesh()
+    if mesh is None:
+        part = _Part(vocab_size, None)
+        return _on_one_device(
+            hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, part=part, over=(), **options
+        )
+    rows = fitting_spec(mesh, ("batch", "length"), targets_BxL.shape)
+    over = tuple(
+        axis
+        for entry in rows
+        if entry is not None
+        for axis in ((entry,) if isinstance(entry, str) else entry)
+    )
+    cut = LOGICAL_RULES["vocab"]
+    head_DxV = jnp.pad(head_DxV, ((0, 0), (0, -vocab_size % mesh.shape[cut])))
+    whole, of_hidden, of_head = (
+        PartitionSpec(),
+        PartitionSpec(*rows, None),
+        PartitionSpec(None, cut),
+    )
+    out = jax.shard_map(
+        partial(_on_one_device, part=_Part(vocab_size, cut), over=over, **options),
+        mesh=mesh,
+        in_specs=(of_hidden, of_head, rows, rows),
+        out_specs=(whole, whole, of_hidden, of_head) if options["gradients"] else (whole, whole),
+        check_vma=False,
+    )(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL)
+    return (*out[:3], out[3][:, :vocab_size]) if options["gradients"] else out
+
+
+def _on_one_device(
+    hidden_BxLxD,
+    head_DxV,
+    targets_BxL,
+    weights_BxL,
+    *,
+    part: _Part,
+    over: tuple[str, ...],
+    z_loss: float,
+    chunk_tokens: int,
+    gradients: bool,
+):
+    """(loss, accuracy), and with `gradients` (..., d_hidden, d_head); `over` are the axes that the
+    tokens are cut over.
+    """
+    d, width = head_DxV.shape
+    ids_V = part.ids(width)
 
     def chunk(d_head_DxV, inputs):
-        hidden_CxD, targets_C, log_z_C, d_nll_C, d_log_z_C = inputs
-        p_CxV = jnp.exp(_logits(hidden_CxD, head_DxV) - log_z_C[:, None])
-        d_logits = p_CxV * (d_nll_C + d_log_z_C)[:, None]
-        d_logits = d_logits.at[jnp.arange(chunk_tokens), targets_C].add(-d_nll_C)
-        d_logits = d_logits.astype(hidden_CxD.dtype)
-        d_hidden = d_logits @ head_DxV.astype(hidden_CxD.dtype).T
+        hidden_CxD, targets_C, weights_C = inputs
+        logits = _logits(hidden_CxD, head_DxV)
+        if part.axis is not None:
+            logits = jnp.where(ids_V < part.size, logits, -jnp.inf)
+        found = _statistics(logits, targets_C, part)
+        loss_C = found.log_z - found.chosen + z_loss * jnp.square(found.log_z)
+        sums = jnp.stack([loss_C, found.chosen >= found.largest]) @ weights_C
+        if not gradients:
+            return None, (sums, None)
+        p_CxV = jnp.exp(logits - found.log_z[:, None])
+        scale_C = weights_C * (1 + 2 * z_loss * found.log_z)
+        target_CxV = jnp.where(ids_V == targets_C[:, None], weights_C[:, None], 0)
+        d_logits = (p_CxV * scale_C[:, None] - target_CxV).astype(hidden_CxD.dtype)
         d_head_DxV += jnp.matmul(hidden_CxD.T, d_logits, preferred_element_type=jnp.float32)
-        return d_head_DxV, d_hidden
+        return d_head_DxV, (sums, d_logits @ head_DxV.T)
 
-    inputs = tuple(
-        _chunked(x, chunk_tokens) for x in (hidden_TxD, targets_T, log_z_T, d_nll_T, d_log_z_T)
+    chunks = tuple(
+        _chunked(x, chunk_tokens)
+        for x in (hidden_BxLxD.reshape(-1, d), targets_BxL.reshape(-1), weights_BxL.reshape(-1))
     )
-    d_head_DxV, d_hidden = jax.lax.scan(chunk, jnp.zeros(head_DxV.shape, jnp.float32), inputs)
-    d_hidden_TxD = d_hidden.reshape(-1, hidden_TxD.shape[-1])[:n]
-    return d_hidden_TxD, d_head_DxV.astype(head_DxV.dtype), None
-
-
-token_nll.defvjp(_forward, _backward)
+    first = jnp.zeros(head_DxV.shape, jnp.float32) if gradients else None
+    d_head_DxV, (sums, d_hidden) = jax.lax.scan(chunk, first, chunks)
+    loss, accuracy = jax.lax.psum(sums.sum(0), over)
+    if not gradients:
+        return loss, accuracy
+    d_hidden = d_hidden.reshape(-1, d)[: targets_BxL.size].reshape(hidden_BxLxD.shape)
+    if part.axis is not None:
+        d_hidden = jax.lax.psum(d_hidden, part.axis)
+    return loss, accuracy, d_hidden, jax.lax.psum(d_head_DxV, over)
