@@ -1,10 +1,16 @@
 """`aria-jax train`: pretrain, continue, contrastive, classify."""
 
 import argparse
+import dataclasses
 import sys
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aria_jax.config import RunConfig
+    from aria_jax.train.plan import Plan
 
 DESCRIPTION = """\
 Train a model on token shards (made by `aria-jax data build`).
@@ -16,9 +22,9 @@ tasks:
   contrastive  slices of one performance attract, slices of different ones repel (SimCLR)
   classify     learn a label, data.label=composer
 
-A run lives in its --workdir: checkpoints, metrics.jsonl, TensorBoard events. The same command run
-again goes on where it stopped. Ctrl-C and SIGTERM stop it after the step under way, with a
-checkpoint.
+A run lives in its --workdir: checkpoints, the weights of the lowest validation loss (in `best`),
+metrics.jsonl, TensorBoard events. The same command run again goes on where it stopped. Ctrl-C and
+SIGTERM stop it after the step under way, with a checkpoint.
 
 Settings are given as key=value, e.g. steps=2000 peak_lr=1e-4 data.global_batch=32 dtype=bfloat16
 mesh.fsdp=4; a wrong key is answered with the nearest right ones.
@@ -26,7 +32,9 @@ mesh.fsdp=4; a wrong key is answered with the nearest right ones.
 examples:
   aria-jax train pretrain --data my_data --workdir run1 --preset small steps=5000
   aria-jax train contrastive --data my_data --workdir run2 --preset small --init-from run1
-  aria-jax train classify --data my_data --workdir run3 --init-from run1 data.label=composer"""
+  aria-jax train classify --data my_data --workdir run3 --init-from run1/best data.label=composer
+  aria-jax train pretrain --data my_data --workdir run4 --preset medium mesh.fsdp=64 \\
+      --dry-run --on v5p:64"""
 
 # Settings may stand before, between and after the options.
 PARSE = argparse.ArgumentParser.parse_intermixed_args
@@ -42,19 +50,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--init-from", metavar="C", help="workdir or published .safetensors to start from"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print what the run would take, and stop"
+    )
+    parser.add_argument(
+        "--on", metavar="CHIP:COUNT", help="devices to plan for, e.g. v5p:64 (default: those here)"
+    )
+    parser.add_argument(
+        "--assumed-mfu",
+        type=float,
+        default=0.4,
+        metavar="F",
+        help="share of the chips' peak FLOP/s to plan with (default: 0.4)",
+    )
+    parser.add_argument(
+        "--profile", action="store_true", help="write a trace of 5 steps to WORKDIR/profile"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes to the preset")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the training; 0 when done, 1 when it was interrupted."""
-    from aria_jax.cli.console import print_result
     from aria_jax.config import for_task, with_overrides
     from data_pipeline.shards import load_manifest
 
     config = with_overrides(for_task(args.preset, args.task), args.settings).validate()
     load_manifest(args.data)  # before the seconds that importing jax takes
+    if args.dry_run:
+        return _dry_run(args, config)
+    return _train(args, config)
 
+
+def _train(args: argparse.Namespace, config: "RunConfig") -> int:
+    from aria_jax.cli.console import print_result
     from aria_jax.train.loop import run as train
     from aria_jax.train.metrics import JsonlSink, MetricSink, TensorBoardSink
     from aria_jax.train.processes import join_processes
@@ -77,7 +106,8 @@ def run(args: argparse.Namespace) -> int:
             workdir,
             init_from=args.init_from,
             sinks=sinks,
-            on_start=lambda start: print(start.sentence, file=sys.stderr),
+            on_start=lambda start: print(start.sentence, file=sys.stderr) if first else None,
+            profile=args.profile,
         )
     finally:
         for sink in sinks:
@@ -95,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class ProgressSink:
-    """A progress bar with loss, tokens a second and time left."""
+    """A progress bar with losses, tokens a second, share of the peak FLOP/s, and time left."""
 
     def __init__(self, steps: int, task: str):
         from tqdm import tqdm
@@ -105,9 +135,11 @@ class ProgressSink:
 
     def write(self, step: int, metrics: Mapping[str, float], split: str) -> None:
         """Moves the bar to `step`."""
-        self._shown[f"{split} loss"] = f"{metrics['loss']:.3f}"
-        if "tokens_per_s" in metrics:
-            self._shown["tokens/s"] = f"{metrics['tokens_per_s']:,.0f}"
+        formats = {"tokens_per_s": ("tokens/s", ",.0f"), "step_s": ("s/step", ".3g")}
+        formats |= {"loss": (f"{split} loss", ".3f"), "mfu": ("MFU", ".1%")}
+        for name, (label, shape) in formats.items():
+            if name in metrics:
+                self._shown[label] = format(metrics[name], shape)
         if self._bar.n == 0 and step > self._bar.total // 100 + 1:
             self._bar.initial = step  # resumed: the rate counts this session's steps only
         self._bar.update(step - self._bar.n)
@@ -116,3 +148,60 @@ class ProgressSink:
     def close(self) -> None:
         """Leaves the bar on the screen."""
         self._bar.close()
+
+
+def _dry_run(args: argparse.Namespace, config: "RunConfig") -> int:
+    """Prints the plan; 1 where the memory of a device does not suffice."""
+    import jax
+
+    from aria_jax.cli.console import print_result
+    from aria_jax.train.cost import CHIPS, chip_of
+    from aria_jax.train.plan import plan
+    from aria_jax.train.tasks import build_task, resolve
+    from data_pipeline.errors import UserError
+
+    if args.on:
+        name, _, count = args.on.partition(":")
+        if name not in CHIPS or not count.isdigit() or int(count) < 1:
+            raise UserError(
+                f"--on {args.on}: expected CHIP:COUNT with a chip of {', '.join(CHIPS)}"
+            )
+        chip, n_devices = CHIPS[name], int(count)
+    else:
+        chip, n_devices = chip_of(jax.devices()[0].device_kind), jax.device_count()
+    config = resolve(config, args.data)
+    made = plan(
+        config,
+        n_examples=build_task(config, args.data).train.n_examples,
+        n_devices=n_devices,
+        chip=chip,
+        assumed_mfu=args.assumed_mfu,
+    )
+    result = {**dataclasses.asdict(made), "fits": made.fits}
+    print_result(result, args.json, _plan_text(config, made))
+    return 1 if made.fits is False else 0
+
+
+def _plan_text(config: "RunConfig", made: "Plan") -> str:
+    gib, total = 2**30, sum(made.memory.values())
+    mesh = " × ".join(f"{axis} {size}" for axis, size in made.mesh.items())
+    parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in made.memory.items())
+    room = "" if made.hbm is None else f" of {made.hbm / gib:.0f} GiB"
+    verdict = {None: "", True: ": fits", False: ": DOES NOT FIT"}[made.fits]
+    lines = [
+        f"task         {config.task}, {config.train.steps:,} steps",
+        f"model        {made.parameters:,} parameters",
+        f"compute      {made.flops_per_token / 1e9:.3g} GFLOPs a token, forward and backward",
+        f"batch        {made.tokens_per_step:,} tokens a step",
+        f"data         {made.tokens:,} tokens, {made.epochs:.2f} epochs",
+        f"mesh         {mesh}",
+        f"memory       {total / gib:.2f} GiB a device{room}{verdict} "
+        f"({parts}; activations by formula: `aria-jax compile` asks the compiler)",
+    ]
+    if made.hours is None:
+        lines.append("time         unknown: no data sheet for these devices (see --on)")
+    else:
+        lines.append(
+            f"time         {made.hours:,.1f} hours at {made.assumed_mfu:.0%} MFU (assumed)"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,141 @@
+"""What a run would take, told before it starts: `aria-jax train … --dry-run`."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh
+
+from aria_jax.config import RunConfig
+from aria_jax.losses.language_model import CHUNK_TOKENS
+from aria_jax.models.heads import abstract_model, split_model
+from aria_jax.sharding import MESH_AXES, parameter_shardings
+from aria_jax.train.cost import Chip, tokens_per_step, train_flops_per_token
+from aria_jax.train.step import TrainState, new_state
+from data_pipeline.errors import UserError
+
+ASSUMED_MFU = 0.4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The size of a run.
+
+    Attributes:
+        parameters: number of weights.
+        flops_per_token: forward and backward.
+        tokens_per_step, tokens: of one optimiser step and of the run, padding included.
+        epochs: passes over the training split.
+        mesh: devices per axis.
+        memory: bytes per device by part; all but "activations" are exact, that one is a formula.
+        hbm: bytes a device has; None where that is not known.
+        assumed_mfu, hours: time for all steps at that share of the chips' peak; None without a
+            data sheet.
+    """
+
+    parameters: int
+    flops_per_token: float
+    tokens_per_step: int
+    tokens: int
+    epochs: float
+    mesh: dict[str, int]
+    memory: dict[str, int]
+    hbm: float | None
+    assumed_mfu: float
+    hours: float | None
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the memory of a device suffices; None where it is not known."""
+        return None if self.hbm is None else sum(self.memory.values()) <= self.hbm
+
+
+def plan(
+    config: RunConfig,
+    *,
+    n_examples: int,
+    n_devices: int,
+    chip: Chip | None,
+    assumed_mfu: float = ASSUMED_MFU,
+) -> Plan:
+    """The plan of `config`, resolved against its data, on `n_devices` chips of one kind.
+
+    Args:
+        n_examples: rows of one epoch.
+        chip: data sheet of the devices; None for CPUs.
+
+    Raises:
+        UserError: the mesh does not fit the devices, or a weight does not divide over it.
+    """
+    sizes = _mesh_sizes(config, n_devices)
+    mesh = AbstractMesh(tuple(sizes.values()), MESH_AXES)
+    params = split_model(abstract_model(config.model, config.compute))[1]
+    state = jax.eval_shape(partial(new_state, config), params)
+    tokens = tokens_per_step(config) * config.train.steps
+    flops = train_flops_per_token(config)
+    return Plan(
+        parameters=config.model.n_params,
+        flops_per_token=flops,
+        tokens_per_step=tokens_per_step(config),
+        tokens=tokens,
+        epochs=config.train.steps * config.data.global_batch / max(n_examples, 1),
+        mesh=sizes,
+        memory=_memory(config, state, mesh, sizes),
+        hbm=None if chip is None else chip.hbm,
+        assumed_mfu=assumed_mfu,
+        hours=None
+        if chip is None
+        else tokens * flops / (chip.flops * n_devices * assumed_mfu) / 3600,
+    )
+
+
+def _mesh_sizes(config: RunConfig, n_devices: int) -> dict[str, int]:
+    sizes = dataclasses.asdict(config.mesh)
+    known = int(np.prod([size for size in sizes.values() if size != -1]))
+    filled = {axis: n_devices // known if size == -1 else size for axis, size in sizes.items()}
+    if int(np.prod(list(filled.values()))) != n_devices:
+        asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
+        raise UserError(f"{asked} do not multiply to {n_devices} devices")
+    return {axis: filled[axis] for axis in MESH_AXES}
+
+
+def _memory(
+    config: RunConfig, state: TrainState, mesh: AbstractMesh, sizes: dict[str, int]
+) -> dict[str, int]:
+    shardings = parameter_shardings(state, mesh)
+
+    def size(part: Any, of: Any) -> int:
+        shards = jax.tree.map(lambda leaf, s: s.shard_shape(leaf.shape), part, of)
+        leaves = zip(
+            jax.tree.leaves(part),
+            jax.tree.leaves(shards, is_leaf=lambda x: isinstance(x, tuple)),
+            strict=True,
+        )
+        return sum(int(np.prod(shape)) * leaf.dtype.itemsize for leaf, shape in leaves)
+
+    weights = size(state.params, shardings.params)
+    return {
+        "parameters": weights,
+        "gradients": weights,
+        "optimizer": size(state.opt_state, shardings.opt_state)
+        + (0 if state.ema is None else size(state.ema, shardings.ema)),
+        "activations": _activations(config, sizes),
+    }
+
+
+def _activations(config: RunConfig, sizes: dict[str, int]) -> int:
+    """Bytes held for the backward pass, by formula: what `remat` keeps, and one block at work."""
+    m = config.model
+    d, ff = m.d_model, m.d_model * m.ff_mult
+    itemsize = 2 if config.compute.dtype == "bfloat16" else 4
+    rows_over = sizes["data"] * sizes["fsdp"] * sizes["sequence"]
+    tokens = tokens_per_step(config) / config.train.grad_accumulation / rows_over
+    wide = (4 * d + 3 * ff) / sizes["tensor"]
+    kept = {"none": 6 * d + 2 * wide, "dots": d + wide, "full": d, "offload": 0}
+    held = m.n_layers * tokens * kept[config.compute.remat] * itemsize
+    at_work = tokens * (6 * d + 2 * wide) * itemsize
+    logits = min(CHUNK_TOKENS, tokens) * m.vocab_size * 4 * 2 if m.head == "lm" else 0
+    return int(held + at_work + logits)
