@@ -1,0 +1,164 @@
+"""The programs that run on accelerators, as shapes: what training, embedding and decoding compile.
+
+They are the very functions that run later, on shape structs with shardings: no array is made.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from aria_jax.config import RunConfig
+from aria_jax.generate.cache import LayerCache, PromptCache, cache_sharding, decode_step, prefill
+from aria_jax.generate.quantize import DecodingMatrix
+from aria_jax.generate.weights import DecoderWeights
+from aria_jax.models.heads import Parameters, abstract_model, split_model
+from aria_jax.sharding import batch_sharding, replicated
+from aria_jax.train.checkpoint import shapes_like
+from aria_jax.train.loop import check_batch
+from aria_jax.train.state import abstract_state
+from aria_jax.train.step import make_train_step
+from aria_jax.train.tasks import batch_shapes, loss_function
+from data_pipeline.errors import UserError
+
+Task = Literal["pretrain", "continue", "contrastive", "classify", "embed", "prefill", "decode"]
+TRAINING = ("pretrain", "continue", "contrastive", "classify")
+
+
+@dataclass(frozen=True)
+class Program:
+    """A jitted function and the shapes of its arguments, placed on a mesh.
+
+    Attributes:
+        tokens: read or made by one call, over all devices.
+        training: has a backward pass.
+    """
+
+    function: Callable
+    arguments: tuple
+    tokens: int
+    training: bool
+
+
+def program(config: RunConfig, task: Task, mesh: Mesh) -> Program:
+    """The program of a task: one optimiser step, one batch of embeddings, a prompt, or a token.
+
+    Batch and length are `data.global_batch` and `data.seq_len`; "decode" holds a prompt of half
+    that length and caches for the other half.
+
+    Raises:
+        UserError: rows do not divide over the devices.
+    """
+    if task in TRAINING:
+        return _training(config, mesh)
+    if task == "embed":
+        return _embedding(config, mesh)
+    return _prefill(config, mesh) if task == "prefill" else _decoding(config, mesh)
+
+
+def with_layers(config: RunConfig, n_layers: int) -> RunConfig:
+    """`config` with so few layers, unrolled: the compiler counts a loop's body only once."""
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, n_layers=n_layers),
+        compute=dataclasses.replace(config.compute, scan_layers=False),
+    )
+
+
+def _on(mesh: Mesh, shape: jax.ShapeDtypeStruct, spec: NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=spec)
+
+
+def _training(config: RunConfig, mesh: Mesh) -> Program:
+    check_batch(config, mesh)
+    merge, state = abstract_state(config, mesh)
+    shapes = batch_shapes(config)
+    batch = {name: _on(mesh, shape, batch_sharding(mesh)) for name, shape in shapes.items()}
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
+    step = make_train_step(config, merge, loss_function(config, mesh))
+    views = 2 if config.task == "contrastive" else 1
+    tokens = views * config.data.global_batch * config.data.seq_len
+    return Program(step, (state, batch, number), tokens, training=True)
+
+
+def _rows(config: RunConfig, mesh: Mesh) -> int:
+    rows, ways = config.data.global_batch, mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % ways:
+        raise UserError(f"data.global_batch={rows} does not divide over {ways} devices")
+    return rows
+
+
+def _embedding(config: RunConfig, mesh: Mesh) -> Program:
+    rows, length = _rows(config, mesh), config.data.seq_len
+    merge, params = split_model(abstract_model(config.model, config.compute))
+    weights = shapes_like(params, mesh, dtype=config.compute.dtype)
+    cut = batch_sharding(mesh)
+    tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=cut)
+    ends = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=cut)
+
+    def embed(params: Parameters, tokens: jax.Array, ends: jax.Array) -> jax.Array:
+        return merge(params).pooled(tokens, ends)
+
+    return Program(jax.jit(embed), (weights, tokens, ends), rows * length, training=False)
+
+
+def _prefill(config: RunConfig, mesh: Mesh) -> Program:
+    length, whole = config.data.seq_len, replicated(mesh)
+    prompt = jax.ShapeDtypeStruct((length,), jnp.int32, sharding=whole)
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    arguments = (_decoder_weights(config, mesh), prompt, number)
+    return Program(jax.jit(prefill), arguments, length, training=False)
+
+
+def _decoding(config: RunConfig, mesh: Mesh) -> Program:
+    rows, slots, whole = config.data.global_batch, config.data.seq_len // 2, replicated(mesh)
+    m, dtype = config.model, config.compute.dtype
+
+    def caches(rows: int) -> tuple[LayerCache, ...]:
+        shape = (rows, m.n_heads, slots, m.d_head)
+        one = jax.ShapeDtypeStruct(shape, dtype, sharding=cache_sharding(mesh, rows, m.n_heads))
+        return (LayerCache(one, one),) * m.n_layers
+
+    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+    visible = jax.ShapeDtypeStruct((1, slots), jnp.bool_, sharding=whole)
+    prompt = PromptCache(layers=caches(1), visible_PxT=visible, next_position=number)
+    token = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole)
+    arguments = (_decoder_weights(config, mesh), prompt, caches(rows), token, number)
+    # The generated cache is updated in place, as the sampling loop does.
+    return Program(jax.jit(decode_step, donate_argnums=2), arguments, rows, training=False)
+
+
+def _decoder_weights(config: RunConfig, mesh: Mesh) -> DecoderWeights:
+    """Shapes of `generate.weights.decoder_weights`: heads and feed-forward cut over "tensor"."""
+    m, dtype = config.model, config.compute.dtype
+    d, ff = m.d_model, m.d_model * m.ff_mult
+
+    def matrix(outputs: int, inputs: int, *cut: str | None) -> DecodingMatrix:
+        sharding = NamedSharding(mesh, PartitionSpec(*cut))
+        return DecodingMatrix(jax.ShapeDtypeStruct((outputs, inputs), dtype, sharding=sharding))
+
+    def vector() -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((d,), jnp.float32, sharding=replicated(mesh))
+
+    block: dict[str, Any] = {
+        **{name: matrix(d, d, "tensor", None) for name in ("query", "key", "value")},
+        **{name: matrix(ff, d, "tensor", None) for name in ("gate", "up")},
+        "out": matrix(d, d, None, "tensor"),
+        "down": matrix(d, ff, None, "tensor"),
+        **{f"norm{i}_{part}": vector() for i in (1, 2) for part in ("scale", "bias")},
+    }
+    table = jax.ShapeDtypeStruct((m.vocab_size, d), dtype, sharding=replicated(mesh))
+    return DecoderWeights(
+        embedding_VxD=table,
+        blocks=(block,) * m.n_layers,
+        norm_scale_D=vector(),
+        norm_bias_D=vector(),
+        head=matrix(m.vocab_size, d),
+        adapter_ExD=None,
+        n_heads=m.n_heads,
+        max_seq_len=m.max_seq_len,
+    )

@@ -1,0 +1,284 @@
+"""What the compiler says about a program on a topology, and the time that follows from it.
+
+Three kinds of figures, never mixed up (`Report.sources` says which is which):
+
+- compiler: memory of the whole program; FLOPs, bytes and time of unrolled programs of one and two
+  layers. Their difference is one layer, and `n_layers` of those and the rest of the first program
+  are the whole, since the compiler counts the body of a loop once, whatever its trip count.
+- formula: FLOPs of the splash attention kernel, which carries no cost estimate.
+- assumption: the share of the peak that this kernel reaches, and, where the compiler gives no
+  time, that a program takes the longer of computing, moving memory, and talking to other chips.
+"""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from aria_jax.aot.hlo import collectives
+from aria_jax.aot.programs import TRAINING, Program, Task, program, with_layers
+from aria_jax.config import RunConfig
+from aria_jax.sharding import make_mesh
+from aria_jax.train.cost import CHIPS, Chip, forward_flops_per_token
+from data_pipeline.errors import UserError
+
+ATTENTION_EFFICIENCY = 0.5
+"""Assumed share of the peak that splash attention reaches on the scores it must compute."""
+BACKWARD_ATTENTION = 2.5
+"""FLOPs of the flash backward pass over the forward's: five matrix products instead of two."""
+READABLE = "v5e"
+"""The family whose compiled programs can be printed; other families' text cannot be had."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the compiler counts in one program, per chip and call.
+
+    Attributes:
+        flops, bytes: arithmetic, and memory traffic.
+        seconds: its own time estimate; None where it gives none (negative or zero).
+    """
+
+    flops: float
+    bytes: float
+    seconds: float | None
+
+    @classmethod
+    def of(cls, compiled: Any) -> "Cost":
+        """Reads a compiled program."""
+        found = compiled.cost_analysis()
+        found = found[0] if isinstance(found, list) else found
+        seconds = float(found.get("optimal_seconds", -1.0))
+        return cls(
+            float(found.get("flops", 0.0)),
+            float(found.get("bytes accessed", 0.0)),
+            seconds if seconds > 0 else None,
+        )
+
+    def repeated(self, two: "Cost", n_layers: int, times: int) -> "Cost":
+        """The cost of `n_layers`, given that of one (self) and of two; the whole `times` over."""
+
+        def grown(one: float, both: float) -> float:
+            return times * (one + (n_layers - 1) * (both - one))
+
+        seconds = None
+        if self.seconds is not None and two.seconds is not None:
+            seconds = grown(self.seconds, two.seconds)
+        return Cost(grown(self.flops, two.flops), grown(self.bytes, two.bytes), seconds)
+
+
+@dataclass(frozen=True)
+class Report:
+    """A program on a topology; all figures per chip and call unless they say otherwise.
+
+    Attributes:
+        memory: bytes of arguments, temporaries and code; `total` is their peak together.
+        hbm: bytes there are.
+        cost: without the attention kernel.
+        attention_flops: of that kernel, 0 where attention is ordinary operations.
+        collectives: kind -> (number, bytes); None where they could not be read.
+        seconds: estimate of one call. model_flops: what the mathematics needs, over all chips.
+        mfu: model_flops in that time as a share of all chips' peak.
+        sources: figure -> "compiler", "formula" or "assumption: …".
+    """
+
+    task: str
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    tokens: int
+    memory: dict[str, int]
+    hbm: float
+    cost: Cost
+    attention_flops: float
+    collectives: dict[str, tuple[int, int]] | None
+    seconds: float
+    model_flops: float
+    mfu: float
+    compile_seconds: float
+    sources: dict[str, str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program's memory is there."""
+        return self.memory["total"] <= self.hbm
+
+
+def topology_mesh(config: RunConfig, topology: str) -> Mesh:
+    """A mesh of the described chips of e.g. "v5p:4x4x4".
+
+    Raises:
+        UserError: an unknown topology, a missing compiler, or a mesh that does not fit.
+    """
+    family = topology.partition(":")[0]
+    if family not in CHIPS or not family.startswith("v"):
+        raise UserError(f"topology {topology!r}: expected e.g. v5p:4x4x4, v5e:8x8 or v6e:16x16")
+    try:
+        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    except Exception as error:  # the plug-in raises whatever it likes
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"cannot describe topology {topology!r} ({reason}); "
+            "the compiler is in the package libtpu: pip install 'aria-jax[aot]'"
+        ) from error
+    return make_mesh(config.mesh, list(described.devices))
+
+
+def compiled(made: Program, mesh: Mesh) -> Any:
+    """The program, compiled for the mesh's devices."""
+    with jax.set_mesh(mesh):
+        lowered = made.function.trace(*made.arguments).lower(lowering_platforms=("tpu",))
+        return lowered.compile()
+
+
+def compile_report(
+    config: RunConfig, task: Task, topology: str, *, read_collectives: bool = True
+) -> Report:
+    """Compiles a task three times (whole, one layer, two) and puts together what it takes.
+
+    Raises:
+        UserError: see `topology_mesh`; a batch that does not divide; a program that the compiler
+            refuses, other than for memory.
+    """
+    began = time.perf_counter()
+    mesh = topology_mesh(config, topology)
+    chip = CHIPS[topology.partition(":")[0]]
+    made = program(config, task, mesh)
+    memory = _memory(made, mesh)
+    accumulation = config.train.grad_accumulation if task in TRAINING else 1
+    one, two = (_one_part(with_layers(config, n), accumulation) for n in (1, 2))
+    cost = Cost.of(compiled(program(one, task, mesh), mesh)).repeated(
+        Cost.of(compiled(program(two, task, mesh), mesh)), config.model.n_layers, accumulation
+    )
+    talk = (
+        _collectives((one, two), config, task, topology, accumulation) if read_collectives else None
+    )
+    compile_seconds = time.perf_counter() - began
+    attention, model_flops = _attention_flops(config, task, made, mesh), _model_flops(config, made)
+    seconds, source = _estimate(cost, attention, talk, chip)
+    return Report(
+        task=task,
+        topology=topology,
+        chips=mesh.size,
+        mesh=dict(mesh.shape),
+        tokens=made.tokens,
+        memory=memory,
+        hbm=chip.hbm,
+        cost=cost,
+        attention_flops=attention,
+        collectives=talk,
+        seconds=seconds,
+        model_flops=model_flops,
+        mfu=model_flops / (seconds * mesh.size * chip.flops),
+        compile_seconds=compile_seconds,
+        sources={
+            "memory": "compiler, whole program",
+            "flops, bytes": "compiler, from unrolled programs of 1 and 2 layers",
+            "attention": "formula" if attention else "in the compiler's figures",
+            "collectives": _collectives_source(topology, talk),
+            "seconds": source,
+        },
+    )
+
+
+def _one_part(config: RunConfig, accumulation: int) -> RunConfig:
+    """One micro-batch: gradient accumulation is a loop too."""
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(
+            config.data, global_batch=config.data.global_batch // accumulation
+        ),
+        train=dataclasses.replace(config.train, grad_accumulation=1),
+    )
+
+
+def _memory(made: Program, mesh: Mesh) -> dict[str, int]:
+    """Bytes per chip; a compiler that runs out of memory says how much it wanted."""
+    found = compiled(made, mesh).memory_analysis()
+    parts = {
+        "arguments": found.argument_size_in_bytes,
+        "outputs": found.output_size_in_bytes - found.alias_size_in_bytes,
+        "temporaries": found.temp_size_in_bytes,
+        "code": found.generated_code_size_in_bytes,
+    }
+    return {**parts, "total": sum(parts.values())}
+
+
+def _attention_flops(config: RunConfig, task: Task, made: Program, mesh: Mesh) -> float:
+    """Of the splash kernel, which the compiler does not count; per chip and call."""
+    from aria_jax.kernels.attention.choice import SHORTEST_SPLASH
+
+    uses_kernel = config.compute.attention in ("auto", "splash")
+    if task in ("prefill", "decode") or not uses_kernel or config.data.seq_len < SHORTEST_SPLASH:
+        return 0.0
+    forward = forward_flops_per_token(config.model, config.data.seq_len)["attention"]
+    again = 1.0 if config.compute.remat in ("full", "offload") else 0.0
+    passes = 1.0 + again + BACKWARD_ATTENTION if made.training else 1.0
+    return forward * passes * made.tokens / mesh.size
+
+
+def _model_flops(config: RunConfig, made: Program) -> float:
+    parts = forward_flops_per_token(config.model, config.data.seq_len)
+    return (3 if made.training else 1) * sum(parts.values()) * made.tokens
+
+
+def _collectives(
+    programs: tuple[RunConfig, RunConfig],
+    config: RunConfig,
+    task: Task,
+    topology: str,
+    accumulation: int,
+) -> dict[str, tuple[int, int]] | None:
+    """Of the whole call, from the texts of the one- and two-layer programs on v5e chips."""
+    family, _, shape = topology.partition(":")
+    if family != READABLE:
+        count = 1
+        for side in shape.split("x"):
+            count *= int(side)
+        sides = {16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+        if count not in sides:
+            return None
+        topology = f"{READABLE}:{sides[count]}"
+    mesh = topology_mesh(config, topology)
+    one, two = (collectives(compiled(program(p, task, mesh), mesh).as_text()) for p in programs)
+    total = {}
+    for kind in sorted(one.keys() | two.keys()):
+        (n1, b1), (n2, b2) = one.get(kind, (0, 0)), two.get(kind, (0, 0))
+        layers = config.model.n_layers - 1
+        total[kind] = (
+            accumulation * (n1 + layers * (n2 - n1)),
+            accumulation * (b1 + layers * (b2 - b1)),
+        )
+    return total
+
+
+def _collectives_source(topology: str, talk: dict | None) -> str:
+    if talk is None:
+        return "not read"
+    if topology.startswith(READABLE):
+        return "compiler"
+    return f"compiler, from the same program for {READABLE} chips"
+
+
+def _estimate(
+    cost: Cost, attention_flops: float, talk: dict[str, tuple[int, int]] | None, chip: Chip
+) -> tuple[float, str]:
+    """Seconds of one call, and where they come from."""
+    attention = attention_flops / (chip.flops * ATTENTION_EFFICIENCY)
+    extra = ""
+    if attention_flops:
+        extra = f" + attention (assumption: {ATTENTION_EFFICIENCY:.0%} of the peak)"
+    if cost.seconds is not None:
+        return cost.seconds + attention, "compiler" + extra
+    moved = sum(size for _, size in (talk or {}).values())
+    ideal = max(
+        cost.flops / chip.flops, cost.bytes / chip.bandwidth, moved / (chip.network or 1e30)
+    )
+    return ideal + attention, (
+        "assumption: the longest of computing, memory traffic and collectives, at data sheet "
+        "speed" + extra
+    )

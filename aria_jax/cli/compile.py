@@ -1,0 +1,113 @@
+"""`aria-jax compile`: what a program would take on TPUs that are not here."""
+
+import argparse
+import dataclasses
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aria_jax.aot.report import Report
+
+DESCRIPTION = """\
+Compile a training step, an embedding batch, a prompt or a decoding step for TPU chips that are not
+here, and print what it takes: memory per chip, FLOPs, memory traffic, collectives, the time of one
+call and the MFU that follows. Nothing runs and no weights are made; the compiler is in the package
+libtpu (pip install 'aria-jax[aot]').
+
+The report says of every figure whether the compiler, a formula or an assumption gave it. Exit
+status 1: it does not fit.
+
+examples:
+  aria-jax compile --preset medium --topology v5p:4x4x4
+  aria-jax compile --preset medium --topology v5e:16x16 --task contrastive mesh.fsdp=64 mesh.data=4
+  aria-jax compile --preset medium --topology v6e:8x8 global_batch=256 remat=dots --json
+  aria-jax compile --preset small --topology v5e:2x2 --task decode mesh.data=1 mesh.tensor=4"""
+
+PARSE = argparse.ArgumentParser.parse_intermixed_args
+TASKS = ("pretrain", "continue", "contrastive", "classify", "embed", "prefill", "decode")
+# Config of the task that has the same head.
+LIKE = {"embed": "contrastive", "prefill": "pretrain", "decode": "pretrain"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `aria-jax compile`."""
+    parser.add_argument("--preset", default="medium", help="tiny, small or medium (medium)")
+    parser.add_argument(
+        "--topology", default="v5p:4x4x4", help="chips, e.g. v5e:8x8, v6e:16x16 (v5p:4x4x4)"
+    )
+    parser.add_argument("--task", choices=TASKS, default="pretrain", help="(pretrain)")
+    parser.add_argument(
+        "--mesh", metavar="D,F,T,S", help="devices per axis: data, fsdp, tensor, sequence"
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as one JSON line")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="changes to the preset")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report; 1 where the program does not fit into the chips' memory."""
+    from aria_jax.aot.presets import accelerator_run
+    from aria_jax.config import with_overrides
+
+    settings = [*_mesh_settings(args.mesh), *args.settings]
+    start = accelerator_run(args.preset, LIKE.get(args.task, args.task), args.topology)
+    if args.task == "classify":
+        start = dataclasses.replace(
+            start,
+            model=dataclasses.replace(start.model, class_names=("one", "another")),
+            data=dataclasses.replace(start.data, label="composer"),
+        )
+    config = with_overrides(start, settings).validate()
+
+    # Before jax is imported: no search for chips, and several compilers may run at once.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    from aria_jax.aot.report import compile_report
+    from aria_jax.cli.console import print_result
+
+    report = compile_report(config, args.task, args.topology)
+    result = {**dataclasses.asdict(report), "fits": report.fits}
+    print_result(result, args.json, _text(report))
+    return 0 if report.fits else 1
+
+
+def _mesh_settings(mesh: str | None) -> list[str]:
+    from data_pipeline.errors import UserError
+
+    if mesh is None:
+        return []
+    sizes = mesh.split(",")
+    axes = ("data", "fsdp", "tensor", "sequence")
+    if len(sizes) != len(axes):
+        raise UserError(f"--mesh {mesh}: expected four numbers, e.g. 1,64,1,1")
+    return [f"mesh.{axis}={size}" for axis, size in zip(axes, sizes, strict=True)]
+
+
+def _text(report: "Report") -> str:
+    gib = 2**30
+    mesh = " × ".join(f"{axis} {size}" for axis, size in report.mesh.items())
+    parts = ", ".join(
+        f"{name} {size / gib:.2f}" for name, size in report.memory.items() if name != "total"
+    )
+    total = report.memory["total"]
+    verdict = f"{(report.hbm - total) / gib:.2f} GiB free" if report.fits else "DOES NOT FIT"
+    lines = [
+        f"{report.task} on {report.topology}: {report.chips} chips, {mesh}, "
+        f"{report.tokens:,} tokens a call",
+        f"memory       {total / gib:.2f} of {report.hbm / gib:.0f} GiB a chip, {verdict} ({parts})",
+        f"arithmetic   {report.cost.flops / 1e12:.2f} TFLOPs a chip, and "
+        f"{report.attention_flops / 1e12:.2f} in the attention kernel",
+        f"traffic      {report.cost.bytes / 1e9:.1f} GB to and from memory, "
+        f"{report.cost.flops / max(report.cost.bytes, 1):.0f} FLOPs a byte",
+    ]
+    for kind, (number, size) in (report.collectives or {}).items():
+        lines.append(f"collectives  {kind}: {number}, {size / 1e9:.2f} GB a chip")
+    rate = report.tokens / report.seconds
+    lines += [
+        f"time         {report.seconds:.3g} s a call, {rate:,.0f} tokens/s",
+        f"MFU          {report.mfu:.1%} of {report.model_flops / 1e15:.3g} PFLOPs a call",
+        f"compiled in  {report.compile_seconds:.0f} s",
+        "sources",
+        *(f"  {figure:<13} {source}" for figure, source in report.sources.items()),
+    ]
+    return "\n".join(lines)

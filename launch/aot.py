@@ -1,0 +1,73 @@
+"""Compiles several settings for TPU topologies and prints one table row each.
+
+    python -m launch.aot v5p:4x4x4 v5e:8x8 -- --preset medium remat=full
+    python -m launch.aot v5p:4x4x4 --each remat=full,dots --each global_batch=256,512
+
+Each combination is one `aria-jax compile … --json` in a process of its own, so that a compiler
+that runs out of memory ends that row only. What is compiled and how is in `aria_jax.aot`.
+"""
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+
+COLUMNS = ("topology", "settings", "GiB a chip", "of", "s a step", "MFU", "compiled in")
+
+
+def combinations(topologies: Sequence[str], each: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Every topology with every choice of settings; `each` holds "key=a,b,c"."""
+    choices = []
+    for one in each:
+        key, _, values = one.partition("=")
+        choices.append([f"{key}={value}" for value in values.split(",")])
+    return [
+        (topology, list(chosen))
+        for topology in topologies
+        for chosen in itertools.product(*choices)
+    ]
+
+
+def row(topology: str, settings: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """One line of the table, by a compiler of its own."""
+    command = [sys.executable, "-m", "aria_jax.cli.main", "compile", "--json"]
+    command += ["--topology", topology, *arguments, *settings]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if not done.stdout.strip():
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        return [topology, " ".join(settings), reason[:80], "", "", "", ""]
+    report = json.loads(done.stdout.splitlines()[-1])
+    gib = 2**30
+    return [
+        topology,
+        " ".join(settings),
+        f"{report['memory']['total'] / gib:.1f}" + ("" if report["fits"] else " (does not fit)"),
+        f"{report['hbm'] / gib:.0f}",
+        f"{report['seconds']:.3g}",
+        f"{report['mfu']:.1%}",
+        f"{report['compile_seconds']:.0f} s",
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints a Markdown table."""
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.aot",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("topologies", nargs="+", metavar="TOPOLOGY")
+    parser.add_argument("--each", action="append", default=[], metavar="KEY=A,B")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    split = argv.index("--") if "--" in argv else len(argv)
+    args = parser.parse_args(argv[:split])
+    print("| " + " | ".join(COLUMNS) + " |\n|" + "---|" * len(COLUMNS), flush=True)
+    for topology, settings in combinations(args.topologies, args.each):
+        print("| " + " | ".join(row(topology, settings, argv[split + 1 :])) + " |", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,242 @@
+"""Writes what a cluster needs to run one `aria-jax` command, from the templates beside this file.
+
+    python -m launch.cluster slurm --nodes 4 --gpus 8 -- train pretrain … | sbatch
+    python -m launch.cluster gke --accelerator v5p-128 --image IMAGE -- train … | kubectl apply -f -
+    python -m launch.cluster tpu-pod --accelerator v5p-128 --zone us-east5-a -- train … | bash
+
+It only writes: nothing is started. `--dry-run` lists every process with its environment and
+command instead.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import string
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from aria_jax.train.processes import AUTO, COORDINATOR, COUNT, INDEX
+from data_pipeline.errors import UserError
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+
+class _Template(string.Template):
+    delimiter = "@"  # `$` means something in shell scripts
+    flags = re.VERBOSE
+    pattern = r"@(?:(?P<escaped>@)|\{(?P<braced>[a-z_]+)\}|(?P<named>(?!))|(?P<invalid>(?!)))"  # type: ignore[assignment]
+
+
+@dataclass(frozen=True)
+class Process:
+    """One process of a run: the host it is on, its own environment variables, its command."""
+
+    host: str
+    environment: dict[str, str]
+    command: str
+
+    def __str__(self) -> str:
+        settings = " ".join(f"{name}={value}" for name, value in self.environment.items())
+        return f"{self.host}: {settings} {self.command}"
+
+
+@dataclass(frozen=True)
+class TpuSlice:
+    """A slice by its Cloud TPU name, e.g. v5p-128 (cores), v5litepod-64 or v6e-64 (chips)."""
+
+    family: str
+    chips: int
+    runtime: str
+    gke_accelerator: str
+
+    @property
+    def chips_per_host(self) -> int:
+        """4, except where one host has the whole slice."""
+        single_host = self.family != "v5p" and self.chips <= 8
+        return self.chips if single_host else min(4, self.chips)
+
+    @property
+    def hosts(self) -> int:
+        """Hosts of one slice: as many processes."""
+        return self.chips // self.chips_per_host
+
+    @property
+    def topology(self) -> str:
+        """Chips along each axis of the torus, as GKE wants it: as near to a cube as possible."""
+        sides = [1, 1, 1] if self.family == "v5p" else [1, 1]
+        left = self.chips
+        while left > 1:
+            factor = next((n for n in range(2, left + 1) if left % n == 0), left)
+            sides.sort()
+            sides[0] *= factor
+            left //= factor
+        return "x".join(map(str, sorted(sides, key=lambda side: (side == 1, side))))
+
+
+def tpu_slice(accelerator: str) -> TpuSlice:
+    """Parses a Cloud TPU accelerator type.
+
+    Raises:
+        UserError: an unknown family, or a size that is no whole number of hosts.
+    """
+    family, _, size = accelerator.partition("-")
+    known = {
+        "v5p": ("v5p", 2, "v2-alpha-tpuv5", "tpu-v5p-slice"),
+        "v5litepod": ("v5e", 1, "v2-alpha-tpuv5-lite", "tpu-v5-lite-podslice"),
+        "v6e": ("v6e", 1, "v2-alpha-tpuv6e", "tpu-v6e-slice"),
+    }
+    if family not in known or not size.isdigit():
+        raise UserError(
+            f"accelerator {accelerator!r}: expected e.g. v5p-128, v5litepod-64 or v6e-64"
+        )
+    name, cores, runtime, gke = known[family]
+    chips = int(size) // cores
+    made = TpuSlice(name, chips, runtime, gke)
+    if chips < 1 or int(size) % cores or chips % made.chips_per_host:
+        raise UserError(f"accelerator {accelerator!r}: no such slice")
+    return made
+
+
+def _command(arguments: Sequence[str]) -> str:
+    return shlex.join(["aria-jax", *arguments])
+
+
+def tpu_pod(args: argparse.Namespace) -> tuple[str, list[Process]]:
+    """Bash script with gcloud, and its processes: one per host."""
+    made, command = tpu_slice(args.accelerator), _command(args.arguments)
+    several = args.slices > 1
+    names = [f"{args.name}-{i}" for i in range(args.slices)] if several else [args.name]
+    nodes = f"--node-prefix {shlex.quote(args.name)} --node-count {args.slices}"
+    script = _filled(
+        "tpu_pod.sh",
+        name=args.name,
+        zone=args.zone,
+        accelerator=args.accelerator,
+        runtime=made.runtime,
+        nodes=nodes if several else f"--node-id {shlex.quote(args.name)}",
+        node_names=" ".join(map(shlex.quote, names)),
+        spot="--spot" if args.spot else "",
+        attempts=args.attempts,
+        install=_inside_quotes(args.install),
+        environment=f"{COORDINATOR}={AUTO}",
+        command=_inside_quotes(command),
+    )
+    hosts = [f"{name} worker {i}" for name in names for i in range(made.hosts)]
+    return script, [Process(host, {COORDINATOR: AUTO}, command) for host in hosts]
+
+
+def gke(args: argparse.Namespace) -> tuple[str, list[Process]]:
+    """JobSet manifest, and its processes: one per Pod."""
+    made, command = tpu_slice(args.accelerator), _command(args.arguments)
+    environment = {COORDINATOR: AUTO}
+    manifest = _filled(
+        "gke_jobset.yaml",
+        name=args.name,
+        image=args.image,
+        slices=args.slices,
+        hosts=made.hosts,
+        chips_per_host=made.chips_per_host,
+        gke_accelerator=made.gke_accelerator,
+        topology=made.topology,
+        attempts=args.attempts,
+        command_json=json.dumps(f"exec {command}"),
+        environment_json=json.dumps([{"name": n, "value": v} for n, v in environment.items()]),
+    )
+    pods = [f"{args.name}-slice-{s}-{h}" for s in range(args.slices) for h in range(made.hosts)]
+    return manifest, [Process(pod, environment, command) for pod in pods]
+
+
+def slurm(args: argparse.Namespace) -> tuple[str, list[Process]]:
+    """Batch script, and its processes: one per GPU."""
+    command = _command(args.arguments)
+    script = _filled(
+        "slurm.sbatch",
+        name=args.name,
+        nodes=args.nodes,
+        gpus=args.gpus,
+        cpus=args.cpus,
+        time=args.time,
+        extra="\n".join(f"#SBATCH {option}" for option in args.sbatch),
+        command=_inside_quotes(command),
+    )
+    count = args.nodes * args.gpus
+    processes = [
+        Process(
+            f"node {index // args.gpus} GPU {index % args.gpus}",
+            {COORDINATOR: "FIRST_NODE:PORT", COUNT: str(count), INDEX: str(index)},
+            command,
+        )
+        for index in range(count)
+    ]
+    return script, processes
+
+
+def _inside_quotes(text: str) -> str:
+    """`text` for a place between single quotes of a shell script."""
+    return text.replace("'", "'\\''")
+
+
+def _filled(template: str, **values: object) -> str:
+    return _Template((TEMPLATES / template).read_text()).substitute(
+        {name: str(value) for name, value in values.items()}
+    )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.cluster",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for name, make in (("tpu-pod", tpu_pod), ("gke", gke), ("slurm", slurm)):
+        kind = kinds.add_parser(
+            name,
+            help=(make.__doc__ or "").splitlines()[0],
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+        kind.set_defaults(make=make)
+        kind.add_argument("--name", default="aria-jax", help="of the job")
+        kind.add_argument("--dry-run", action="store_true", help="list the processes")
+        kind.add_argument("arguments", nargs="+", help="after `--`: what follows `aria-jax`")
+        if name == "slurm":
+            kind.add_argument("--nodes", type=int, default=1)
+            kind.add_argument("--gpus", type=int, default=8, help="per node")
+            kind.add_argument("--cpus", type=int, default=8, help="per GPU")
+            kind.add_argument("--time", default="24:00:00")
+            kind.add_argument(
+                "--sbatch", action="append", default=[], metavar="OPTION",
+                help="another sbatch option, e.g. --sbatch=--partition=a100",
+            )  # fmt: skip
+            continue
+        kind.add_argument("--accelerator", default="v5p-128", help="v5p-N, v5litepod-N or v6e-N")
+        kind.add_argument("--slices", type=int, default=1)
+        kind.add_argument("--attempts", type=int, default=20, help="starts after preemptions")
+        if name == "gke":
+            kind.add_argument("--image", required=True, help="container with aria-jax[tpu]")
+        else:
+            kind.add_argument("--zone", required=True)
+            kind.add_argument("--spot", action="store_true", help="cheaper, may be taken back")
+            kind.add_argument("--install", default="pip install -q 'aria-jax[tpu]'")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the filled template, or the processes."""
+    args = _parser().parse_args(argv)
+    try:
+        text, processes = args.make(args)
+    except UserError as error:
+        print(f"launch.cluster: error: {error}", file=sys.stderr)
+        return 2
+    print(
+        "\n".join(map(str, processes)) if args.dry_run else text, end="\n" if args.dry_run else ""
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
