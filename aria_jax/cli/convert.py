@@ -22,6 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     there.add_argument("source", help=".safetensors file")
     there.add_argument("out", help="folder to make")
     there.add_argument("--n-heads", type=int, help="default: d_model / 64")
+    there.add_argument(
+        "--class-names", default="", help="of a class head, comma-separated, in order"
+    )
     there.add_argument("--tokenizer", default="aria", help="aria or pedal (aria)")
     back = verbs.add_parser("to-safetensors", description="A checkpoint to PyTorch weights.")
     back.add_argument("source", help="workdir of a run")
@@ -37,7 +40,8 @@ def run(args: argparse.Namespace) -> None:
 
     if args.direction == "from-safetensors":
         tokenizer = Tokenizer.preset(args.tokenizer)
-        model = import_model(args.source, n_heads=args.n_heads)
+        class_names = tuple(name for name in args.class_names.split(",") if name)
+        model = import_model(args.source, n_heads=args.n_heads, class_names=class_names)
         if model.config.vocab_size != tokenizer.vocab_size:
             raise UserError(
                 f"{args.source} has {model.config.vocab_size} tokens, the tokenizer "

@@ -1,11 +1,13 @@
 """Published weights: every prefix and precision, and every way a file can be wrong."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.flax import save_file
+from safetensors.flax import load_file, save_file
 
 from aria_jax.config import ComputeConfig, ModelConfig
 from aria_jax.interop.safetensors import export_model, import_model
@@ -13,6 +15,15 @@ from aria_jax.models.heads import build_model
 from data_pipeline.errors import UserError
 
 CONFIG = ModelConfig(d_model=16, n_heads=2, n_layers=2, vocab_size=50, emb_size=4)
+CONFIGS = {
+    "lm": dataclasses.replace(CONFIG, emb_size=None),
+    "conditioned": CONFIG,
+    "embedding": dataclasses.replace(CONFIG, head="embedding", max_seq_len=2048),
+    "class": dataclasses.replace(
+        CONFIG, head="class", emb_size=None, max_seq_len=2048, class_names=("bach", "liszt")
+    ),
+    "none": dataclasses.replace(CONFIG, head="none", emb_size=None),
+}
 
 
 @pytest.fixture
@@ -22,45 +33,106 @@ def exported(tmp_path):
     return model, tmp_path / "model.safetensors"
 
 
-def tensors(path):
-    from safetensors.flax import load_file
+def published(path, out, change=lambda name: name, dtype=jnp.float32):
+    """The tensors of `path` as another program would have written them: no metadata of ours."""
+    save_file({change(name): t.astype(dtype) for name, t in load_file(path).items()}, out)
+    return out
 
-    return load_file(path)
+
+def same_weights(a, b):
+    for ours, theirs in zip(*(jax.tree.leaves(nnx.state(m)) for m in (a, b)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
-def test_round_trip_is_exact_and_infers_the_architecture(exported):
-    model, path = exported
-    back = import_model(path, n_heads=2)
-    assert back.config == ModelConfig(d_model=16, n_heads=2, n_layers=2, vocab_size=50, emb_size=4)
-    ours, theirs = (jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (model, back))
-    for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(a, b)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_round_trip_is_exact_for_every_head(tmp_path, kind):
+    model = build_model(CONFIGS[kind], ComputeConfig(), rngs=nnx.Rngs(params=0))
+    export_model(model, tmp_path / "model.safetensors")
+    back = import_model(tmp_path / "model.safetensors")
+    assert back.config == CONFIGS[kind]
+    same_weights(model, back)
+    export_model(back, tmp_path / "again.safetensors")
+    first, second = ((tmp_path / f"{n}.safetensors").read_bytes() for n in ("model", "again"))
+    assert first == second
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_architecture_is_inferred_from_tensors_alone(tmp_path, kind):
+    model = build_model(CONFIGS[kind], ComputeConfig(), rngs=nnx.Rngs(params=0))
+    export_model(model, tmp_path / "ours.safetensors")
+    bare = published(tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors")
+    back = import_model(bare, n_heads=2, class_names=CONFIGS[kind].class_names)
+    assert back.config == CONFIGS[kind]
+
+
+def test_heads_are_64_wide_by_default(tmp_path):
+    config = ModelConfig(d_model=128, n_heads=2, n_layers=1, vocab_size=50)
+    export_model(
+        build_model(config, ComputeConfig(), rngs=nnx.Rngs(params=0)), tmp_path / "a.safetensors"
+    )
+    bare = published(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert import_model(bare).config == config
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_and_compile_prefixes(exported, tmp_path, dtype):
+def test_half_precision(exported, tmp_path, dtype):
     model, path = exported
-    changed = {f"_orig_mod.{name}": t.astype(dtype) for name, t in tensors(path).items()}
-    save_file(changed, tmp_path / "half.safetensors")
-    back = import_model(tmp_path / "half.safetensors", n_heads=2)
+    back = import_model(published(path, tmp_path / "half.safetensors", dtype=dtype), n_heads=2)
+    assert back.head[...].dtype == jnp.float32
     expected = np.asarray(model.head[...].astype(dtype), np.float32)
     np.testing.assert_array_equal(back.head[...], expected)
 
 
-def test_missing_and_unknown_tensors_are_named(exported, tmp_path):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: name.removeprefix("model."),
+        lambda name: name.replace("model.", "model._orig_mod."),
+        lambda name: name.replace(".0.", ".0._orig_mod."),
+    ],
+    ids=["compiled", "wrapped", "bare", "backbone compiled", "layers compiled"],
+)
+def test_prefixes(exported, tmp_path, change):
+    model, path = exported
+    same_weights(
+        import_model(published(path, tmp_path / "x.safetensors", change), n_heads=2), model
+    )
+
+
+def test_every_wrong_tensor_is_named_in_one_error(exported, tmp_path):
     _, path = exported
-    changed = tensors(path)
+    changed = load_file(path)
     changed["model.extra"] = changed.pop("model.encode_layers.1.norm1.bias")
+    changed["lm_head.weight"] = changed["lm_head.weight"][:, :3]
+    changed["model.encode_layers.0.mixed_qkv.weight"] = jnp.zeros((16, 16))
     save_file(changed, tmp_path / "wrong.safetensors")
-    with pytest.raises(UserError, match=r"missing .*layers.1.norm1.bias.*unknown model.extra"):
+    with pytest.raises(UserError) as error:
         import_model(tmp_path / "wrong.safetensors", n_heads=2)
+    message = str(error.value)
+    assert "missing model.encode_layers.1.norm1.bias;" in message
+    assert "unknown model.extra;" in message
+    assert "lm_head.weight [50, 3] (should be [50, 16])" in message
+    assert "mixed_qkv.weight [16, 16] (should be [48, 16])" in message
+
+
+def test_a_weight_given_twice_is_refused(exported, tmp_path):
+    _, path = exported
+    tensors = load_file(path)
+    tensors["_orig_mod.lm_head.weight"] = tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "twice.safetensors")
+    with pytest.raises(UserError, match="same weight twice"):
+        import_model(tmp_path / "twice.safetensors")
 
 
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("model.bin", b"", "only .safetensors files"),
+        ("model.bin", b"", "pickles"),
+        ("model.pt", b"", "pickles"),
         ("model.safetensors", b"rubbish", "not a readable safetensors file"),
+        ("model.safetensors", b"", "not a readable safetensors file"),
     ],
 )
 def test_other_files_are_refused(tmp_path, name, content, message):
@@ -69,6 +141,16 @@ def test_other_files_are_refused(tmp_path, name, content, message):
         import_model(tmp_path / name)
 
 
-def test_heads_that_do_not_fit_are_explained(exported):
+def test_weights_of_another_network_are_refused(tmp_path):
+    save_file({"lm_head.weight": jnp.zeros((3, 3))}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match="no Aria weights"):
+        import_model(tmp_path / "other.safetensors")
+
+
+def test_heads_and_names_that_do_not_fit_are_explained(exported, tmp_path):
     with pytest.raises(UserError, match="give --n-heads"):
         import_model(exported[1], n_heads=3)
+    model = build_model(CONFIGS["class"], ComputeConfig(), rngs=nnx.Rngs(params=0))
+    export_model(model, tmp_path / "class.safetensors")
+    with pytest.raises(UserError, match="3 class names for 2 classes"):
+        import_model(tmp_path / "class.safetensors", class_names=("a", "b", "c"))
