@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 
+from data_pipeline.errors import UserError
+
 Progress = Callable[[int, int], None]
 """Libraries report `progress(done, total)`; they never print."""
 
@@ -39,3 +41,11 @@ def progress_bar(description: str, unit: str):
 def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:
     """Prints `result` as one JSON line where a script asked for it, else `text`."""
     print(json.dumps(result) if as_json else text)
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Positive whole numbers of a comma-separated argument, in ascending order."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{option} {text}: expected positive numbers such as 1,5,10")
+    return sorted({int(part) for part in parts})

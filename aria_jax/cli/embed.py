@@ -1,19 +1,23 @@
 """`aria-jax embed`: one embedding per file."""
 
 import argparse
-import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 DESCRIPTION = """\
-Embed every MIDI file of a folder (or every piece of token shards): consecutive slices of 300
-notes, each embedded at its <E> token, averaged per file. Writes Parquet: path, sha256, embedding,
-n_slices, n_notes, duration_ms, labels. Files that cannot be read are named in OUT.rejected.jsonl;
-the rest goes on.
+Embed every MIDI file of a folder or .tar (or every piece of token shards): consecutive slices of
+300 notes, each embedded at its <E> token, averaged per file. Writes Parquet: path, sha256,
+embedding, n_slices, n_notes, duration_ms, labels. Files that cannot be read are named in
+OUT.rejected.jsonl; the rest goes on. Interrupted and run again, it goes on where it stopped.
 
---baseline embeds by counting instead, to hold a model against.
+Many hosts: run the same command on each with --host-index and --host-count on a shared disk;
+whichever finishes last joins the parts. --baseline embeds by counting instead, to hold a model
+against.
 
 examples:
   aria-jax embed my_midis emb.parquet --checkpoint run2
+  aria-jax embed my_midis.tar emb.parquet --checkpoint run2 --bf16 --workers 8
   aria-jax embed my_data emb.parquet --checkpoint run2 --per-slice
   aria-jax embed my_data counts.parquet --baseline pitch-class"""
 
@@ -29,68 +33,94 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-tokens", type=int, default=2048, help="tokens of a slice (2048)")
     parser.add_argument("--metadata", help="labels (default: metadata.json beside the files)")
     parser.add_argument("--per-slice", action="store_true", help="one row per slice")
+    parser.add_argument(
+        "--pooling", choices=("eos", "mean"), default="eos", help="as trained (default: eos)"
+    )
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
+    parser.add_argument("--workers", type=int, default=1, help="tokenising processes (1; 0: none)")
+    parser.add_argument("--host-index", type=int, default=0, help="number of this host (0)")
+    parser.add_argument("--host-count", type=int, default=1, help="hosts at work (1)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
 
 
 def run(args: argparse.Namespace) -> None:
     """Embeds and writes."""
     from aria_jax.cli.console import print_result, progress_bar
-    from aria_jax.embed.table import write_embeddings
     from data_pipeline.errors import UserError
-    from data_pipeline.tokenizer import Tokenizer
 
-    if args.slice_notes < 1 or args.max_tokens < 2:
-        raise UserError("--slice-notes must be at least 1 and --max-tokens at least 2")
+    if args.slice_notes < 1 or args.max_tokens < 2 or args.workers < 0:
+        raise UserError("--slice-notes must be at least 1, --max-tokens 2, --workers 0")
+    if not 0 <= args.host_index < args.host_count:
+        raise UserError(f"--host-index must lie in 0..{args.host_count - 1}")
     if not Path(args.source).exists():
         raise UserError(f"{args.source}: no such folder or archive")
-    from aria_jax.embed.export import embed_pieces, model_encoder
-    from aria_jax.embed.pieces import read_pieces
+    from aria_jax.embed.export import export
+    from aria_jax.embed.pieces import Slicing, open_source
 
-    max_tokens = args.max_tokens
-    if args.checkpoint:
-        from aria_jax.train.checkpoint import load_model
-
-        loaded = load_model(args.checkpoint)
-        tokenizer = Tokenizer.preset(loaded.tokenizer)
-        encode, fingerprint = model_encoder(loaded.model, tokenizer.pad_id), loaded.fingerprint
-        max_tokens = min(max_tokens, loaded.config.max_seq_len)
-    else:
-        from aria_jax.embed.baselines import baseline_encoder
-
-        tokenizer = Tokenizer.preset("aria")
-        encode, fingerprint = baseline_encoder(args.baseline, tokenizer), args.baseline
-    rejected: list[dict[str, str]] = []
-    n_files, pieces = read_pieces(
-        args.source,
-        tokenizer,
-        slice_notes=args.slice_notes,
-        max_tokens=max_tokens,
-        metadata=args.metadata,
-        reject=lambda path, reason, message: rejected.append(
-            {"path": path, "stage": "embed", "reason": reason, "value": message}
-        ),
-    )
-    with progress_bar("embed", "file") as progress:
-        table = embed_pieces(
-            pieces,
+    encode, settings = _encoder(args)
+    slicing = Slicing(settings["tokenizer"], args.slice_notes, settings["max_tokens"])
+    with TemporaryDirectory() as folder, progress_bar("embed", "file") as progress:
+        source = open_source(
+            args.source, slicing, spool=Path(folder) / "spool", metadata=args.metadata
+        )
+        summary = export(
+            source,
             encode,
-            fingerprint=fingerprint,
+            args.out,
+            settings={**settings, "slice_notes": args.slice_notes},
+            origin=Path(args.source).resolve(),
             per_slice=args.per_slice,
-            n_pieces=n_files,
+            workers=args.workers,
+            host_index=args.host_index,
+            host_count=args.host_count,
             progress=progress,
         )
-    write_embeddings(table, args.out)
-    if rejected:
-        lines = "".join(json.dumps(row) + "\n" for row in rejected)
-        Path(args.out + ".rejected.jsonl").write_text(lines)
     result = {
         "out": args.out,
-        "n_rows": len(table.path),
-        "n_files": n_files,
-        "n_rejected": len(rejected),
-        "fingerprint": fingerprint,
+        "n_rows": summary.n_rows,
+        "n_files": summary.n_files,
+        "n_rejected": summary.n_rejected,
+        "n_parts": summary.n_parts,
+        "n_parts_before": summary.n_parts_before,
+        "complete": summary.complete,
+        "fingerprint": settings["fingerprint"],
     }
-    text = f"{args.out}: {len(table.path)} rows of {table.embedding.shape[1]} numbers"
-    if rejected:
-        text += f"; {len(rejected)} of {n_files} files rejected, see {args.out}.rejected.jsonl"
+    text = f"{args.out}: {summary.n_rows} rows"
+    if not summary.complete:
+        text = "this host's parts are done; the last host to finish writes " + args.out
+    if summary.n_rejected:
+        text += f"; {summary.n_rejected} files rejected, see {args.out}.rejected.jsonl"
     print_result(result, args.json, text)
+
+
+def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """The encoder, and all that its numbers depend on."""
+    from data_pipeline.tokenizer import Tokenizer
+
+    if args.baseline:
+        from aria_jax.embed.baselines import baseline_encoder
+
+        settings = {"tokenizer": "aria", "max_tokens": args.max_tokens}
+        encode = baseline_encoder(args.baseline, Tokenizer.preset("aria"))
+        return encode, {"fingerprint": args.baseline, **settings}
+    import jax
+
+    from aria_jax.config import ComputeConfig, MeshConfig
+    from aria_jax.embed.encode import model_encoder
+    from aria_jax.sharding import make_mesh
+    from aria_jax.train.checkpoint import load_model
+
+    devices = jax.local_devices()
+    mesh = make_mesh(MeshConfig(), devices) if len(devices) > 1 else None
+    compute = ComputeConfig(dtype="bfloat16" if args.bf16 else "float32")
+    loaded = load_model(args.checkpoint, mesh=mesh, compute=compute)
+    encode = model_encoder(
+        loaded.model, Tokenizer.preset(loaded.tokenizer).pad_id, args.pooling, mesh=mesh
+    )
+    return encode, {
+        "fingerprint": loaded.fingerprint,
+        "tokenizer": loaded.tokenizer,
+        "max_tokens": min(args.max_tokens, loaded.config.max_seq_len),
+        "pooling": args.pooling,
+        "dtype": compute.dtype,
+    }

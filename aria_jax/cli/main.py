@@ -21,6 +21,12 @@ VERBS = {
     "score": ("score", "negative log-likelihood of performances under a model"),
     "embed": ("embed", "one embedding per file, as Parquet"),
     "probe": ("probe", "how much a linear classifier reads from embeddings"),
+    "retrieve": ("retrieve", "retrieval metrics of embeddings: MRR, Hit@k"),
+    "search": ("search", "the performances nearest to a query"),
+    "bench-suite": (
+        "bench_suite",
+        "every labelled task in a folder, in one table beside the paper's",
+    ),
     "convert": ("convert", "weights from and to published PyTorch checkpoints"),
     "listening-test": ("listening_test", "blinded A/B pages, and the analysis of their votes"),
     "demo": ("demo", "the whole story on a small corpus, ending in an HTML report"),

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from aria_jax.embed.export import Encode
+from aria_jax.embed.encode import Encode
 from data_pipeline.tokenizer import SEGMENT_MS, Kind, Tokenizer
 
 

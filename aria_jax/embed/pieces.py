@@ -1,22 +1,23 @@
-"""What is embedded: files as lists of token slices, from a folder of MIDI or from token shards."""
+"""What is embedded: files as lists of token slices, from MIDI files or from token shards.
+
+Worker processes import this module, so it must not import jax.
+"""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from typing import Protocol
 
 import numpy as np
 
-from data_pipeline.building.sources import list_source, read_entry, readable_root
+from data_pipeline.building.sources import Entry, list_source, read_entry, readable_root
 from data_pipeline.errors import InvalidMidi, UserError
-from data_pipeline.metadata import load_labels
+from data_pipeline.metadata import LabelTable, load_labels
 from data_pipeline.midi import Performance, read_midi
 from data_pipeline.shards import MANIFEST, TokenShards, load_manifest
 from data_pipeline.tokenizer import Kind, Tokenizer
-
-Reject = Callable[[str, str, str], None]
-"""Told (path, reason, message) of each file that cannot be embedded."""
 
 
 @dataclass(frozen=True)
@@ -36,101 +37,165 @@ class Piece:
     labels: dict[str, str]
 
 
-def read_pieces(
-    source: str | Path,
-    tokenizer: Tokenizer,
-    *,
-    slice_notes: int,
-    max_tokens: int,
-    reject: Reject,
-    metadata: str | Path | None = None,
-) -> tuple[int, Iterator[Piece]]:
-    """How many files `source` has, and those that can be embedded, in a fixed order.
+@dataclass(frozen=True)
+class Rejection:
+    """A file that cannot be embedded, and why."""
+
+    path: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """How files are cut.
+
+    Attributes:
+        tokenizer: preset.
+        slice_notes: notes of a slice.
+        max_tokens: where slices are cut off.
+    """
+
+    tokenizer: str = "aria"
+    slice_notes: int = 300
+    max_tokens: int = 2048
+
+
+class Source(Protocol):
+    """A set of files in a fixed order; picklable."""
+
+    paths: Sequence[str]
+
+    def cut(self, i: int) -> Piece | Rejection:
+        """Reads and slices file number i."""
+
+
+def open_source(
+    source: str | Path, slicing: Slicing, *, spool: Path, metadata: str | Path | None = None
+) -> Source:
+    """A folder of MIDI files, a .tar (.tar.gz …) of them, or token shards.
+
+    Args:
+        spool: file that takes what a compressed archive unpacks to; must outlive the source.
+        metadata: labels of MIDI files (default: metadata files beside them).
 
     Raises:
         UserError: no MIDI files or shards there, or shards of another tokenizer.
     """
     source = Path(source)
+    tokenizer = Tokenizer.preset(slicing.tokenizer)
     if (source / MANIFEST).is_file():
-        splits = [
-            TokenShards(source, split, tokenizer) for split in load_manifest(source)["splits"]
-        ]
-        cut = _from_shards(splits, tokenizer, slice_notes, max_tokens)
-        return sum(map(len, splits)), cut
-    with TemporaryDirectory() as folder:
-        spool = Path(folder) / "spool"
-        entries = list(list_source(source, spool))
-        if readable_root(source, spool) == spool:
-            raise UserError(f"{source}: unpack this archive first, or give a plain .tar")
+        sizes = {
+            split: len(TokenShards(source, split, tokenizer))
+            for split in load_manifest(source)["splits"]
+        }
+        return _Shards(source, slicing, tuple(sizes), tuple(sizes.values()))
+    entries = list(list_source(source, spool))
     if not entries:
         raise UserError(f"{source}: no MIDI files (.mid, .midi, .kar) here")
     table = load_labels(source, metadata)
-
-    def pieces() -> Iterator[Piece]:
-        for entry in entries:
-            data = read_entry(source, entry)
-            try:
-                performance = read_midi(data)
-                slices = midi_slices(performance, tokenizer, slice_notes, max_tokens)
-            except InvalidMidi as error:
-                reject(entry.path, error.reason, str(error))
-                continue
-            yield Piece(
-                path=entry.path,
-                sha256=hashlib.sha256(data).hexdigest(),
-                slices=slices,
-                n_notes=len(performance.notes),
-                duration_ms=performance.duration_ms,
-                labels=table.labels_for(entry.path),
-            )
-
-    return len(entries), pieces()
+    return _MidiFiles(readable_root(source, spool), slicing, entries, table)
 
 
-def midi_slices(
-    performance: Performance, tokenizer: Tokenizer, slice_notes: int, max_tokens: int
-) -> list[np.ndarray]:
-    """Consecutive slices of `slice_notes` notes, each tokenised on its own and cut at
-    `max_tokens` with `<E>` last (reference: aria/embedding.py get_global_embedding_from_midi).
+@dataclass(frozen=True)
+class _MidiFiles:
+    root: Path
+    slicing: Slicing
+    entries: Sequence[Entry]
+    labels: LabelTable
+
+    @property
+    def paths(self) -> Sequence[str]:
+        return [entry.path for entry in self.entries]
+
+    def cut(self, i: int) -> Piece | Rejection:
+        entry = self.entries[i]
+        try:
+            data = read_entry(self.root, entry)
+            performance = read_midi(data)
+            slices = midi_slices(performance, self.slicing)
+        except InvalidMidi as error:
+            return Rejection(entry.path, error.reason, str(error))
+        except OSError as error:
+            return Rejection(entry.path, "unreadable", str(error))
+        return Piece(
+            path=entry.path,
+            sha256=hashlib.sha256(data).hexdigest(),
+            slices=slices,
+            n_notes=len(performance.notes),
+            duration_ms=performance.duration_ms,
+            labels=self.labels.labels_for(entry.path, performance.texts),
+        )
+
+
+@dataclass(frozen=True)
+class _Shards:
+    data_dir: Path
+    slicing: Slicing
+    splits: tuple[str, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def paths(self) -> Sequence[str]:
+        return [
+            f"{split}/{i}"
+            for split, size in zip(self.splits, self.sizes, strict=True)
+            for i in range(size)
+        ]
+
+    @cached_property
+    def _opened(self) -> list[TokenShards]:
+        tokenizer = Tokenizer.preset(self.slicing.tokenizer)
+        return [TokenShards(self.data_dir, split, tokenizer) for split in self.splits]
+
+    def __getstate__(self) -> dict:
+        # Each process opens the files itself.
+        return {name: value for name, value in self.__dict__.items() if name != "_opened"}
+
+    def cut(self, i: int) -> Piece | Rejection:
+        """Slices of shard records start at a token boundary: their onsets are already quantised,
+        so they can differ by one 10 ms step from slices of the MIDI file.
+        """
+        tokenizer, slice_notes = Tokenizer.preset(self.slicing.tokenizer), self.slicing.slice_notes
+        split = int(np.searchsorted(np.cumsum(self.sizes), i, side="right"))
+        record = self._opened[split][i - sum(self.sizes[:split])]
+        ids = without_labels(record.ids, tokenizer)
+        starts = range(0, tokenizer.n_notes(ids), slice_notes)
+        slices = [tokenizer.slice_notes(ids, s, s + slice_notes) for s in starts]
+        return Piece(
+            path=record.meta["path"],
+            sha256=record.meta["sha256"],
+            slices=[_cut_off(ids, tokenizer, self.slicing.max_tokens) for ids in slices],
+            n_notes=record.meta["n_notes"],
+            duration_ms=record.meta["duration_ms"],
+            labels={**record.meta["labels"], "split": self.splits[split]},
+        )
+
+
+def midi_slices(performance: Performance, slicing: Slicing) -> list[np.ndarray]:
+    """Consecutive slices, each tokenised on its own and cut off at `max_tokens` with `<E>` last
+    (reference: aria/embedding.py get_global_embedding_from_midi).
+
+    Raises:
+        InvalidMidi: no notes.
     """
     if not len(performance.notes):
         raise InvalidMidi("no-notes", "no notes")
+    tokenizer = Tokenizer.preset(slicing.tokenizer)
     slices = []
-    for start in range(0, len(performance.notes), slice_notes):
-        ids = tokenizer.encode(performance.slice_notes(start, start + slice_notes))
-        slices.append(_cut(ids, tokenizer, max_tokens))
+    for start in range(0, len(performance.notes), slicing.slice_notes):
+        part = performance.slice_notes(start, start + slicing.slice_notes)
+        slices.append(_cut_off(tokenizer.encode(part), tokenizer, slicing.max_tokens))
     return slices
 
 
-def _cut(ids: np.ndarray, tokenizer: Tokenizer, max_tokens: int) -> np.ndarray:
+def _cut_off(ids: np.ndarray, tokenizer: Tokenizer, max_tokens: int) -> np.ndarray:
     ids = ids[:max_tokens].copy()
     ids[-1] = tokenizer.eos_id
     return ids
 
 
-def _from_shards(
-    splits: list[TokenShards], tokenizer: Tokenizer, slice_notes: int, max_tokens: int
-) -> Iterator[Piece]:
-    """Slices of shard records start at a token boundary: their onsets are already quantised, so
-    they can differ by one 10 ms step from slices of the MIDI file.
-    """
-    for shards in splits:
-        for i in range(len(shards)):
-            record = shards[i]
-            ids = _without_labels(record.ids, tokenizer)
-            starts = range(0, tokenizer.n_notes(ids), slice_notes)
-            slices = [tokenizer.slice_notes(ids, s, s + slice_notes) for s in starts]
-            yield Piece(
-                path=record.meta["path"],
-                sha256=record.meta["sha256"],
-                slices=[_cut(ids, tokenizer, max_tokens) for ids in slices],
-                n_notes=record.meta["n_notes"],
-                duration_ms=record.meta["duration_ms"],
-                labels={**record.meta["labels"], "split": shards.split},
-            )
-
-
-def _without_labels(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+def without_labels(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Only instruments stay in the prefix: a composer there would give a probe its answer."""
     label = (tokenizer.kind[ids] == Kind.PREFIX) & (tokenizer.instrument[ids] < 0)
     return ids[~label]

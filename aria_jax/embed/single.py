@@ -1,12 +1,12 @@
 """Embeddings of performances in memory, as `aria-jax embed` would compute them of their files."""
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from aria_jax.embed.export import model_encoder
-from aria_jax.embed.pieces import midi_slices
+from aria_jax.embed.encode import Encode, model_encoder
+from aria_jax.embed.pieces import Slicing, midi_slices
 from aria_jax.train.checkpoint import load_model
 from data_pipeline.midi import Performance
 from data_pipeline.tokenizer import Tokenizer
@@ -15,19 +15,36 @@ SLICE_NOTES = 300
 MAX_TOKENS = 2048
 
 
-def performance_encoder(checkpoint: str | Path) -> Callable[[Performance], np.ndarray]:
-    """A function from a performance to its embedding, float32 [E]: the mean over its slices.
+@dataclass(frozen=True)
+class PerformanceEncoder:
+    """From a performance to its embedding, float32 [E]: the mean over its slices.
+
+    Attributes:
+        fingerprint: of the model, as embeddings files have it.
+    """
+
+    encode: Encode
+    slicing: Slicing
+    fingerprint: str
+
+    def __call__(self, performance: Performance) -> np.ndarray:
+        """Raises `InvalidMidi` where there is nothing to embed."""
+        return self.encode(midi_slices(performance, self.slicing)).mean(axis=0)
+
+
+def performance_encoder(
+    checkpoint: str | Path,
+    *,
+    slice_notes: int = SLICE_NOTES,
+    max_tokens: int = MAX_TOKENS,
+    pooling: str = "eos",
+) -> PerformanceEncoder:
+    """The encoder of a trained model.
 
     Raises:
         UserError: no checkpoint with an embedding head there.
     """
     loaded = load_model(checkpoint)
-    tokenizer = Tokenizer.preset(loaded.tokenizer)
-    encode = model_encoder(loaded.model, tokenizer.pad_id)
-    max_tokens = min(MAX_TOKENS, loaded.config.max_seq_len)
-
-    def embed(performance: Performance) -> np.ndarray:
-        slices = midi_slices(performance, tokenizer, SLICE_NOTES, max_tokens)
-        return encode(slices).mean(axis=0)
-
-    return embed
+    slicing = Slicing(loaded.tokenizer, slice_notes, min(max_tokens, loaded.config.max_seq_len))
+    encode = model_encoder(loaded.model, Tokenizer.preset(loaded.tokenizer).pad_id, pooling)
+    return PerformanceEncoder(encode, slicing, loaded.fingerprint)

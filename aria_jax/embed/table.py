@@ -1,12 +1,25 @@
-"""Embeddings on disk: one Parquet row per file, readable by anything that reads Parquet."""
+"""Embeddings on disk: one Parquet row per file, readable by anything that reads Parquet.
 
+Other models' embeddings are read too: Parquet with a column "embedding" of lists and any other
+columns, or NPZ with an array "embedding" [N, E] and any arrays of N. Columns of text are labels.
+"""
+
+import json
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from data_pipeline.errors import UserError
+
+_COLUMNS = ("path", "sha256", "embedding", "n_slices", "n_notes", "duration_ms", "labels")
+_SETTINGS = b"export_settings"
+_ORIGIN = b"origin"
+_FINGERPRINT = b"model_fingerprint"
+_SLICE = re.compile(r"#\d+$")
 
 
 @dataclass(frozen=True)
@@ -14,11 +27,11 @@ class Embeddings:
     """Rows of an embeddings file.
 
     Attributes:
-        path, sha256: of each file.
+        path, sha256: of each file; row numbers and "" where another program left them out.
         embedding: float32 [N, E].
-        n_slices, n_notes, duration_ms: int64 [N].
+        n_slices, n_notes, duration_ms: int64 [N]; 0 where unknown.
         labels: what is known of each file, e.g. {"composer": "bach", "split": "val"}.
-        fingerprint: of the model that made them.
+        fingerprint: of the model that made them; "" where unknown.
     """
 
     path: Sequence[str]
@@ -33,6 +46,14 @@ class Embeddings:
     def column(self, label: str) -> list[str | None]:
         """One label of every file, None where it is unknown."""
         return [row.get(label) for row in self.labels]
+
+    def files(self) -> list[str]:
+        """The file of each row: rows of slices are called path#0, path#1, …"""
+        return [_SLICE.sub("", path) for path in self.path]
+
+    def label_names(self) -> list[str]:
+        """Labels that at least one file has."""
+        return sorted({name for row in self.labels for name in row})
 
 
 def write_embeddings(table: Embeddings, out: str | Path) -> None:
@@ -53,7 +74,7 @@ def write_embeddings(table: Embeddings, out: str | Path) -> None:
             [list(r.items()) for r in table.labels], pa.map_(pa.string(), pa.string())
         ),
     }
-    content = pa.table(columns).replace_schema_metadata({"model_fingerprint": table.fingerprint})
+    content = pa.table(columns).replace_schema_metadata({_FINGERPRINT: table.fingerprint})
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
@@ -61,32 +82,142 @@ def write_embeddings(table: Embeddings, out: str | Path) -> None:
     partial.replace(out)
 
 
-def read_embeddings(path: str | Path) -> Embeddings:
-    """Reads what `write_embeddings` wrote.
+def join_embeddings(
+    parts: Sequence[Path], out: Path, settings: dict[str, Any], origin: str
+) -> None:
+    """One file of several, a row group each, holding one of them in memory at a time."""
+    import pyarrow.parquet as pq
 
-    Raises:
-        UserError: no such file, not Parquet, or columns missing.
-    """
+    metadata = {
+        _FINGERPRINT: settings["fingerprint"],
+        _SETTINGS: json.dumps(settings),
+        _ORIGIN: origin,
+    }
+    schema = pq.read_schema(parts[0]).with_metadata(metadata)
+    partial = out.with_name(out.name + ".partial")
+    with pq.ParquetWriter(partial, schema) as writer:
+        for part in parts:
+            writer.write_table(pq.read_table(part).replace_schema_metadata(metadata))
+    partial.replace(out)
+
+
+def read_settings(path: Path) -> dict[str, Any] | None:
+    """What a finished export was made with; None if there is none."""
+    kept = _metadata(path).get(_SETTINGS)
+    return None if kept is None else json.loads(kept)
+
+
+def read_origin(path: Path) -> str:
+    """Where the files of an export were; "" if it does not say."""
+    return _metadata(path).get(_ORIGIN, b"").decode()
+
+
+def _metadata(path: Path) -> dict[bytes, bytes]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not Path(path).is_file():
+    if not path.is_file():
+        return {}
+    try:
+        return pq.read_schema(path).metadata or {}
+    except pa.ArrowInvalid:
+        return {}
+
+
+def read_embeddings(path: str | Path) -> Embeddings:
+    """Reads an embeddings file, ours or another program's.
+
+    Raises:
+        UserError: no such file, neither Parquet nor NPZ, or no embeddings in it.
+    """
+    path = Path(path)
+    if not path.exists():
         raise UserError(f"{path}: no such file; make it with `aria-jax embed`")
+    columns, fingerprint = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path)
+    if "embedding" not in columns:
+        raise UserError(
+            f'{path}: no "embedding" among {", ".join(columns) or "its columns"}; '
+            "expected a column of lists (Parquet) or an array [N, E] (NPZ)"
+        )
+    embedding = np.asarray(columns["embedding"], np.float32)
+    n = len(embedding)
+    if embedding.ndim != 2 or not n or not np.isfinite(embedding).all():
+        raise UserError(f"{path}: embeddings must be finite numbers, [N, E], not {embedding.shape}")
+    maps = columns.get("labels", [()] * n)
+    flat = {
+        name: values
+        for name, values in columns.items()
+        if name not in _COLUMNS and len(values) == n and isinstance(values[0], str | None)
+    }
+    labels = [
+        {**{k: v[i] for k, v in flat.items() if v[i] is not None}, **dict(maps[i] or ())}
+        for i in range(n)
+    ]
+    return Embeddings(
+        path=list(columns.get("path", map(str, range(n)))),
+        sha256=list(columns.get("sha256", [""] * n)),
+        embedding=embedding,
+        **{
+            name: np.asarray(columns.get(name, np.zeros(n, np.int64)))
+            for name in ("n_slices", "n_notes", "duration_ms")
+        },
+        labels=labels,
+        fingerprint=fingerprint,
+    )
+
+
+def with_metadata(table: Embeddings, metadata: str | Path) -> Embeddings:
+    """`table` with the labels that a metadata file has for its paths.
+
+    Raises:
+        UserError: unusable metadata, or none of the files is in it.
+    """
+    from data_pipeline.metadata import load_labels
+
+    labels = load_labels(Path(metadata).parent, metadata)
+    found = [labels.labels_for(file) for file in table.files()]
+    if not any(found):
+        raise UserError(f"{metadata}: says nothing about the files of these embeddings, such as "
+                        f"{table.path[0]}")  # fmt: skip
+    merged = [{**own, **new} for own, new in zip(table.labels, found, strict=True)]
+    return replace(table, labels=merged)
+
+
+def _read_parquet(path: Path) -> tuple[dict[str, Any], str]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         content = pq.read_table(path)
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: not a Parquet file ({error})") from None
-    needed = ("path", "sha256", "embedding", "n_slices", "n_notes", "duration_ms", "labels")
-    if missing := [name for name in needed if name not in content.column_names]:
-        raise UserError(f"{path}: not made by `aria-jax embed` (no column {', '.join(missing)})")
+    columns: dict[str, Any] = {}
+    for name in content.column_names:
+        column = content[name].combine_chunks()
+        if name == "embedding" and column.null_count == 0 and len(column):
+            columns[name] = _as_matrix(column, path)
+        elif name in ("n_slices", "n_notes", "duration_ms"):
+            columns[name] = column.to_numpy(zero_copy_only=False)
+        else:
+            columns[name] = column.to_pylist()
     metadata = content.schema.metadata or {}
-    return Embeddings(
-        path=content["path"].to_pylist(),
-        sha256=content["sha256"].to_pylist(),
-        embedding=np.stack(content["embedding"].to_numpy()).astype(np.float32),
-        n_slices=content["n_slices"].to_numpy(),
-        n_notes=content["n_notes"].to_numpy(),
-        duration_ms=content["duration_ms"].to_numpy(),
-        labels=[dict(row or ()) for row in content["labels"].to_pylist()],
-        fingerprint=metadata.get(b"model_fingerprint", b"").decode(),
-    )
+    return columns, metadata.get(_FINGERPRINT, b"").decode()
+
+
+def _as_matrix(column: Any, path: Path) -> np.ndarray:
+    try:
+        return column.flatten().to_numpy(zero_copy_only=False).reshape(len(column), -1)
+    except (AttributeError, ValueError):
+        raise UserError(f"{path}: the embeddings are not lists of one length") from None
+
+
+def _read_npz(path: Path) -> tuple[dict[str, Any], str]:
+    import zipfile
+
+    try:
+        with np.load(path) as content:
+            columns = {name: content[name] for name in content.files}
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: not an NPZ file of plain arrays ({error})") from None
+    text = {name: v.tolist() for name, v in columns.items() if v.ndim == 1 and v.dtype.kind in "US"}
+    return {**columns, **text}, ""

@@ -1,4 +1,4 @@
-"""How much a linear classifier reads from frozen embeddings."""
+"""How much a simple classifier reads from frozen embeddings."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from aria_jax.eval.classification import accuracy, confusion_counts, f1_per_class
+from aria_jax.eval.readouts import READOUTS, Fit, Predict, plain_logistic
 from data_pipeline.errors import UserError
 
-C_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 BOOTSTRAPS = 1000
 
 
@@ -21,11 +21,12 @@ class ProbeResult:
         classes: in the order of `confusion`.
         accuracy, macro_f1: in 0..1.
         accuracy_ci, macro_f1_ci: 95 % intervals, bootstrapped over files.
-        per_class_f1: by class.
+        per_class: precision, recall, f1 and number of files of each class.
         confusion: int [C, C], true class by row.
         majority_accuracy: of always answering the most frequent training class.
         n_train, n_test: files; with folds every file is a test file once.
         left_out: classes with too few files, and how many they have.
+        shared_groups: compositions that a given split has on both sides; 0 with folds.
     """
 
     classes: tuple[str, ...]
@@ -33,12 +34,69 @@ class ProbeResult:
     macro_f1: float
     accuracy_ci: tuple[float, float]
     macro_f1_ci: tuple[float, float]
-    per_class_f1: dict[str, float]
+    per_class: dict[str, dict[str, float]]
     confusion: np.ndarray
     majority_accuracy: float
     n_train: int
     n_test: int
     left_out: dict[str, int]
+    shared_groups: int
+
+    @property
+    def per_class_f1(self) -> dict[str, float]:
+        """F1 by class."""
+        return {name: row["f1"] for name, row in self.per_class.items()}
+
+
+@dataclass(frozen=True)
+class Shots:
+    """Scores with few files to learn from.
+
+    Attributes:
+        shots: training files of each class (fewer where a class has not as many).
+        accuracy, macro_f1: means over draws.
+        accuracy_std: standard deviation over draws.
+    """
+
+    shots: int
+    accuracy: float
+    accuracy_std: float
+    macro_f1: float
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """Features [R, E], classes [R], composition [R] and file [R] of the rows used; the splits as
+    pairs of file numbers.
+    """
+
+    classes: tuple[str, ...]
+    left_out: dict[str, int]
+    x: np.ndarray
+    y: np.ndarray
+    group: np.ndarray
+    file: np.ndarray
+    sides: list[tuple[np.ndarray, np.ndarray]]
+
+    @property
+    def first_row(self) -> np.ndarray:
+        """A row of each file."""
+        return np.unique(self.file, return_index=True)[1]
+
+    def fitted(self, fit: Fit, files: np.ndarray, seed: int) -> Predict:
+        """Learns from all rows of `files`."""
+        rows = np.isin(self.file, files)
+        y = self.y[rows]
+        if len(set(y)) == 1:
+            return lambda x: np.full(len(x), y[0])
+        return fit(self.x[rows], y, self.group[rows], seed)
+
+    def means(self, files: np.ndarray) -> np.ndarray:
+        """Mean of the rows of each of `files`."""
+        number = np.searchsorted(files, self.file[rows := np.isin(self.file, files)])
+        total = np.zeros((len(files), self.x.shape[1]))
+        np.add.at(total, number, self.x[rows])
+        return total / np.bincount(number, minlength=len(files))[:, None]
 
 
 def probe(
@@ -47,108 +105,164 @@ def probe(
     *,
     groups: Sequence[str] | None = None,
     splits: Sequence[str | None] | None = None,
+    files: Sequence[str] | None = None,
     folds: int = 5,
     min_per_class: int = 10,
     seed: int = 0,
+    readout: str = "logistic",
 ) -> ProbeResult:
-    """Logistic regression on standardised features, C chosen by inner cross-validation.
+    """Fits a readout on some files and scores it on others.
 
     Args:
         features_NxE: float.
-        labels: class of each file; None leaves the file out.
-        groups: composition of each file: none is ever on both sides of a split.
-        splits: "train" for files to learn from, anything else to test on; without, `folds`-fold
-            cross-validation.
+        labels: class of each row; None leaves the row out.
+        groups: composition of each row: with folds, none is ever on both sides.
+        splits: "train" for rows to learn from, other names to test on, None for neither; without,
+            `folds`-fold cross-validation.
+        files: file of each row, where rows are slices: all slices are learnt from, files are
+            judged by the mean of theirs (as the reference does).
         min_per_class: classes with fewer files are left out.
+        readout: name in `READOUTS`.
 
     Raises:
         UserError: fewer than two classes are left, or one side of the split is empty.
     """
-    known = Counter(label for label in labels if label is not None)
+    if readout not in READOUTS:
+        raise UserError(f"no readout {readout!r}; there are {', '.join(READOUTS)}")
+    problem = _problem(features_NxE, labels, groups, splits, files, folds, min_per_class, seed)
+    y_of_file = problem.y[problem.first_row]
+    truth, answer, majority = [], [], []
+    for train, test in problem.sides:
+        predict = problem.fitted(READOUTS[readout], train, seed)
+        truth.append(y_of_file[test])
+        answer.append(predict(problem.means(test)))
+        majority.append(np.full(len(test), np.bincount(y_of_file[train]).argmax()))
+    return _result(problem, *map(np.concatenate, (truth, answer, majority)), seed=seed)
+
+
+def few_shot(
+    features_NxE: np.ndarray,
+    labels: Sequence[str | None],
+    shots: Sequence[int],
+    *,
+    groups: Sequence[str] | None = None,
+    splits: Sequence[str | None] | None = None,
+    files: Sequence[str] | None = None,
+    folds: int = 5,
+    min_per_class: int = 10,
+    seed: int = 0,
+    draws: int = 10,
+) -> list[Shots]:
+    """Logistic regression (C = 1) from few files of each class, over random draws of them.
+
+    Arguments and errors as for `probe`.
+    """
+    problem = _problem(features_NxE, labels, groups, splits, files, folds, min_per_class, seed)
+    y_of_file, rng = problem.y[problem.first_row], np.random.default_rng(seed)
+    curve = []
+    for k in shots:
+        scores = []
+        for draw in range(draws):
+            train, test = problem.sides[draw % len(problem.sides)]
+            chosen = [
+                rng.permutation(train[y_of_file[train] == c])[:k] for c in set(y_of_file[train])
+            ]
+            predict = problem.fitted(plain_logistic, np.concatenate(chosen), seed)
+            counts = confusion_counts(
+                y_of_file[test], predict(problem.means(test)), len(problem.classes)
+            )
+            scores.append((accuracy(counts), _macro_f1(counts)))
+        mean, spread = np.mean(scores, axis=0), np.std(scores, axis=0)
+        curve.append(Shots(k, float(mean[0]), float(spread[0]), float(mean[1])))
+    return curve
+
+
+def _problem(
+    features_NxE, labels, groups, splits, files, folds: int, min_per_class: int, seed: int
+) -> _Problem:
+    """Checks the arguments and takes what can be used."""
+    n = len(labels)
+    names = np.array([str(i) for i in range(n)] if files is None else files, dtype=object)
+    known = Counter({name: label for name, label in zip(names, labels, strict=True)}.values())
+    known.pop(None, None)
     left_out = {label: n for label, n in sorted(known.items()) if n < min_per_class}
-    use = np.array([label is not None and label not in left_out for label in labels], bool)
     classes = tuple(sorted(set(known) - set(left_out)))
     if len(classes) < 2:
         raise UserError(
             f"probing needs two classes of at least {min_per_class} files; "
             f"there are {dict(known) or 'no labels'}"
         )
-    x = np.asarray(features_NxE, np.float64)[use]
-    y = np.array([classes.index(label) for label in labels if label in classes])
-    group = np.array(
-        [i if groups is None else groups[i] for i in np.flatnonzero(use)], dtype=object
-    ).astype(str)
+    use = np.array([label in classes for label in labels])
     if splits is not None:
-        train = np.array([splits[i] == "train" for i in np.flatnonzero(use)])
+        use &= np.array([split is not None for split in splits])
+    rows = np.flatnonzero(use)
+    _, file = np.unique(names[rows].astype(str), return_inverse=True)
+    group = (names if groups is None else np.array(groups, dtype=object))[rows].astype(str)
+    y = np.array([classes.index(labels[i]) for i in rows])
+    first = np.unique(file, return_index=True)[1]
+    if splits is not None:
+        train = np.array([splits[i] == "train" for i in rows[first]], bool)
         if train.all() or not train.any():
             raise UserError("the split column puts all files on one side")
         sides = [(np.flatnonzero(train), np.flatnonzero(~train))]
     else:
-        sides = _folds(x, y, group, folds, seed)
-    truth, answer, majority = [], [], []
-    for train, test in sides:
-        model = _fitted(x[train], y[train], group[train], seed)
-        truth.append(y[test])
-        answer.append(model.predict(x[test]))
-        majority.append(np.full(len(test), np.bincount(y[train]).argmax()))
-    return _result(
-        classes, *map(np.concatenate, (truth, answer, majority)), len(sides[0][0]), left_out, seed
-    )
+        sides = _folds(y[first], group[first], folds, seed)
+    x = np.asarray(features_NxE, np.float64)[rows]
+    return _Problem(classes, left_out, x, y, group, file, sides)
 
 
-def _folds(x: np.ndarray, y: np.ndarray, group: np.ndarray, folds: int, seed: int) -> list:
+def _folds(y: np.ndarray, group: np.ndarray, folds: int, seed: int) -> list:
     from sklearn.model_selection import StratifiedGroupKFold
 
     if folds < 2 or len(set(group)) < folds:
         raise UserError(f"{folds}-fold cross-validation needs {folds} compositions or more")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    return list(splitter.split(x, y, group))
-
-
-def _fitted(x: np.ndarray, y: np.ndarray, group: np.ndarray, seed: int):
-    """The pipeline fitted with the C that does best in inner grouped cross-validation."""
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
-
-    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    n_groups = min(len(set(group[y == c])) for c in np.unique(y))
-    if n_groups < 2:  # a class of one composition cannot be split: no inner validation
-        return pipeline.fit(x, y)
-    inner = StratifiedGroupKFold(min(3, n_groups), shuffle=True, random_state=seed)
-    grid = {"logisticregression__C": C_GRID}
-    return GridSearchCV(pipeline, grid, cv=inner).fit(x, y, groups=group)
+    return list(splitter.split(y, y, group))
 
 
 def _result(
-    classes: tuple[str, ...],
-    truth: np.ndarray,
-    answer: np.ndarray,
-    majority: np.ndarray,
-    n_train: int,
-    left_out: dict[str, int],
-    seed: int,
+    problem: _Problem, truth: np.ndarray, answer: np.ndarray, majority: np.ndarray, *, seed: int
 ) -> ProbeResult:
-    confusion = confusion_counts(truth, answer, len(classes))
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(0, len(truth), (BOOTSTRAPS, len(truth)))
-    resampled = [confusion_counts(truth[d], answer[d], len(classes)) for d in draws]
+    n_classes = len(problem.classes)
+    counts = confusion_counts(truth, answer, n_classes)
+    draws = np.random.default_rng(seed).integers(0, len(truth), (BOOTSTRAPS, len(truth)))
+    resampled = [confusion_counts(truth[d], answer[d], n_classes) for d in draws]
 
     def interval(values: list[float]) -> tuple[float, float]:
         low, high = np.quantile(values, [0.025, 0.975])
         return float(low), float(high)
 
+    train, test = problem.sides[0]
+    group = problem.group[problem.first_row]
     return ProbeResult(
-        classes=classes,
-        accuracy=accuracy(confusion),
-        macro_f1=float(f1_per_class(confusion).mean()),
+        classes=problem.classes,
+        accuracy=accuracy(counts),
+        macro_f1=_macro_f1(counts),
         accuracy_ci=interval([accuracy(c) for c in resampled]),
-        macro_f1_ci=interval([float(f1_per_class(c).mean()) for c in resampled]),
-        per_class_f1=dict(zip(classes, f1_per_class(confusion).tolist(), strict=True)),
-        confusion=confusion,
+        macro_f1_ci=interval([_macro_f1(c) for c in resampled]),
+        per_class=_per_class(problem.classes, counts),
+        confusion=counts,
         majority_accuracy=float((truth == majority).mean()),
-        n_train=n_train,
+        n_train=len(train),
         n_test=len(truth),
-        left_out=left_out,
+        left_out=problem.left_out,
+        shared_groups=len(set(group[train]) & set(group[test])),
     )
+
+
+def _macro_f1(counts: np.ndarray) -> float:
+    return float(f1_per_class(counts).mean())
+
+
+def _per_class(classes: Sequence[str], counts: np.ndarray) -> dict[str, dict[str, float]]:
+    hits, f1 = np.diagonal(counts), f1_per_class(counts)
+    answered, true = np.maximum(counts.sum(0), 1), np.maximum(counts.sum(1), 1)
+    return {
+        name: {
+            "precision": float(hits[i] / answered[i]),
+            "recall": float(hits[i] / true[i]),
+            "f1": float(f1[i]),
+            "n": int(counts[i].sum()),
+        }
+        for i, name in enumerate(classes)
+    }

@@ -1,19 +1,29 @@
-"""Embeddings: the reference's numbers, batches that change nothing, files that cannot be read."""
+"""Embeddings: the reference's numbers, batches that change nothing, exports that survive."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from flax import nnx
 
-from aria_jax.config import ComputeConfig, ModelConfig
+from aria_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from aria_jax.embed.baselines import BASELINES, baseline_encoder
-from aria_jax.embed.export import embed_pieces, length_buckets, model_encoder
-from aria_jax.embed.pieces import midi_slices, read_pieces
-from aria_jax.embed.table import read_embeddings, write_embeddings
+from aria_jax.embed.encode import like_length, model_encoder
+from aria_jax.embed.export import embed_pieces, export
+from aria_jax.embed.pieces import Piece, Slicing, midi_slices, open_source
+from aria_jax.embed.table import read_embeddings
 from aria_jax.interop.safetensors import import_model
 from aria_jax.models.heads import build_model
+from aria_jax.sharding import make_mesh
 from data_pipeline.errors import UserError
 from data_pipeline.midi import read_midi, write_midi
 from data_pipeline.tokenizer import Tokenizer
@@ -21,6 +31,8 @@ from tests.corpora import random_performance
 
 TOKENIZER = Tokenizer.preset("aria")
 CONFIG = ModelConfig(d_model=16, n_heads=2, n_layers=2, head="embedding", emb_size=8)
+SHORT = Slicing("aria", 30, 200)
+SETTINGS = {"fingerprint": "f"}
 
 
 @pytest.fixture(scope="module")
@@ -28,76 +40,99 @@ def model():
     return build_model(CONFIG, ComputeConfig(), rngs=nnx.Rngs(params=0))
 
 
-def no_reject(path, reason, message):
-    raise AssertionError(f"{path} was rejected: {message}")
+@pytest.fixture(scope="module")
+def midis(tmp_path_factory) -> Path:
+    """Twelve MIDI files, one of them nested, two of them unusable."""
+    folder, rng = tmp_path_factory.mktemp("midis"), np.random.default_rng(0)
+    (folder / "sub").mkdir()
+    for i in range(10):
+        name = f"sub/{i}.mid" if i == 3 else f"{i}.mid"
+        write_midi(random_performance(rng, int(rng.integers(20, 150))), folder / name)
+    (folder / "bad.mid").write_bytes(b"not MIDI")
+    (folder / "cut.mid").write_bytes((folder / "1.mid").read_bytes()[:60])
+    rows = [{"path": f"{i}.mid", "composer": "bach"} for i in range(5)]
+    (folder / "metadata.json").write_text(json.dumps(rows))
+    return folder
+
+
+def opened(source, tmp_path, slicing=SHORT):
+    return open_source(source, slicing, spool=tmp_path / "spool")
+
+
+def pieces_of(source):
+    cut = [source.cut(i) for i in range(len(source.paths))]
+    return [piece for piece in cut if isinstance(piece, Piece)]
+
+
+def counting():
+    return baseline_encoder("statistics", TOKENIZER)
+
+
+# --- the numbers ---
 
 
 def test_whole_files_as_the_reference_embeds_them(golden, real_midi):
     case = json.loads((golden / "model" / "file_embeddings.json").read_text())
     model = import_model(golden / "model" / "emb.safetensors", n_heads=4)
     encode = model_encoder(model, TOKENIZER.pad_id)
+    slicing = Slicing("aria", case["notes_per_chunk"], case["max_seq_len"])
     for path, expected in case["embeddings"].items():
-        slices = midi_slices(
-            read_midi(real_midi / path), TOKENIZER, case["notes_per_chunk"], case["max_seq_len"]
-        )
-        found = encode(slices).mean(0)
-        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+        found = encode(midi_slices(read_midi(real_midi / path), slicing)).mean(0)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_batches_equal_one_slice_at_a_time(corpus, model):
-    _, pieces = read_pieces(corpus, TOKENIZER, slice_notes=30, max_tokens=200, reject=no_reject)
-    slices = [ids for piece in pieces for ids in piece.slices]
-    together = model_encoder(model, TOKENIZER.pad_id)(slices)
-    alone = jax.jit(lambda ids, eos: model.pooled(ids, eos))
-    for i in range(0, len(slices), 17):
-        one = alone(slices[i][None].astype(np.int32), np.array([len(slices[i]) - 1]))
-        np.testing.assert_allclose(together[i], one[0], rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("pooling", ["eos", "mean"])
+def test_batches_equal_one_slice_at_a_time(corpus, tmp_path, model, pooling):
+    slices = [ids for piece in pieces_of(opened(corpus, tmp_path)) for ids in piece.slices]
+    together = model_encoder(model, TOKENIZER.pad_id, pooling)(slices)
+    for i in range(0, len(slices), 41):
+        ids, eos = slices[i][None].astype(np.int32), np.array([len(slices[i]) - 1])
+        one = model.pooled(ids, eos, pooling)[0]
+        np.testing.assert_allclose(together[i], one, rtol=1e-5, atol=1e-5)
 
 
-def test_buckets_cover_each_slice_once_and_pad_little():
-    rng = np.random.default_rng(0)
-    slices = [np.ones(n, np.uint16) for n in rng.integers(2, 2048, 500)]
-    seen, used, padded = [], 0, 0
-    for chosen, tokens, eos in length_buckets(slices, TOKENIZER.pad_id):
+def test_several_devices_equal_one(corpus, tmp_path, model):
+    slices = pieces_of(opened(corpus, tmp_path))[0].slices[:5]
+    mesh = make_mesh(MeshConfig(), jax.devices()[:2])
+    graph, state = nnx.split(model)
+    spread = nnx.merge(graph, jax.device_put(state, jax.NamedSharding(mesh, jax.P())))
+    np.testing.assert_allclose(
+        model_encoder(spread, TOKENIZER.pad_id, mesh=mesh)(slices),
+        model_encoder(model, TOKENIZER.pad_id)(slices),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+def test_bfloat16_stays_near(corpus, tmp_path, model):
+    """Eight bits of mantissa through two layers: two digits survive."""
+    slices = pieces_of(opened(corpus, tmp_path))[0].slices
+    narrow = build_model(CONFIG, ComputeConfig(dtype="bfloat16"), rngs=nnx.Rngs(params=0))
+    exact = model_encoder(model, TOKENIZER.pad_id)(slices)
+    found = model_encoder(narrow, TOKENIZER.pad_id)(slices)
+    assert not np.array_equal(found, exact)
+    np.testing.assert_allclose(found, exact, atol=0.05 * np.abs(exact).max())
+
+
+def test_batches_cover_each_slice_once_and_waste_under_a_tenth():
+    """Lengths as slices of 300 notes have them; filler rows are waste too."""
+    lengths = np.random.default_rng(0).normal(950, 120, 1500).clip(20, 2048).astype(int)
+    slices = [np.ones(n, np.uint16) for n in lengths]
+    seen, computed = [], 0
+    for chosen, tokens, eos in like_length(slices, TOKENIZER.pad_id, ways=4):
         seen += chosen.tolist()
-        used += sum(len(slices[i]) for i in chosen)
-        padded += len(chosen) * tokens.shape[1]
-        assert all(eos[row] == len(slices[i]) - 1 for row, i in enumerate(chosen))
-    assert sorted(seen) == list(range(500))
-    assert used / padded > 0.9
+        computed += tokens.size
+        assert all(eos[row] == lengths[i] - 1 for row, i in enumerate(chosen))
+        assert len(tokens) % 4 == 0
+    assert sorted(seen) == list(range(1500))
+    assert lengths.sum() / computed > 0.9
 
 
-def test_labels_never_reach_the_network(corpus):
-    _, pieces = read_pieces(corpus, TOKENIZER, slice_notes=50, max_tokens=512, reject=no_reject)
+def test_labels_never_reach_the_network(corpus, tmp_path):
     composer = {TOKENIZER.id_of(("prefix", "composer", c)) for c in ("bach", "chopin", "liszt")}
-    for piece in pieces:
+    for piece in pieces_of(opened(corpus, tmp_path)):
         assert piece.labels["composer"] and piece.labels["split"] in ("train", "val")
         assert not composer & {int(i) for ids in piece.slices for i in ids}
-
-
-def test_unreadable_files_are_named_and_the_rest_goes_on(tmp_path, model):
-    rng = np.random.default_rng(0)
-    write_midi(random_performance(rng, 50), tmp_path / "a.mid")
-    (tmp_path / "b.mid").write_bytes(b"not MIDI")
-    rejected = []
-    n, pieces = read_pieces(
-        tmp_path, TOKENIZER, slice_notes=30, max_tokens=100,
-        reject=lambda path, reason, message: rejected.append((path, reason)),
-    )  # fmt: skip
-    table = embed_pieces(pieces, model_encoder(model, TOKENIZER.pad_id), fingerprint="x")
-    assert n == 2 and list(table.path) == ["a.mid"] and rejected == [("b.mid", "not-midi")]
-
-
-def test_a_table_reads_back_what_was_written(corpus, tmp_path):
-    _, pieces = read_pieces(corpus, TOKENIZER, slice_notes=50, max_tokens=512, reject=no_reject)
-    table = embed_pieces(
-        list(pieces), baseline_encoder("statistics", TOKENIZER), fingerprint="f", per_slice=True
-    )
-    write_embeddings(table, tmp_path / "e.parquet")
-    back = read_embeddings(tmp_path / "e.parquet")
-    np.testing.assert_array_equal(back.embedding, table.embedding)
-    assert back.labels == list(table.labels) and back.fingerprint == "f"
-    assert back.path[0].endswith("#0")
 
 
 def test_a_model_without_embedding_head_is_refused():
@@ -109,10 +144,193 @@ def test_a_model_without_embedding_head_is_refused():
 @pytest.mark.parametrize("name", BASELINES)
 def test_baselines_are_finite_and_tell_music_apart(name):
     rng = np.random.default_rng(0)
-    low = random_performance(rng, 80)
-    high = random_performance(rng, 80)
-    ids = [TOKENIZER.encode(p).astype(np.int64) for p in (low, high)]
+    ids = [TOKENIZER.encode(random_performance(rng, 80)).astype(np.int64) for _ in range(2)]
     values = [BASELINES[name](i, TOKENIZER) for i in ids]
     assert all(np.isfinite(v).all() for v in values) and not np.allclose(*values)
     nothing = np.array([TOKENIZER.bos_id, TOKENIZER.eos_id])
     assert np.isfinite(BASELINES[name](nothing, TOKENIZER)).all()
+
+
+# --- the export ---
+
+
+def same(one: Path, other: Path) -> bool:
+    return pq.read_table(one).equals(pq.read_table(other))
+
+
+@pytest.fixture(scope="module")
+def whole(midis, tmp_path_factory) -> Path:
+    """An export in one go."""
+    folder = tmp_path_factory.mktemp("whole")
+    export(opened(midis, folder), counting(), folder / "e.parquet", settings=SETTINGS,
+           files_per_part=3)  # fmt: skip
+    return folder / "e.parquet"
+
+
+def test_an_export_says_what_it_holds(whole, midis, tmp_path):
+    table = read_embeddings(whole)
+    assert list(table.path) == sorted([f"{i}.mid" for i in range(10) if i != 3] + ["sub/3.mid"])
+    assert table.fingerprint == "f" and table.column("composer")[:3] == ["bach"] * 3
+    assert (table.n_notes >= 20).all() and (table.duration_ms > 0).all()
+    np.testing.assert_array_equal(table.n_slices, -(-table.n_notes // 30))
+    lines = whole.with_name("e.parquet.rejected.jsonl").read_text().splitlines()
+    assert {json.loads(line)["path"] for line in lines} == {"bad.mid", "cut.mid"}
+    assert pq.read_schema(whole).field("embedding").type.list_size == table.embedding.shape[1]
+    [expected] = [p for p in pieces_of(opened(midis, tmp_path)) if p.path == "7.mid"]
+    row = list(table.path).index("7.mid")
+    np.testing.assert_allclose(table.embedding[row], counting()(expected.slices).mean(0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", [".tar", ".tar.gz"])
+def test_an_archive_gives_what_its_folder_gives(whole, midis, tmp_path, kind):
+    with tarfile.open(tmp_path / f"m{kind}", "w:gz" if kind.endswith("gz") else "w") as archive:
+        for name in midis.rglob("*.mid"):
+            archive.add(name, str(name.relative_to(midis)))
+    source = open_source(
+        tmp_path / f"m{kind}", SHORT, spool=tmp_path / "spool", metadata=midis / "metadata.json"
+    )
+    summary = export(source, counting(), tmp_path / "e.parquet", settings=SETTINGS)
+    assert (summary.n_rows, summary.n_rejected) == (10, 2)
+    assert same(tmp_path / "e.parquet", whole)
+
+
+def test_stopped_and_run_again_gives_the_same_file(whole, midis, tmp_path):
+    out, calls = tmp_path / "e.parquet", []
+
+    def failing(slices):
+        calls.append(len(slices))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return counting()(slices)
+
+    options = {"settings": SETTINGS, "files_per_part": 3}
+    with pytest.raises(KeyboardInterrupt):
+        export(opened(midis, tmp_path), failing, out, **options)
+    assert not out.exists()
+    again = export(opened(midis, tmp_path), counting(), out, **options)
+    assert again.n_parts_before == 2 and again.complete
+    assert same(out, whole) and not (tmp_path / "e.parquet.parts").exists()
+
+    def never(slices):
+        raise AssertionError("a finished export is not computed again")
+
+    assert export(opened(midis, tmp_path), never, out, **options).n_rows == 10
+
+
+def test_hosts_share_the_work_and_the_last_joins_it(whole, midis, tmp_path):
+    out = tmp_path / "e.parquet"
+    options = {"settings": SETTINGS, "files_per_part": 3, "host_count": 3}
+    done = [
+        export(opened(midis, tmp_path), counting(), out, host_index=host, **options).complete
+        for host in (2, 0, 1)
+    ]
+    assert done == [False, False, True] and same(out, whole)
+
+
+def test_worker_processes_give_the_same_file(whole, midis, tmp_path):
+    export(opened(midis, tmp_path), counting(), tmp_path / "e.parquet", settings=SETTINGS,
+           files_per_part=3, workers=2)  # fmt: skip
+    assert same(tmp_path / "e.parquet", whole)
+
+
+def test_worker_processes_do_not_load_jax():
+    code = "import sys, aria_jax.embed.workers; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_parts_of_another_export_are_refused(midis, tmp_path):
+    out = tmp_path / "e.parquet"
+    export(opened(midis, tmp_path), counting(), out, settings=SETTINGS, host_count=2,
+           files_per_part=3)  # fmt: skip
+    with pytest.raises(UserError, match="another export"):
+        export(opened(midis, tmp_path), counting(), out, settings={"fingerprint": "g"})
+
+
+def test_nothing_but_bad_files_is_an_error(tmp_path):
+    (tmp_path / "a.mid").write_bytes(b"no")
+    with pytest.raises(UserError, match="every file was rejected"):
+        export(opened(tmp_path, tmp_path), counting(), tmp_path / "e", settings=SETTINGS)
+    assert "a.mid" in (tmp_path / "e.rejected.jsonl").read_text()
+
+
+def test_slices_are_rows_of_their_own(midis, whole, tmp_path):
+    out = tmp_path / "e.parquet"
+    export(opened(midis, tmp_path), counting(), out, settings=SETTINGS, per_slice=True)
+    slices, files = read_embeddings(out), read_embeddings(whole)
+    assert len(slices.path) == files.n_slices.sum()
+    mine = [i for i, path in enumerate(slices.path) if path.startswith("0.mid#")]
+    np.testing.assert_allclose(slices.embedding[mine].mean(0), files.embedding[0], rtol=1e-5)
+
+
+_KILLED = """
+import sys, time, numpy as np
+from pathlib import Path
+from aria_jax.embed.export import export
+from aria_jax.embed.pieces import Slicing, open_source
+def slow(slices):
+    time.sleep(0.3)
+    return np.stack([[len(s), s.sum(dtype=np.int64)] for s in slices]).astype(np.float32)
+if __name__ == "__main__":
+    folder, out = map(Path, sys.argv[1:])
+    source = open_source(folder, Slicing("aria", 30, 200), spool=out.with_suffix(".spool"))
+    export(source, slow, out, settings={"fingerprint": "f"}, files_per_part=1)
+"""
+
+
+def test_killed_half_way_and_resumed_gives_the_same_file(midis, tmp_path):
+    """SIGKILL, so that nothing can be tidied up."""
+    outs = [tmp_path / "killed.parquet", tmp_path / "straight.parquet"]
+    environment = {**os.environ, "XLA_FLAGS": ""}
+
+    def start(out):
+        return subprocess.Popen([sys.executable, "-c", _KILLED, midis, out], env=environment)
+
+    process, deadline = start(outs[0]), time.monotonic() + 60
+    while len(list(tmp_path.glob("killed.parquet.parts/*.jsonl"))) < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not outs[0].exists()
+    for out in outs:
+        assert start(out).wait(timeout=60) == 0
+    assert same(*outs)
+
+
+# --- other programs' embeddings ---
+
+
+def test_embeddings_of_other_programs_are_read(tmp_path):
+    import pyarrow as pa
+
+    vectors, names = np.arange(12.0).reshape(4, 3), ["a", "b", "a", "b"]
+    pq.write_table(
+        pa.table({"embedding": vectors.tolist(), "composer": names}), tmp_path / "x.parquet"
+    )
+    np.savez(tmp_path / "x.npz", embedding=vectors, composer=np.array(names), year=np.arange(4))
+    for name in ("x.parquet", "x.npz"):
+        table = read_embeddings(tmp_path / name)
+        np.testing.assert_array_equal(table.embedding, vectors)
+        assert table.column("composer") == names and table.path == ["0", "1", "2", "3"]
+        assert table.label_names() == ["composer"]
+
+
+def test_unusable_embeddings_are_named(tmp_path):
+    (tmp_path / "x.parquet").write_bytes(b"PAR1 but not really")
+    (tmp_path / "x.npz").write_bytes(b"nothing")
+    np.savez(tmp_path / "y.npz", features=np.zeros((2, 2)))
+    np.savez(tmp_path / "z.npz", embedding=np.full((2, 2), np.nan))
+    for name, what in (
+        ("x.parquet", "not a Parquet"), ("x.npz", "not an NPZ"), ("y.npz", "embedding"),
+        ("z.npz", "finite"), ("w.parquet", "no such file"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=what):
+            read_embeddings(tmp_path / name)
+
+
+def test_rows_say_where_they_come_from(corpus, tmp_path):
+    pieces = pieces_of(opened(corpus, tmp_path))
+    table = embed_pieces(pieces, counting())
+    assert list(table.path) == [piece.path for piece in pieces]
+    assert list(table.n_notes) == [piece.n_notes for piece in pieces]

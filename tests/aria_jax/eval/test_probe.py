@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from aria_jax.eval.probe import probe
+from aria_jax.eval.probe import few_shot, probe
 from data_pipeline.errors import UserError
 
 
@@ -67,3 +67,48 @@ def test_small_classes_are_left_out_and_named():
 def test_what_cannot_be_probed_is_explained(labels, options, message):
     with pytest.raises(UserError, match=message):
         probe(made()[0], labels, **options)
+
+
+def test_compositions_on_both_sides_of_a_given_split_are_counted():
+    x, labels = made()
+    splits = ["train" if i < 60 else "val" for i in range(90)]
+    works = [f"work {i % 60}" for i in range(90)]  # 30 of them again in the other part
+    assert probe(x, labels, splits=splits, groups=works).shared_groups == 30
+    assert probe(x, labels, groups=works).shared_groups == 0
+
+
+def test_rows_without_a_split_are_on_neither_side():
+    x, labels = made()
+    splits = ["train"] * 60 + ["val"] * 20 + [None] * 10
+    result = probe(x, labels, splits=splits)
+    assert (result.n_train, result.n_test) == (60, 20)
+
+
+def test_slices_are_learnt_from_and_files_are_judged():
+    """Slices too noisy to tell anything each; ten of a file together tell its class."""
+    rng = np.random.default_rng(0)
+    files = [f"{i}.mid" for i in range(90) for _ in range(10)]
+    labels = [("bach", "chopin")[i % 2] for i in range(90) for _ in range(10)]
+    centre = np.array([(1.0, -1.0)[label == "bach"] for label in labels])[:, None]
+    x = 0.5 * centre * np.ones((1, 4)) + 2 * rng.normal(size=(900, 4))
+    of_files = probe(x, labels, files=files)
+    of_slices = probe(x, labels, groups=files)
+    assert of_files.n_test == 90 and of_slices.n_test == 900
+    assert of_files.accuracy > 0.9 > 0.8 > of_slices.accuracy
+
+
+def test_more_shots_read_more():
+    x, labels = made(n=180, signal=2.0)
+    curve = few_shot(x, labels, (1, 4, 30))
+    assert [point.shots for point in curve] == [1, 4, 30]
+    assert curve[0].accuracy < curve[1].accuracy < curve[2].accuracy
+    assert curve[2].accuracy <= probe(x, labels).accuracy + 0.1
+
+
+def test_per_class_rows_agree_with_the_confusion():
+    x, labels = made(signal=1.5)
+    result = probe(x, labels)
+    for i, name in enumerate(result.classes):
+        row = result.per_class[name]
+        assert row["n"] == labels.count(name) == result.confusion[i].sum()
+        assert row["recall"] == pytest.approx(result.confusion[i, i] / row["n"])

@@ -1,0 +1,154 @@
+"""`aria-jax bench-suite`: every labelled task in a folder, in one table beside the paper's."""
+
+import argparse
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+DESCRIPTION = """\
+Find every task that the labels in a folder make possible (genre, form, period, composer, pianist,
+emotion; one data set per top folder), embed all files, probe each task, and print one table of
+accuracy and macro-F1 in the shape of the paper's, its rows beside ours marked as quoted.
+
+Feature sets: pitch-class histogram and handcrafted note statistics (always); with --checkpoint the
+model, and the same network untrained; with --embeddings NAME=FILE any other model's. Labels come
+from metadata files beside the MIDI files, {category: {split: {path: label}}} among the layouts:
+then the published split is used, otherwise 5-fold cross-validation that keeps compositions
+together.
+
+examples:
+  aria-jax bench-suite benchmarks_dir --out suite --checkpoint run2
+  aria-jax bench-suite benchmarks_dir --checkpoint run2 --embeddings MERT=mert.parquet"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the arguments of `aria-jax bench-suite`."""
+    parser.add_argument("dir", help="folder of labelled MIDI files")
+    parser.add_argument("--out", default="bench-out", help="folder for embeddings and the table")
+    parser.add_argument("--checkpoint", help="workdir of a contrastive run")
+    parser.add_argument(
+        "--embeddings", action="append", default=[], metavar="NAME=FILE", help="another model's"
+    )
+    parser.add_argument("--readout", choices=("logistic", "linear", "knn"), default="logistic")
+    parser.add_argument("--metadata", help="labels (default: metadata files beside the MIDI files)")
+    parser.add_argument("--slice-notes", type=int, default=300, help="notes of a slice (300)")
+    parser.add_argument("--max-tokens", type=int, default=2048, help="tokens of a slice (2048)")
+    parser.add_argument(
+        "--min-per-class", type=int, default=10, help="leave smaller classes out (10)"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="tokenising processes (1; 0: none)")
+    parser.add_argument("--seed", type=int, default=0, help="of folds and bootstrap (0)")
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Embeds, probes and prints."""
+    from dataclasses import asdict
+
+    from aria_jax.cli.console import print_result, progress_bar
+    from aria_jax.embed.table import read_embeddings
+    from aria_jax.eval.suite import find_tasks, markdown_table, rows_by_path, run_suite
+
+    others = [_named(text) for text in args.embeddings]
+    out = Path(args.out)
+    files = {name: out / f"{name}.parquet" for name in ("pitch-class", "statistics")}
+    for name, path in files.items():
+        _embed(args, path, f"embed: {name}", *_baseline(name, args))
+    if args.checkpoint:
+        for name, (encode, settings) in _networks(args).items():
+            files[name] = out / f"{name}.parquet"
+            _embed(args, files[name], f"embed: {name}", encode, settings)
+    table = read_embeddings(files["statistics"])
+    tasks = find_tasks(table, min_per_class=args.min_per_class)
+    features = {
+        name: rows_by_path(read_embeddings(path), table.path, name)
+        for name, path in (*files.items(), *others)
+    }
+    with progress_bar("probe", "probe") as progress:
+        results = run_suite(
+            tasks,
+            features,
+            readout=args.readout,
+            min_per_class=args.min_per_class,
+            seed=args.seed,
+            progress=progress,
+        )
+    text = markdown_table(tasks, results)
+    (out / "results.md").write_text(text)
+    shown = {
+        name: {
+            task: {**asdict(result), "confusion": result.confusion.tolist()}
+            for task, result in row.items()
+        }
+        for name, row in results.items()
+    }
+    protocols = {task.name: task.protocol for task in tasks}
+    result = {"results": shown, "protocols": protocols, "table": str(out / "results.md")}
+    print_result(result, args.json, text)
+
+
+def _named(text: str) -> tuple[str, Path]:
+    from data_pipeline.errors import UserError
+
+    name, equals, path = text.partition("=")
+    if not equals or not name or not Path(path).is_file():
+        raise UserError(f"--embeddings {text}: expected NAME=FILE of embeddings (Parquet or NPZ)")
+    return name, Path(path)
+
+
+def _baseline(name: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    from aria_jax.embed.baselines import baseline_encoder
+    from data_pipeline.tokenizer import Tokenizer
+
+    settings = {"fingerprint": name, "tokenizer": "aria", "max_tokens": args.max_tokens}
+    return baseline_encoder(name, Tokenizer.preset("aria")), settings
+
+
+def _networks(args: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The model, and the same architecture with the weights it might have started from."""
+    from flax import nnx
+
+    from aria_jax.config import ComputeConfig
+    from aria_jax.embed.encode import model_encoder
+    from aria_jax.models.heads import build_model
+    from aria_jax.train.checkpoint import load_model
+    from data_pipeline.tokenizer import Tokenizer
+
+    loaded = load_model(args.checkpoint)
+    pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
+    settings = {
+        "tokenizer": loaded.tokenizer,
+        "max_tokens": min(args.max_tokens, loaded.config.max_seq_len),
+    }
+    untrained = build_model(loaded.config, ComputeConfig(), rngs=nnx.Rngs(params=args.seed))
+    made = {
+        "untrained": (untrained, f"untrained {loaded.config} seed {args.seed}"),
+        "aria_jax": (loaded.model, loaded.fingerprint),
+    }
+    return {
+        name: (model_encoder(model, pad_id), {"fingerprint": fingerprint, **settings})
+        for name, (model, fingerprint) in made.items()
+    }
+
+
+def _embed(
+    args: argparse.Namespace, out: Path, title: str, encode: Any, settings: dict[str, Any]
+) -> None:
+    from aria_jax.cli.console import progress_bar
+    from aria_jax.embed.export import export
+    from aria_jax.embed.pieces import Slicing, open_source
+
+    slicing = Slicing(settings["tokenizer"], args.slice_notes, settings["max_tokens"])
+    with TemporaryDirectory() as folder, progress_bar(title, "file") as progress:
+        source = open_source(
+            args.dir, slicing, spool=Path(folder) / "spool", metadata=args.metadata
+        )
+        export(
+            source,
+            encode,
+            out,
+            settings={**settings, "slice_notes": args.slice_notes},
+            origin=Path(args.dir).resolve(),
+            workers=args.workers,
+            progress=progress,
+        )

@@ -1,0 +1,79 @@
+"""Slices to vectors, in batches of like length."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from aria_jax.models.heads import Model
+from aria_jax.sharding import batch_sharding
+from data_pipeline.errors import UserError
+
+Encode = Callable[[Sequence[np.ndarray]], np.ndarray]
+"""Slices of token ids -> float32 [number of slices, E]."""
+
+BUCKET = 64  # batches are padded to a multiple of this: few compilations, little waste
+BATCH_TOKENS = 16_384
+
+
+def model_encoder(
+    model: Model, pad_id: int, pooling: str = "eos", *, mesh: jax.sharding.Mesh | None = None
+) -> Encode:
+    """Embeds slices with a model that has an embedding head.
+
+    Args:
+        pooling: as it was trained with, "eos" or "mean".
+        mesh: cuts batches over its devices, where the model must already be.
+
+    Raises:
+        UserError: the model has another head.
+    """
+    if model.config.head != "embedding":
+        raise UserError(
+            f"this model has a {model.config.head!r} head, not an embedding head; "
+            "train one with `aria-jax train contrastive`"
+        )
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def embed(state, tokens_BxL: jax.Array, eos_B: jax.Array) -> jax.Array:
+        return nnx.merge(graph, state).pooled(tokens_BxL, eos_B, pooling)
+
+    cut = None if mesh is None else batch_sharding(mesh)
+    ways = 1 if mesh is None else mesh.size
+
+    def encode(slices: Sequence[np.ndarray]) -> np.ndarray:
+        out = np.empty((len(slices), model.config.emb_size), np.float32)
+        for chosen, tokens_BxL, eos_B in like_length(slices, pad_id, ways):
+            tokens, eos = jax.device_put((tokens_BxL, eos_B), cut)
+            out[chosen] = embed(state, tokens, eos)[: len(chosen)]
+        return out
+
+    return encode
+
+
+def like_length(
+    slices: Sequence[np.ndarray], pad_id: int, ways: int = 1
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Batches of slices next to each other in length, the longest first: a batch is as long as its
+    first row, and the last of them is the only one that may lack rows.
+
+    Yields:
+        Positions in `slices`, int [n]; tokens int32 [B, L] and `<E>` positions int32 [B], of which
+        the first n rows count. B divides by `ways`.
+    """
+    lengths = np.array([len(ids) for ids in slices])
+    order = np.argsort(-lengths, kind="stable")
+    at = 0
+    while at < len(order):
+        length = -(-int(lengths[order[at]]) // BUCKET) * BUCKET
+        rows = -(-max(BATCH_TOKENS // length, 1) // ways) * ways
+        chosen = order[at : at + rows]
+        tokens = np.full((rows, length), pad_id, np.int32)
+        eos = np.zeros(rows, np.int32)
+        for row, i in enumerate(chosen):
+            tokens[row, : lengths[i]] = slices[i]
+            eos[row] = lengths[i] - 1
+        yield chosen, tokens, eos
+        at += rows

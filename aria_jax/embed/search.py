@@ -1,0 +1,101 @@
+"""The rows of an embeddings file nearest to a query: exact, streaming, whatever its size."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.errors import UserError
+
+ROWS = 65_536
+"""Rows compared at a time: 128 MiB at 512 numbers each."""
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A row near the query.
+
+    Attributes:
+        score: cosine similarity, at most 1.
+        path, sha256, labels: as in the file.
+    """
+
+    score: float
+    path: str
+    sha256: str
+    labels: dict[str, str]
+
+
+def search(query_E: np.ndarray, embeddings: str | Path, k: int = 10) -> list[Hit]:
+    """The k nearest rows by cosine similarity, best first; equal scores in the file's order.
+
+    Memory: one block of rows. A million rows of 512 numbers are read and compared in seconds.
+
+    Raises:
+        UserError: not an embeddings file of `aria-jax embed`, or of another width.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not Path(embeddings).is_file():
+        raise UserError(f"{embeddings}: no such file; make it with `aria-jax embed`")
+    try:
+        file = pq.ParquetFile(embeddings, memory_map=True)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{embeddings}: not a Parquet file ({error})") from None
+    if missing := {"embedding", "path", "sha256", "labels"} - set(file.schema_arrow.names):
+        raise UserError(
+            f"{embeddings}: not made by `aria-jax embed` (no column {', '.join(sorted(missing))})"
+        )
+    query = np.asarray(query_E, np.float32)
+    query = query / max(float(np.linalg.norm(query)), 1e-12)
+    rows, scores = nearest(query, _blocks(file, len(query), embeddings), k)
+    return _hits(file, rows, scores)
+
+
+def nearest(
+    query_E: np.ndarray, blocks: Iterator[np.ndarray], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers and cosine similarities of the k rows nearest to a unit vector, best first."""
+    best_rows, best = np.zeros(0, np.int64), np.zeros(0, np.float32)
+    offset = 0
+    for block_NxE in blocks:
+        norms = np.sqrt(np.einsum("ne,ne->n", block_NxE, block_NxE))
+        scores = (block_NxE @ query_E) / np.maximum(norms, 1e-12)
+        rows = np.concatenate([best_rows, offset + np.arange(len(block_NxE))])
+        scores = np.concatenate([best, scores])
+        if len(scores) > k:
+            least = np.partition(scores, -k)[-k]
+            near = np.flatnonzero(scores >= least)
+            rows, scores = rows[near], scores[near]
+        order = np.lexsort((rows, -scores))[:k]
+        best_rows, best = rows[order], scores[order]
+        offset += len(block_NxE)
+    return best_rows, best
+
+
+def _blocks(file, width: int, name: str | Path) -> Iterator[np.ndarray]:
+    for batch in file.iter_batches(ROWS, columns=["embedding"]):
+        column = batch.column(0)
+        found = getattr(column.type, "list_size", None)
+        if found != width:
+            raise UserError(f"{name}: rows of {found} numbers, the query has {width}")
+        yield column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+
+
+def _hits(file, rows: np.ndarray, scores: np.ndarray) -> list[Hit]:
+    """Reads only the row groups that hold a winner."""
+    sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
+    ends = np.cumsum(sizes)
+    group_of = np.searchsorted(ends, rows, side="right")
+    found: dict[int, dict] = {}
+    for group in np.unique(group_of):
+        table = file.read_row_group(int(group), columns=["path", "sha256", "labels"])
+        mine = rows[group_of == group]
+        picked = table.take(mine - (ends[group] - sizes[group])).to_pylist()
+        found.update(zip(mine.tolist(), picked, strict=True))
+    return [
+        Hit(float(score), row["path"], row["sha256"], dict(row["labels"] or ()))
+        for row, score in ((found[int(r)], s) for r, s in zip(rows, scores, strict=True))
+    ]

@@ -1,0 +1,149 @@
+"""embed, probe, retrieve, search and bench-suite as a user runs them, one after the other."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from aria_jax.cli.main import main
+from aria_jax.config import ComputeConfig, ModelConfig
+from aria_jax.models.heads import build_model
+from aria_jax.train.checkpoint import save_model
+
+SMALL = ["--slice-notes", "100", "--max-tokens", "512", "--workers", "0"]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    config = ModelConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=512, head="embedding",
+                         emb_size=8)  # fmt: skip
+    path = tmp_path_factory.mktemp("model") / "run"
+    save_model(path, build_model(config, ComputeConfig(), rngs=nnx.Rngs(params=0)))
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Compiling for eight devices takes longer."""
+    import jax
+
+    devices = jax.devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+
+
+@pytest.fixture(scope="module")
+def embedded(midi_corpus, checkpoint, tmp_path_factory):
+    """Files and slices of the corpus, embedded."""
+    folder = tmp_path_factory.mktemp("embedded")
+    for name, extra in (("files", []), ("slices", ["--per-slice"])):
+        out = str(folder / f"{name}.parquet")
+        status = main(["embed", str(midi_corpus), out, "--checkpoint", checkpoint, *SMALL, *extra])
+        assert status == 0
+    return folder
+
+
+def result_of(capsys, *arguments):
+    capsys.readouterr()
+    assert main([*arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_embedding_again_does_nothing_and_says_the_same(midi_corpus, checkpoint, embedded, capsys):
+    out = embedded / "files.parquet"
+    before = out.stat().st_mtime_ns
+    result = result_of(
+        capsys, "embed", str(midi_corpus), str(out), "--checkpoint", checkpoint, *SMALL
+    )
+    assert (result["n_rows"], result["n_rejected"], result["complete"]) == (10, 0, True)
+    assert out.stat().st_mtime_ns == before
+
+
+def test_probe_reads_files_and_slices(embedded, capsys, tmp_path):
+    common = ["--label", "composer", "--min-per-class", "5"]
+    for name, readout in (("files", "logistic"), ("slices", "knn")):
+        result = result_of(
+            capsys, "probe", str(embedded / f"{name}.parquet"), *common, "--readout", readout,
+            "--few-shot", "1,2", "--plot", str(tmp_path / "c.png"),
+        )  # fmt: skip
+        assert result["n_test"] == 10 and result["accuracy"] >= 0.9
+        assert [point["shots"] for point in result["few_shot"]] == [1, 2]
+    assert (tmp_path / "c.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    assert main(["probe", str(embedded / "files.parquet"), *common]) == 0
+    assert "precision" in capsys.readouterr().out
+
+
+def test_probe_takes_other_models_embeddings_and_labels(midi_corpus, capsys, tmp_path):
+    rows = json.loads((midi_corpus / "metadata.json").read_text())
+    vectors = [[float(row["composer"] == "presto"), i % 3] for i, row in enumerate(rows)]
+    np.savez(tmp_path / "x.npz", embedding=vectors, path=[row["path"] for row in rows])
+    result = result_of(
+        capsys, "probe", str(tmp_path / "x.npz"), "--label", "composer", "--min-per-class", "5",
+        "--metadata", str(midi_corpus / "metadata.json"),
+    )  # fmt: skip
+    assert result["accuracy"] == 1.0
+
+
+def test_retrieve_by_file_and_by_label(embedded, capsys):
+    by_path = result_of(capsys, "retrieve", str(embedded / "slices.parquet"))
+    assert by_path["n_queries"] == 40 and by_path["n_without"] == 0
+    files = str(embedded / "files.parquet")
+    by_composer = result_of(capsys, "retrieve", files, "--by", "composer", "-k", "1,3")
+    assert by_composer["n_queries"] == 10 and set(by_composer["hits"]) == {"1", "3"}
+    assert (
+        by_composer["mrr"] > 0.8 > by_composer["chance_mrr"]
+    )  # one is slow and low, one fast and high
+    against = result_of(
+        capsys, "retrieve", str(embedded / "slices.parquet"), "--against", files, "--by", "path"
+    )
+    assert against["n_candidates"] == 10 and against["n_queries"] == 40
+
+
+def test_search_finds_the_file_itself_first_and_draws_it(
+    midi_corpus, embedded, checkpoint, capsys, tmp_path
+):
+    query = tmp_path / "copy.mid"
+    shutil.copy(midi_corpus / "presto_3.mid", query)
+    common = ["search", str(query), str(embedded / "files.parquet"), "--checkpoint", checkpoint]
+    result = result_of(capsys, *common, "-k", "3", "--html", str(tmp_path / "near.html"))
+    first = result["hits"][0]
+    assert first["path"] == "presto_3.mid" and first["same_file"]
+    assert first["score"] == pytest.approx(1, abs=1e-4) and len(result["hits"]) == 3
+    page = (tmp_path / "near.html").read_text()
+    assert page.count("<svg") == 4 and "the query itself" in page
+    by_slice = result_of(
+        capsys, "search", str(query), str(embedded / "slices.parquet"), "--checkpoint", checkpoint,
+        "-k", "2", "--html", str(tmp_path / "slices.html"),
+    )  # fmt: skip
+    assert "#" in by_slice["hits"][0]["path"]
+    assert (tmp_path / "slices.html").read_text().count("<svg") == 3
+
+
+def test_search_refuses_another_models_embeddings(embedded, midi_corpus, tmp_path, capsys):
+    config = ModelConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=512, head="embedding",
+                         emb_size=8)  # fmt: skip
+    save_model(tmp_path / "other", build_model(config, ComputeConfig(), rngs=nnx.Rngs(params=1)))
+    status = main(
+        ["search", str(midi_corpus / "presto_3.mid"), str(embedded / "files.parquet"),
+         "--checkpoint", str(tmp_path / "other")]
+    )  # fmt: skip
+    assert status == 2 and "made by another model" in capsys.readouterr().err
+
+
+def test_bench_suite_prints_one_table_with_the_papers_rows(
+    midi_corpus, checkpoint, embedded, tmp_path, capsys
+):
+    arguments = [
+        "bench-suite", str(midi_corpus), "--out", str(tmp_path), "--checkpoint", checkpoint,
+        "--embeddings", f"again={embedded / 'files.parquet'}", "--min-per-class", "5", *SMALL,
+    ]  # fmt: skip
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    for name in ("majority class", "pitch-class", "statistics", "untrained", "aria_jax", "again"):
+        assert f"| {name} |" in text
+    assert "Aria_Emb (quoted) | 90.50 / 90.49" in text and (tmp_path / "results.md").is_file()
+    results = result_of(capsys, *arguments)["results"]  # a second run embeds nothing again
+    assert results["again"] == results["aria_jax"]
+    assert results["statistics"]["composer"]["accuracy"] == 1.0  # slow and low, or fast and high

@@ -1,0 +1,177 @@
+"""`generate` and `score` as a user runs them."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from aria_jax.cli.main import main
+from aria_jax.config import ComputeConfig, ModelConfig
+from aria_jax.models.heads import build_model
+from aria_jax.train.checkpoint import save_model
+from data_pipeline.midi import NOTE, Performance, read_midi, write_midi
+from data_pipeline.tokenizer import Tokenizer
+
+ARIA = Tokenizer.preset("aria")
+
+
+def save(path, seed=0, **config):
+    config = ModelConfig(d_model=16, n_heads=2, n_layers=1, **{"max_seq_len": 512} | config)
+    save_model(path, build_model(config, ComputeConfig(), rngs=nnx.Rngs(seed)))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Checkpoints, and a piece of 40 notes, one every half second."""
+    folder = tmp_path_factory.mktemp("generate")
+    save(folder / "lm")
+    save(folder / "conditioned", emb_size=8)
+    save(folder / "embedder", head="embedding", emb_size=8)
+    save(folder / "other-embedder", head="embedding", emb_size=4)
+    notes = np.zeros(40, NOTE)
+    notes["start"] = np.arange(40) * 500
+    notes["end"] = notes["start"] + 400
+    notes["pitch"], notes["velocity"] = 50 + np.arange(40) % 20, 70
+    write_midi(Performance(500, notes), folder / "piece.mid")
+    return folder
+
+
+def run(capsys, *arguments):
+    status = main([str(argument) for argument in arguments])
+    output = capsys.readouterr()
+    return status, output.out, output.err
+
+
+def test_files_for_each_continuation(folder, capsys, tmp_path):
+    status, out, err = run(
+        capsys, "generate", "--checkpoint", folder / "lm", "--prompt", folder / "piece.mid",
+        "--seconds", 4, "--n", 2, "--max-tokens", 40, "--out", tmp_path,
+    )  # fmt: skip
+    assert status == 0 and "notes/s" in err and "real time" in err
+    names = {path.name for path in tmp_path.iterdir()}
+    kinds = (".mid", "-continuation.mid", ".png")
+    assert names == {f"piece-{i}{kind}" for i in (1, 2) for kind in kinds} | {"piece.html"}
+    for i in (1, 2):
+        whole = read_midi(tmp_path / f"piece-{i}.mid").notes
+        assert whole["start"][:9].tolist() == list(range(0, 4001, 500))  # the prompt as played
+        assert whole["pitch"][:9].tolist() == list(range(50, 59))
+        alone = read_midi(tmp_path / f"piece-{i}-continuation.mid").notes
+        assert 0 < len(alone) <= len(whole) - 9 + 1
+        assert (tmp_path / f"piece-{i}.png").read_bytes()[:4] == b"\x89PNG"
+        assert f"piece-{i}.mid" in out
+    page = (tmp_path / "piece.html").read_text()
+    assert page.count('class="player"') == 2 and "src=" not in page and "http" not in page
+
+
+def test_json_seeds_and_grammar(folder, capsys, tmp_path):
+    def ids(*more):
+        status, out, _ = run(
+            capsys, "generate", "--checkpoint", folder / "lm", "--max-tokens", 30, "--json", *more
+        )
+        assert status == 0
+        return json.loads(out)
+
+    first = ids("--n", 2)
+    assert first["prompt_ids"] == [ARIA.id_of(("prefix", "instrument", "piano")), ARIA.bos_id]
+    assert ids("--n", 2)["ids"] == first["ids"]
+    assert ids("--n", 1)["ids"] == first["ids"][:1]
+    assert ids("--n", 1, "--seed", 7)["ids"] != first["ids"][:1]
+    free = ids("--no-grammar")["ids"][0]
+    kinds = ARIA.kind[free]
+    assert len(set(kinds[::3].tolist())) > 1  # an untrained model knows no order of its own
+    (tmp_path / "ids.json").write_text(json.dumps({"ids": first["prompt_ids"] + first["ids"][0]}))
+    if ARIA.eos_id not in first["ids"][0]:
+        more = ids("--prompt-ids", tmp_path / "ids.json", "--temperature", 0)
+        assert more["prompt_ids"][-30:] == first["ids"][0]
+        assert len(more["ids"][0]) <= 30
+
+
+def test_conditioned_on_another_piece(folder, capsys):
+    status, out, _ = run(
+        capsys, "generate", "--checkpoint", folder / "conditioned", "--embedding",
+        folder / "piece.mid", "--embedding-checkpoint", folder / "embedder", "--cfg", 2,
+        "--max-tokens", 12, "--json",
+    )  # fmt: skip
+    assert status == 0 and len(json.loads(out)["ids"][0]) > 0
+
+
+def test_wav_names_its_package(folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "symusic", None)
+    (tmp_path / "font.sf2").write_bytes(b"")
+    status, _, err = run(
+        capsys, "generate", "--checkpoint", folder / "lm", "--max-tokens", 12, "--out",
+        tmp_path / "out", "--wav", tmp_path / "font.sf2",
+    )  # fmt: skip
+    assert status == 2 and "pip install" in err and "symusic" in err
+
+
+MISTAKES = {
+    "nowhere to save": (["--checkpoint", "{f}/lm"], "--out"),
+    "no prompt file": (
+        ["--checkpoint", "{f}/lm", "--json", "--prompt", "{f}/no.mid"], "no such file"),
+    "two ways to cut": (
+        ["--checkpoint", "{f}/lm", "--json", "--top-p", "0.9", "--min-p", "0.1"], "at most one"),
+    "no room to end": (
+        ["--checkpoint", "{f}/lm", "--json", "--end", "--max-tokens", "100"], "ending needs room"),
+    "no adapter": (
+        ["--checkpoint", "{f}/lm", "--json", "--embedding", "{f}/piece.mid",
+         "--embedding-checkpoint", "{f}/embedder"], "takes no embedding"),
+    "embedding without its model": (
+        ["--checkpoint", "{f}/conditioned", "--json", "--embedding", "{f}/piece.mid"],
+        "--embedding-checkpoint"),
+    "another embedding": (
+        ["--checkpoint", "{f}/conditioned", "--json", "--embedding", "{f}/piece.mid",
+         "--embedding-checkpoint", "{f}/other-embedder"], "embeds in 4 numbers"),
+    "no language model": (["--checkpoint", "{f}/embedder", "--json"], "head 'embedding'"),
+    "no such axis": (["--checkpoint", "{f}/lm", "--json", "--mesh", "tensr=2"], "tensor"),
+    "none at all": (["--checkpoint", "{f}/lm", "--json", "--n", "0"], "at least 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_are_one_line(name, folder, capsys):
+    arguments, message = MISTAKES[name]
+    status, _, err = run(capsys, "generate", *(part.format(f=folder) for part in arguments))
+    assert status == 2 and message in err and "Traceback" not in err
+
+
+def test_mesh(folder, capsys):
+    arguments = ("generate", "--checkpoint", folder / "lm", "--max-tokens", 12, "--json", "--n", 4)
+    _, plain, _ = run(capsys, *arguments)
+    status, spread, _ = run(capsys, *arguments, "--mesh", "data=4,tensor=2")
+    assert status == 0 and json.loads(spread)["ids"] == json.loads(plain)["ids"]
+
+
+def test_score(folder, capsys, tmp_path):
+    (tmp_path / "not.mid").write_text("no")
+    ids = ARIA.encode(read_midi(folder / "piece.mid")).tolist()
+    (tmp_path / "ids.json").write_text(json.dumps(ids))
+    status, out, err = run(
+        capsys, "score", folder / "piece.mid", tmp_path / "not.mid", tmp_path / "ids.json",
+        "--checkpoint", folder / "lm", "--json",
+    )  # fmt: skip
+    assert status == 1 and "not.mid" in err and "1 of 3" in err
+    midi, plain = map(json.loads, out.splitlines())
+    assert midi["nll"] == plain["nll"] and midi["n_tokens"] == len(midi["nll"]) == len(ids) - 1
+    assert midi["mean_nll"] == pytest.approx(np.mean(midi["nll"]), rel=1e-5)
+    assert len(midi["notes"]) == 40
+    status, _, err = run(capsys, "score", tmp_path / "not.mid", "--checkpoint", folder / "lm")
+    assert status == 2 and "none of the 1 files" in err
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to read JavaScript")
+def test_scripts_of_the_pages_are_javascript(tmp_path):
+    from aria_jax.report import listening_page, player
+
+    for text in (player.PLAYER_SCRIPT, listening_page._VOTING.replace("STUDY", "{}")):
+        (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+        (tmp_path / "script.js").write_text(script)
+        checked = subprocess.run(
+            ["node", "--check", str(tmp_path / "script.js")], capture_output=True, text=True
+        )
+        assert checked.returncode == 0, checked.stderr
