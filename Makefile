@@ -9,7 +9,7 @@ DEMO_OUT ?= demo-out
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow lint bench bench-data bench-loaders bench-dedup clean
+.PHONY: help setup demo test test-slow lint bench bench-data bench-loaders bench-dedup bench-generate clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ bench-loaders: setup ## tokens/s that each loader delivers, with and without aug
 
 bench-dedup: setup ## precision and recall of near-duplicate search on planted copies (MIDI=folder)
 	$(BIN)/python -m benchmarks.bench_dedup $(MIDI)
+
+bench-generate: setup ## tokens/s of decoding against the memory bandwidth, and in PyTorch where installed
+	$(BIN)/python -m benchmarks.bench_generate --precisions float32,bfloat16,int8
 
 clean: ## remove .venv, caches and the demo's output
 	rm -rf $(VENV) $(DEMO_OUT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,0 +1,141 @@
+"""Time and peak memory of the contrastive loss and its gradient, naive against blockwise.
+
+    python -m benchmarks.bench_contrastive [--rows 1024 4096 ... 65536] [--width 512] [--json]
+
+One process per measurement: peak memory is that of the process, less what it held before the
+first call. Naive runs that would not fit into the free memory are left out and marked.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROWS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)
+LIMIT_BYTES = 80e9
+"""Of the device that the largest batch is extrapolated for."""
+
+
+def naive_loss(z1, z2, temperature):
+    """The reference's formula on the whole matrix of similarities."""
+    import jax
+    import jax.numpy as jnp
+
+    z1, z2 = (z / jnp.linalg.norm(z, axis=1, keepdims=True) for z in (z1, z2))
+    logits = z1 @ z2.T / temperature
+    positive = jnp.diagonal(logits)
+    rows = jax.nn.logsumexp(logits, axis=1) - positive
+    columns = jax.nn.logsumexp(logits, axis=0) - positive
+    return (rows.mean() + columns.mean()) / 2
+
+
+def measure(name: str, rows: int, width: int) -> dict[str, float]:
+    """Best time of loss and gradient (one call at large sizes) and peak bytes, in this process."""
+    import jax
+
+    from aria_jax.losses.contrastive import contrastive_loss
+
+    def ours(z1, z2):
+        return contrastive_loss(z1, z2, temperature=0.1)[0]
+
+    loss = ours if name == "ours" else lambda z1, z2: naive_loss(z1, z2, 0.1)
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    views = jax.random.normal(jax.random.key(0), (2, rows, width))
+    z1, z2 = jax.block_until_ready((views[0], views[1]))
+    compiled = step.lower(z1, z2).compile()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times = []
+    for _ in range(1 if rows > 8192 else 3):
+        began = time.perf_counter()
+        value, _ = jax.block_until_ready(compiled(z1, z2))
+        times.append(time.perf_counter() - began)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        "seconds": min(times),
+        "bytes": (peak - before) * 1024,
+        "process_bytes": peak * 1024,
+        "loss": float(value),
+    }
+
+
+def in_a_process(name: str, rows: int, width: int) -> dict[str, float]:
+    """`measure` in a fresh interpreter."""
+    command = [sys.executable, "-m", "benchmarks.bench_contrastive", "--one", name]
+    command += ["--rows", str(rows), "--width", str(width)]
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def free_bytes() -> float:
+    """What the system could still give, 0 where it does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next(float(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
+
+
+def largest_batches(width: int) -> dict[str, float]:
+    """Pairs that fit into `LIMIT_BYTES`, from what each side must hold in float32.
+
+    Naive: at least three matrices of B² (similarities, and their gradient by rows and columns).
+    Ours: views, unit vectors, two gradients of each and the sums, 10 arrays of B × width.
+    """
+    return {
+        "naive": (LIMIT_BYTES / (3 * 4)) ** 0.5,
+        "ours": LIMIT_BYTES / (10 * 4 * width),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="pairs")
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--one", choices=("naive", "ours"), help="measure here, print JSON")
+    parser.add_argument("--json", action="store_true", help="one JSON line")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one, args.rows[0], args.width)))
+        return
+    rows = []
+    for n in args.rows:
+        found = {"pairs": n, "ours": in_a_process("ours", n, args.width)}
+        if 4 * 4 * n**2 < free_bytes():
+            found["naive"] = in_a_process("naive", n, args.width)
+        rows.append(found)
+        if not args.json:
+            print(_line(found), flush=True)
+    limits = largest_batches(args.width)
+    if args.json:
+        print(json.dumps({"width": args.width, "rows": rows, "largest_on_80_gb": limits}))
+        return
+    print(
+        f"\nextrapolated for one device of 80 GB, float32, {args.width} wide:\n"
+        f"  naive  3 matrices of B² x 4 bytes = 80e9         B = {limits['naive']:>11,.0f}\n"
+        f"  ours   10 arrays of B x {args.width} x 4 bytes = 80e9    B = {limits['ours']:>11,.0f}"
+    )
+
+
+def _line(found: dict) -> str:
+    ours, naive = found["ours"], found.get("naive")
+    text = (
+        f"{found['pairs']:>7,} pairs  ours {ours['seconds']:8.2f} s {ours['bytes'] / 1e6:9.0f} MB"
+    )
+    text += f" (process {ours['process_bytes'] / 1e9:.2f} GB)"
+    if naive is None:
+        return text + "  naive: does not fit"
+    return text + (
+        f"  naive {naive['seconds']:8.2f} s {naive['bytes'] / 1e6:9.0f} MB"
+        f"  time x{naive['seconds'] / ours['seconds']:.2f}"
+        f"  memory x{naive['bytes'] / max(ours['bytes'], 1):.1f}"
+        f"  losses differ by {abs(ours['loss'] - naive['loss']):.0e}"
+    )
+
+
+if __name__ == "__main__":
+    main()
