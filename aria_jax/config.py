@@ -15,6 +15,11 @@ from typing import Any, Literal
 
 from data_pipeline.errors import UserError
 
+SLICE_NOTES = 300
+"""Notes of a slice when a whole file is embedded or classified (reference: aria/embedding.py)."""
+SLICE_TOKENS = 2048
+"""Where a slice is cut off, and the longest that slices are trained with (same reference)."""
+
 Head = Literal["lm", "embedding", "class", "none"]
 Task = Literal["pretrain", "continue", "contrastive", "classify"]
 
@@ -36,6 +41,8 @@ class ModelConfig:
     """Labels of the class head, in logit order."""
     resid_dropout: float = 0.0
     """Residual dropout of the last layer; earlier layers ramp up to it linearly from 0."""
+    learned_temperature: bool = False
+    """Whether the contrastive temperature is a parameter; it starts at train.temperature."""
 
     @property
     def d_head(self) -> int:
@@ -49,7 +56,7 @@ class ModelConfig:
         block = 4 * d * d + 3 * d * ff + 4 * d
         head = {
             "lm": d * self.vocab_size + (self.emb_size or 0) * d,
-            "embedding": d * (self.emb_size or 0),
+            "embedding": d * (self.emb_size or 0) + self.learned_temperature,
             "class": d * len(self.class_names),
             "none": 0,
         }[self.head]
@@ -126,6 +133,8 @@ class TrainConfig:
     steps: int = 1000
     seed: int = 0
     grad_accumulation: int = 1
+    """Parts a batch is computed in, one after the other; the contrastive task caches gradients, so
+    that negatives still come from the whole batch."""
     eval_every: int = 500
     eval_batches: int = 16
     log_every: int = 10
@@ -134,9 +143,31 @@ class TrainConfig:
     max_bad_steps: int = 10
     """Stop after this many non-finite losses in a row."""
     temperature: float = 0.1
-    """Of the contrastive loss."""
+    """Of the contrastive loss; where it is learned, the first one."""
     z_loss: float = 0.0
     pooling: Literal["eos", "mean"] = "eos"
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """Which pairs the contrastive task compares, and how.
+
+    The reference's released code compares within each process (`negatives="local"`) and never
+    augments (`data.augment=false`); the paper describes augmentation.
+    """
+
+    variant: Literal["symmetric", "nt-xent"] = "symmetric"
+    """Anchors against the other view (the reference), or against all other views (SimCLR)."""
+    negatives: Literal["global", "local"] = "global"
+    """Pieces of the whole batch, or only of those on the same device."""
+    mask_composition: bool = True
+    """Performances of one composition are no negatives of each other."""
+    hardness: float = 0.0
+    """Above 0, negatives weigh exp(hardness * logit), normalised to mean one."""
+    consecutive: bool = False
+    """The second slice begins where the first ends, instead of anywhere."""
+    composer_group: int = 1
+    """Up to that many pieces of one composer next to each other in a batch: hard negatives."""
 
 
 @dataclass(frozen=True)
@@ -150,6 +181,7 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
 
     def problems(self) -> list[str]:
         """Everything that contradicts itself, one sentence each."""
@@ -167,6 +199,10 @@ class RunConfig:
             )
         if m.head == "embedding" and not m.emb_size:
             found.append("model.head=embedding needs model.emb_size")
+        if m.learned_temperature and m.head != "embedding":
+            found.append("model.learned_temperature=true is for task contrastive")
+        if self.contrastive.hardness < 0:
+            found.append(f"contrastive.hardness={self.contrastive.hardness} must not be negative")
         if t.steps < 0:
             found.append(f"train.steps={t.steps} must not be negative")
         if self.task == "classify" and not d.label:
@@ -178,6 +214,7 @@ class RunConfig:
             "data.global_batch": d.global_batch,
             "train.grad_accumulation": t.grad_accumulation,
             "train.temperature": t.temperature,
+            "contrastive.composer_group": self.contrastive.composer_group,
             "optimizer.peak_lr": self.optimizer.peak_lr,
         }
         found += [
@@ -323,7 +360,8 @@ def for_task(preset: str, task: Task) -> RunConfig:
             resid_dropout=0.2 if head == "class" else 0.0,
         ),
         data=DataConfig(
-            seq_len=512 if preset == "tiny" else 2048, global_batch=16 if small_batch else 128
+            seq_len=512 if preset == "tiny" else SLICE_TOKENS,
+            global_batch=16 if small_batch else 128,
         ),
         optimizer=OptimizerConfig(peak_lr=3e-4 if preset == "tiny" else 1e-5, warmup_steps=100),
     )

@@ -19,6 +19,8 @@ class Model(nnx.Module):
         head: float32 [D, V, E or C]; None for `config.head == "none"`.
         adapter: float32 [E, D], projects a conditioning embedding to a prefix token; None unless
             the model is a language model with `config.emb_size`.
+        log_temperature: float32 scalar, log of the contrastive temperature over its first value;
+            None unless `config.learned_temperature`.
     """
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
@@ -32,6 +34,7 @@ class Model(nnx.Module):
         self.adapter = (
             nnx.Param(uniform_init(rngs.params(), shape, shape[0])) if conditioned else None
         )
+        self.log_temperature = nnx.Param(jnp.zeros(())) if config.learned_temperature else None
 
     def hidden(
         self,
