@@ -268,15 +268,14 @@ def pedalled_ends(ends, channels, pedal_ticks, pedal_down, pedal_channels, final
         int64 [N] (reference: _build_pedal_intervals, resolve_pedal).
     """
     out = ends.copy()
+    counts = np.zeros(16, np.int64)
+    for channel in pedal_channels:
+        counts[channel] += 1
     for channel in range(16):
-        n = 0
-        for p in range(len(pedal_ticks)):
-            if pedal_channels[p] == channel:
-                n += 1
-        if n == 0:
+        if counts[channel] == 0:
             continue
-        presses = np.empty(n, np.int64)
-        releases = np.empty(n, np.int64)
+        presses = np.empty(counts[channel], np.int64)
+        releases = np.empty(counts[channel], np.int64)
         n = 0
         down = False
         for p in range(len(pedal_ticks)):

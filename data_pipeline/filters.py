@@ -19,7 +19,8 @@ Outcome = tuple[bool, Any]
 
 def _pitched(performance: Performance) -> np.ndarray:
     """Notes that are not drum hits."""
-    return performance.notes[performance.notes["channel"] != DRUM_CHANNEL]
+    is_drum = performance.notes["channel"] == DRUM_CHANNEL
+    return performance.notes[~is_drum] if is_drum.any() else performance.notes
 
 
 def _span_ms(performance: Performance) -> int:
@@ -116,21 +117,21 @@ def unique_pitch_count(performance: Performance, min_num_unique_pitches: int) ->
 
 def _window_counts(
     times_s: np.ndarray, pitches: np.ndarray, start_s: float, window_s: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Start of each window, in steps of 1 s up to the last note, float [K]; and how often each
-    pitch begins inside it, both ends included, int [K, 128].
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
+    """Windows in steps of 1 s up to the last note.
+
+    Returns:
+        Start of each, float [K]; notes and different pitches that begin inside it, both ends
+        included, int [K] each; the most notes of one pitch in a window.
     """
+    from data_pipeline._filter_kernels import window_counts
+
     n_windows = max(int(np.ceil(times_s[-1] - start_s - window_s)), 0) + 2
     # Summed one by one, like the reference: the last bit decides notes on the edge.
     starts = np.cumsum(np.concatenate([[start_s], np.ones(n_windows - 1)]))
     reaches_end = np.flatnonzero(starts + window_s >= times_s[-1])
     starts = starts[: reaches_end[0] + 1]
-    seen = np.zeros((len(times_s) + 1, 128), np.int32)
-    seen[np.arange(1, len(times_s) + 1), pitches] = 1
-    seen = np.cumsum(seen, axis=0)
-    first = np.searchsorted(times_s, starts, side="left")
-    last = np.searchsorted(times_s, starts + window_s, side="right")
-    return starts, seen[last] - seen[np.minimum(first, last)]
+    return starts, *window_counts(times_s, np.ascontiguousarray(pitches), starts, window_s)
 
 
 def unique_pitch_count_in_interval(
@@ -147,8 +148,9 @@ def unique_pitch_count_in_interval(
     times_s = performance.ms(notes["start"]) / 1000.0
     start_s = float(performance.ms(performance.notes["start"][:1])[0]) / 1000.0
     for test in test_params_list:
-        starts, counts = _window_counts(times_s, notes["pitch"], start_s, test["interval_len_s"])
-        unique = (counts > 0).sum(axis=1)
+        starts, _, unique, _ = _window_counts(
+            times_s, notes["pitch"], start_s, test["interval_len_s"]
+        )
         at = int(unique.argmin())
         value = (test["interval_len_s"], int(unique[at]), float(starts[at]))
         if unique[at] < test["min_unique_pitch_cnt"]:
@@ -171,10 +173,10 @@ def note_density_in_interval(
     times_s = performance.ms(notes["start"]) / 1000.0
     for test in test_params_list:
         window_s = test["interval_len_s"]
-        starts, counts = _window_counts(times_s, notes["pitch"], float(times_s[0]), window_s)
-        totals = counts.sum(axis=1)
+        starts, totals, _, most_of_one = _window_counts(
+            times_s, notes["pitch"], float(times_s[0]), window_s
+        )
         at, most = int(totals.argmax()), int(totals.max())
-        most_of_one = int(counts.max())
         value = (window_s, most / window_s, most_of_one / window_s, int(starts[at]))
         if (
             most > test["max_notes_per_second"] * window_s

@@ -2,7 +2,6 @@
 
 import io
 import struct
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -134,7 +133,7 @@ def read_midi(source: str | Path | bytes) -> Performance:
     if ticks_per_beat <= 0:
         raise InvalidMidi("no-ticks-per-beat", f"{name}: its time division is not ticks per beat")
     bytes_N = np.frombuffer(data, np.uint8)
-    decoded = [_decode_track(bytes_N, data, start, end, name) for start, end in tracks]
+    decoded = [_decode_track(bytes_N, start, end, name) for start, end in tracks]
     notes, pedals, tempi, programs = (
         _sorted_by_tick([track[i] for track in decoded], dtype)
         for i, dtype in enumerate((NOTE, PEDAL, TEMPO, PROGRAM))
@@ -145,7 +144,9 @@ def read_midi(source: str | Path | bytes) -> Performance:
         pedals=pedals,
         tempi=tempi if len(tempi) else _DEFAULT_TEMPO,
         programs=programs if len(programs) else _DEFAULT_PROGRAM,
-        texts=tuple(text for track in decoded for text in track[4]),
+        texts=tuple(
+            data[at : at + n].decode("latin1") for track in decoded for at, n in track[4].tolist()
+        ),
     )
     refuse_overlong(performance.ms(notes["start"][-1:]), name)
     return performance
@@ -190,8 +191,8 @@ def _chunks(data: bytes, name: str) -> tuple[int, list[tuple[int, int]]]:
     return division, tracks
 
 
-def _decode_track(bytes_N: np.ndarray, data: bytes, start: int, end: int, name: str):
-    """Notes, pedals, tempi and programs of one track as structured arrays, and its texts."""
+def _decode_track(bytes_N: np.ndarray, start: int, end: int, name: str) -> list[np.ndarray]:
+    """Notes, pedals, tempi, programs and places of texts of one track, int64 [N, columns] each."""
     from data_pipeline._smf import REASONS, decode_track
 
     # No kind of event can outgrow these: (fewest bytes one takes, columns).
@@ -201,35 +202,29 @@ def _decode_track(bytes_N: np.ndarray, data: bytes, start: int, end: int, name: 
     if counts[0]:
         reason = REASONS[int(counts[0])]
         raise InvalidMidi(reason, f"{name}: broken MIDI data ({reason.replace('-', ' ')})")
-    notes, pedals, tempi, programs, texts = (
-        table[:n] for table, n in zip(tables, counts[1:], strict=True)
-    )
-    return (
-        _structured(
-            NOTE,
-            start=notes[:, 0],
-            end=notes[:, 1],
-            pitch=notes[:, 2],
-            velocity=notes[:, 3],
-            channel=notes[:, 4],
-        ),
-        _structured(PEDAL, tick=pedals[:, 0], value=pedals[:, 1], channel=pedals[:, 2]),
-        _structured(TEMPO, tick=tempi[:, 0], tempo=tempi[:, 1]),
-        _structured(PROGRAM, tick=programs[:, 0], program=programs[:, 1], channel=programs[:, 2]),
-        [data[at : at + n].decode("latin1") for at, n in texts.tolist()],
-    )
+    return [table[:n] for table, n in zip(tables, counts[1:], strict=True)]
 
 
-def _structured(dtype: np.dtype, **columns: np.ndarray) -> np.ndarray:
-    out = np.empty(len(next(iter(columns.values()))), dtype)
-    for name, values in columns.items():
-        out[name] = values
+# Fields in the order of the columns that `decode_track` writes.
+_COLUMNS = {
+    NOTE: ("start", "end", "pitch", "velocity", "channel"),
+    PEDAL: ("tick", "value", "channel"),
+    TEMPO: ("tick", "tempo"),
+    PROGRAM: ("tick", "program", "channel"),
+}
+
+
+def _sorted_by_tick(tables: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
+    """Tables of several tracks as one structured array, sorted by their first column."""
+    columns = _COLUMNS[dtype]
+    rows = np.concatenate([np.empty((0, len(columns)), np.int64), *tables])
+    ticks = np.ascontiguousarray(rows[:, 0])
+    if (ticks[1:] < ticks[:-1]).any():
+        rows = rows[np.argsort(ticks, kind="stable")]
+    out = np.empty(len(rows), dtype)
+    for column, field_name in enumerate(columns):
+        out[field_name] = rows[:, column]
     return out
-
-
-def _sorted_by_tick(tables: Iterable[np.ndarray], dtype: np.dtype) -> np.ndarray:
-    rows = np.concatenate([_none(dtype), *tables])
-    return rows[np.argsort(rows["start" if dtype is NOTE else "tick"], kind="stable")]
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import numpy as np
 
 from data_pipeline.cleaning import remove_instruments
 from data_pipeline.errors import InvalidMidi, UserError
+from data_pipeline.metadata import normalise_class
 from data_pipeline.midi import (
     DRUM_CHANNEL,
     NOTE,
@@ -27,22 +28,23 @@ from data_pipeline.midi import (
 )
 from data_pipeline.vocabulary import (
     DRUM_VELOCITY,
-    DUR_INDEX,
     FAMILIES,
     HIGHEST_DRUM,
     INSTRUMENTS,
     LABELS,
     LOWEST_DRUM,
-    ONSET_INDEX,
     PROGRAMS,
     SEGMENT_MS,
     SPECIAL,
     STEP_MS,
-    VELOCITY_INDEX,
     VELOCITY_STEP,
     Kind,
 )
 
+# Labels are compared without accents: the vocabulary writes "étude", label tables write "etude".
+_LABEL_TOKENS = {
+    (label, normalise_class(name)): name for label, names in LABELS.items() for name in names
+}
 DIM_FROM_END = 100
 DIM_JITTER = 10
 
@@ -216,7 +218,8 @@ class Tokenizer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Instrument index per channel, int64 [16], and the prefix ids in ascending order."""
         of_channel = np.zeros(16, np.int64)  # a channel without program change plays the piano
-        used = {int(c) for c in np.unique(performance.notes["channel"])}
+        counts = np.bincount(performance.notes["channel"], minlength=16)
+        used = set(np.flatnonzero(counts).tolist())
         named = {int(c) for c in performance.programs["channel"]} - {DRUM_CHANNEL}
         for row in performance.programs:
             if row["channel"] != DRUM_CHANNEL:
@@ -227,15 +230,18 @@ class Tokenizer:
         ids = [len(SPECIAL) + i for i in present]
         if DRUM_CHANNEL in used:
             ids.append(len(SPECIAL) + len(INSTRUMENTS))
-        for label, names in LABELS.items():
-            if labels.get(label) in names:
-                ids.append(self.id_of(("prefix", label, labels[label])))
+        for label in LABELS:
+            name = _LABEL_TOKENS.get((label, normalise_class(labels.get(label, ""))))
+            if name is not None:
+                ids.append(self.id_of(("prefix", label, name)))
         return of_channel, np.array(sorted(ids), np.int64)
 
     def _body(
         self, performance: Performance, of_channel: np.ndarray, remove_preceding_silence: bool
     ) -> np.ndarray:
-        """Ids between `<S>` and `<E>`: events of up to three tokens, each after its `<T>`s."""
+        """Ids between `<S>` and `<E>`, uint16: up to three tokens an event, after its `<T>`s."""
+        from data_pipeline import _token_kernels as kernels
+
         notes = performance.notes
         ticks = notes["start"]
         # Drums have no pedal (the reference writes `<U>` for it).
@@ -246,25 +252,21 @@ class Tokenizer:
         begin = 0 if not remove_preceding_silence else int(ticks[order[0]])
         onsets_ms = performance.between_ms(begin, ticks)
         refuse_overlong(onsets_ms, "a performance")
-        events = np.full((len(ticks), 3), -1, np.int64)
-        n = len(notes)
-        drum = notes["channel"] == DRUM_CHANNEL
-        velocity = VELOCITY_INDEX[notes["velocity"]]
         durations_ms = performance.between_ms(notes["start"], pedalled_ends(performance))
-        duration = np.maximum(DUR_INDEX[np.clip(durations_ms, 0, SEGMENT_MS)], 1)
-        row = of_channel[notes["channel"]] * 128 + notes["pitch"]
-        events[:n, 0] = self.first_note_id + row * 13 + velocity
-        events[:n, 2] = np.where(drum, -1, self.first_dur_id + duration)
-        pitch = notes["pitch"].astype(np.int64)
-        known = (pitch >= LOWEST_DRUM) & (pitch <= HIGHEST_DRUM)
-        drum_ids = np.where(known, self.first_drum_id + pitch - LOWEST_DRUM, self.unk_id)
-        events[:n, 0] = np.where(drum, drum_ids, events[:n, 0])
+        heads, durations = kernels.note_tokens(
+            *(np.ascontiguousarray(notes[name]) for name in ("pitch", "velocity", "channel")),
+            durations_ms,
+            of_channel,
+            (self.first_note_id, self.first_drum_id, self.first_dur_id),
+            self.unk_id,
+        )
         if self.has_pedal:
-            events[n:, 0] = self.first_pedal_id + (pedals["value"] < PEDAL_DOWN)
-        events[:, 1] = self.first_onset_id + ONSET_INDEX[onsets_ms % SEGMENT_MS]
-        segments = (onsets_ms // SEGMENT_MS)[order]
-        n_time_tokens = np.maximum(np.diff(segments, prepend=0), 0)
-        return _interleave(events[order], n_time_tokens, self.time_id)
+            pedal_ids = self.first_pedal_id + (pedals["value"] < PEDAL_DOWN)
+            heads = np.concatenate([heads, pedal_ids])
+            durations = np.concatenate([durations, np.full(len(pedals), -1)])
+        return kernels.write_events(
+            heads, onsets_ms, durations, order, self.first_onset_id, self.time_id
+        )
 
     def with_dim(self, ids: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
         """`ids` with `<D>` before the event about 100 tokens from their end, a last `<E>` not
@@ -358,6 +360,8 @@ class Tokenizer:
 
         Onsets are multiples of 10 ms and so is the shift: nothing is quantised twice.
         """
+        from data_pipeline import _token_kernels as kernels
+
         ids = np.asarray(ids, np.int64)
         at, onset_ms = self.events(ids)
         prefix = ids[: np.argmax(ids == self.bos_id)] if self.bos_id in ids else ids[:0]
@@ -367,24 +371,14 @@ class Tokenizer:
         at, onset_ms = at[here], onset_ms[here]
         if not len(at):
             return np.concatenate([prefix, [self.bos_id, self.eos_id]]).astype(np.uint16)
-        onset_ms = onset_ms - onset_ms[0]
-        events = np.full((len(at), 3), -1, np.int64)
-        events[:, 0] = ids[at]
-        events[:, 1] = self.first_onset_id + onset_ms % SEGMENT_MS // STEP_MS
         note = self.kind[ids[at]] == Kind.NOTE
-        events[note, 2] = ids[at[note] + 2]
-        n_time_tokens = np.diff(onset_ms // SEGMENT_MS, prepend=0)
-        body = _interleave(events, n_time_tokens, self.time_id)
+        durations = np.where(note, ids[np.minimum(at + 2, len(ids) - 1)], -1)
+        body = kernels.write_events(
+            ids[at],
+            onset_ms - onset_ms[0],
+            durations,
+            np.arange(len(at)),
+            self.first_onset_id,
+            self.time_id,
+        )
         return np.concatenate([prefix, [self.bos_id], body, [self.eos_id]]).astype(np.uint16)
-
-
-def _interleave(events_Nx3: np.ndarray, n_time_tokens: np.ndarray, time_id: int) -> np.ndarray:
-    """Tokens of the events in order, each after its `<T>`s; -1 marks a token that is not there."""
-    lengths = (events_Nx3 >= 0).sum(axis=1)
-    ends = np.cumsum(n_time_tokens + lengths)
-    out = np.full(ends[-1] if len(ends) else 0, time_id, np.int64)
-    begins = ends - lengths
-    for column in range(3):
-        here = events_Nx3[:, column] >= 0
-        out[begins[here] + column] = events_Nx3[here, column]
-    return out

@@ -29,6 +29,22 @@ def test_every_outcome_is_the_references(golden, real_midi):
     assert n_compared > 100
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_windows_count_what_begins_inside_them(seed):
+    from data_pipeline._filter_kernels import window_counts
+
+    rng = np.random.default_rng(seed)
+    times = np.sort(rng.choice(np.arange(0, 60, 0.5), 80))  # ties, edges, stretches of silence
+    times[times > 40] += 30
+    pitches = rng.integers(60, 66, 80).astype(np.uint8)
+    starts, window = np.arange(times[0], 95.0), float(rng.choice([1, 3, 7.5]))
+    totals, unique, most_of_one = window_counts(times, pitches, starts, window)
+    inside = [pitches[(times >= s) & (times <= s + window)] for s in starts]
+    assert totals.tolist() == [len(p) for p in inside]
+    assert unique.tolist() == [len(set(p)) for p in inside]
+    assert most_of_one == max(np.bincount(p, minlength=1).max() for p in inside)
+
+
 def test_a_test_of_a_performance_without_notes_fails_and_does_not_raise():
     empty = Performance(480, np.zeros(0, NOTE))
     failed = {name for name, _ in filters.check(empty, filters.PRESETS["heavy"])}

@@ -72,6 +72,12 @@ def test_labels_become_prefix_tokens_in_a_drawn_order():
     assert len(orders) > 1 and {frozenset(o) for o in orders} == {frozenset(prefix.tolist())}
 
 
+@pytest.mark.parametrize("written", ["étude", "etude", "E\u0301tude"])
+def test_a_label_is_found_with_and_without_its_accent(written):
+    ids = ARIA.encode(random_performance(np.random.default_rng(0), 5), labels={"form": written})
+    assert ARIA.id_of(("prefix", "form", "étude")) in ids
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_the_ending_is_announced_before_an_event_about_100_tokens_from_the_end(seed):
     performance = random_performance(np.random.default_rng(seed), 120)
