@@ -12,6 +12,7 @@ Three kinds of figures, never mixed up (`Report.sources` says which is which):
 
 import dataclasses
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,18 +21,24 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from aria_jax.aot.hlo import collectives
+from aria_jax.aot.presets import chip_count
 from aria_jax.aot.programs import TRAINING, Program, Task, program, with_layers
 from aria_jax.config import RunConfig
 from aria_jax.sharding import make_mesh
 from aria_jax.train.cost import CHIPS, Chip, forward_flops_per_token
 from data_pipeline.errors import UserError
 
-ATTENTION_EFFICIENCY = 0.5
-"""Assumed share of the peak that splash attention reaches on the scores it must compute."""
+ATTENTION_EFFICIENCY = 0.7
+"""Assumed share of the time that splash attention keeps the matrix units busy."""
 BACKWARD_ATTENTION = 2.5
 """FLOPs of the flash backward pass over the forward's: five matrix products instead of two."""
 READABLE = "v5e"
 """The family whose compiled programs can be printed; other families' text cannot be had."""
+READABLE_SLICES = {
+    4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4", 32: "v5e:4x8", 64: "v5e:8x8", 128: "v5e:8x16",
+    256: "v5e:16x16",
+}  # fmt: skip
+"""By number of chips."""
 
 
 @dataclass(frozen=True)
@@ -136,9 +143,18 @@ def compiled(made: Program, mesh: Mesh) -> Any:
 
 
 def compile_report(
-    config: RunConfig, task: Task, topology: str, *, read_collectives: bool = True
+    config: RunConfig,
+    task: Task,
+    topology: str,
+    *,
+    read_collectives: bool = True,
+    on_compile: Callable[[str], None] = lambda what: None,
 ) -> Report:
     """Compiles a task three times (whole, one layer, two) and puts together what it takes.
+
+    Args:
+        read_collectives: on other chips than v5e this takes two more compilations.
+        on_compile: told what is compiled next: each takes up to minutes.
 
     Raises:
         UserError: see `topology_mesh`; a batch that does not divide; a program that the compiler
@@ -148,18 +164,23 @@ def compile_report(
     mesh = topology_mesh(config, topology)
     chip = CHIPS[topology.partition(":")[0]]
     made = program(config, task, mesh)
+    on_compile("the whole program")
     memory = _memory(made, mesh)
     accumulation = config.train.grad_accumulation if task in TRAINING else 1
-    one, two = (_one_part(with_layers(config, n), accumulation) for n in (1, 2))
-    cost = Cost.of(compiled(program(one, task, mesh), mesh)).repeated(
-        Cost.of(compiled(program(two, task, mesh), mesh)), config.model.n_layers, accumulation
-    )
-    talk = (
-        _collectives((one, two), config, task, topology, accumulation) if read_collectives else None
-    )
+    cut = tuple(_one_part(with_layers(config, n), accumulation) for n in (1, 2))
+    few_layers = []
+    for n, part in enumerate(cut, 1):
+        on_compile(f"{n} of its {config.model.n_layers} layers")
+        few_layers.append(compiled(program(part, task, mesh), mesh))
+    one, two = map(Cost.of, few_layers)
+    cost = one.repeated(two, config.model.n_layers, accumulation)
+    talk = None
+    if read_collectives:
+        texts = _texts(few_layers, cut, task, topology, on_compile)
+        talk = texts and _collectives(*texts, config.model.n_layers, accumulation)
     compile_seconds = time.perf_counter() - began
     attention, model_flops = _attention_flops(config, task, made, mesh), _model_flops(config, made)
-    seconds, source = _estimate(cost, attention, talk, chip)
+    seconds, source = _estimate(cost, attention, talk, config.model.d_head, chip)
     return Report(
         task=task,
         topology=topology,
@@ -226,33 +247,36 @@ def _model_flops(config: RunConfig, made: Program) -> float:
     return (3 if made.training else 1) * sum(parts.values()) * made.tokens
 
 
-def _collectives(
-    programs: tuple[RunConfig, RunConfig],
-    config: RunConfig,
+def _texts(
+    few_layers: Sequence[Any],
+    cut: Sequence[RunConfig],
     task: Task,
     topology: str,
-    accumulation: int,
-) -> dict[str, tuple[int, int]] | None:
-    """Of the whole call, from the texts of the one- and two-layer programs on v5e chips."""
-    family, _, shape = topology.partition(":")
-    if family != READABLE:
-        count = 1
-        for side in shape.split("x"):
-            count *= int(side)
-        sides = {16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
-        if count not in sides:
-            return None
-        topology = f"{READABLE}:{sides[count]}"
-    mesh = topology_mesh(config, topology)
-    one, two = (collectives(compiled(program(p, task, mesh), mesh).as_text()) for p in programs)
+    on_compile: Callable[[str], None],
+) -> list[str] | None:
+    """HLO of the programs of one and two layers; where the family's cannot be printed, of the same
+    programs for as many v5e chips; None where there is no such slice.
+    """
+    if topology.partition(":")[0] == READABLE:
+        return [made.as_text() for made in few_layers]
+    stand_in = READABLE_SLICES.get(chip_count(topology))
+    if stand_in is None:
+        return None
+    on_compile(f"1 and 2 layers for {stand_in}, whose collectives can be read")
+    mesh = topology_mesh(cut[0], stand_in)
+    return [compiled(program(part, task, mesh), mesh).as_text() for part in cut]
+
+
+def _collectives(
+    one_layer: str, two_layers: str, n_layers: int, times: int
+) -> dict[str, tuple[int, int]]:
+    """Of the whole call, from the texts of one and two layers; see `Cost.repeated`."""
+    one, two = collectives(one_layer), collectives(two_layers)
     total = {}
     for kind in sorted(one.keys() | two.keys()):
-        (n1, b1), (n2, b2) = one.get(kind, (0, 0)), two.get(kind, (0, 0))
-        layers = config.model.n_layers - 1
-        total[kind] = (
-            accumulation * (n1 + layers * (n2 - n1)),
-            accumulation * (b1 + layers * (b2 - b1)),
-        )
+        pairs = zip(one.get(kind, (0, 0)), two.get(kind, (0, 0)), strict=True)
+        number, size = (times * (first + (n_layers - 1) * (both - first)) for first, both in pairs)
+        total[kind] = (number, size)
     return total
 
 
@@ -264,14 +288,31 @@ def _collectives_source(topology: str, talk: dict | None) -> str:
     return f"compiler, from the same program for {READABLE} chips"
 
 
+def attention_efficiency(d_head: int, chip: Chip) -> float:
+    """Assumed share of the peak that splash attention reaches on the scores it must compute.
+
+    Products of queries and keys sum over the width of a head, those of weights and values have
+    that many columns: heads narrower than the matrix unit leave the rest of it idle.
+    """
+    return ATTENTION_EFFICIENCY * min(d_head / chip.matrix_unit, 1.0)
+
+
 def _estimate(
-    cost: Cost, attention_flops: float, talk: dict[str, tuple[int, int]] | None, chip: Chip
+    cost: Cost,
+    attention_flops: float,
+    talk: dict[str, tuple[int, int]] | None,
+    d_head: int,
+    chip: Chip,
 ) -> tuple[float, str]:
     """Seconds of one call, and where they come from."""
-    attention = attention_flops / (chip.flops * ATTENTION_EFFICIENCY)
+    efficiency = attention_efficiency(d_head, chip)
+    attention = attention_flops / (chip.flops * efficiency)
     extra = ""
     if attention_flops:
-        extra = f" + attention (assumption: {ATTENTION_EFFICIENCY:.0%} of the peak)"
+        extra = (
+            f" + {attention:.3g} s of attention (assumption: {efficiency:.0%} of the peak, since "
+            f"heads of {d_head} fill {min(d_head / chip.matrix_unit, 1):.0%} of a matrix unit)"
+        )
     if cost.seconds is not None:
         return cost.seconds + attention, "compiler" + extra
     moved = sum(size for _, size in (talk or {}).values())

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -25,6 +26,14 @@ examples:
 
 PARSE = argparse.ArgumentParser.parse_intermixed_args
 TASKS = ("pretrain", "continue", "contrastive", "classify", "embed", "prefill", "decode")
+# No search for chips or for other hosts of a pod, and several compilers at once.
+QUIET_COMPILER = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_ACCELERATOR_TYPE": "v5p-128",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
 # Config of the task that has the same head.
 LIKE = {"embed": "contrastive", "prefill": "pretrain", "decode": "pretrain"}
 
@@ -38,6 +47,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=TASKS, default="pretrain", help="(pretrain)")
     parser.add_argument(
         "--mesh", metavar="D,F,T,S", help="devices per axis: data, fsdp, tensor, sequence"
+    )
+    parser.add_argument(
+        "--no-collectives",
+        action="store_true",
+        help="do not read what chips say to each other: fewer compilations",
     )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON line")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes to the preset")
@@ -58,14 +72,20 @@ def run(args: argparse.Namespace) -> int:
         )
     config = with_overrides(start, settings).validate()
 
-    # Before jax is imported: no search for chips, and several compilers may run at once.
+    # Before jax is imported.
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for name, value in QUIET_COMPILER.items():
+        os.environ.setdefault(name, value)
     from aria_jax.aot.report import compile_report
     from aria_jax.cli.console import print_result
 
-    report = compile_report(config, args.task, args.topology)
+    report = compile_report(
+        config,
+        args.task,
+        args.topology,
+        read_collectives=not args.no_collectives,
+        on_compile=lambda what: print(f"compiling {what} ...", file=sys.stderr, flush=True),
+    )
     result = {**dataclasses.asdict(report), "fits": report.fits}
     print_result(result, args.json, _text(report))
     return 0 if report.fits else 1

@@ -17,6 +17,7 @@ VERBS = {
     "detokenize": ("detokenize", "token ids to MIDI file"),
     "data": ("data", "build, inspect and sample training data"),
     "train": ("train", "pretrain, continue, contrastive, classify"),
+    "compile": ("compile", "what a program takes on TPUs that are not here"),
     "generate": ("generate", "continue a performance"),
     "score": ("score", "negative log-likelihood of performances under a model"),
     "embed": ("embed", "one embedding per file, as Parquet"),

@@ -18,6 +18,7 @@ class Chip:
         bandwidth: bytes a second to and from it.
         network: bytes a second in and out over all links to other chips of the slice.
         kinds: parts of jax's `device_kind` that tell it.
+        matrix_unit: rows and columns of a TPU's systolic array.
     """
 
     flops: float
@@ -25,12 +26,13 @@ class Chip:
     bandwidth: float
     network: float
     kinds: tuple[str, ...]
+    matrix_unit: int = 128
 
 
 # TPUs: cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e. GPUs: NVIDIA data sheets, SXM modules,
 # without sparsity. The first whose kind matches is taken: "TPU v5" would match "TPU v5 lite" too.
 CHIPS = {
-    "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9, ("TPU v6",)),
+    "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9, ("TPU v6",), matrix_unit=256),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, ("TPU v5 lite", "TPU v5e")),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, ("TPU v5",)),
     "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, ("TPU v4",)),

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from aria_jax.kernels.attention import blockwise, cudnn, plain
+from aria_jax.kernels.attention.blockwise import attend as blockwise
+from aria_jax.kernels.attention.cudnn import attend as cudnn
+from aria_jax.kernels.attention.plain import attend as plain
 from aria_jax.sharding import active_mesh, fitting_spec, platform
 
 Implementation = Literal["auto", "splash", "cudnn", "blockwise", "plain"]
@@ -39,7 +41,7 @@ def attention(
         from aria_jax.kernels.attention import splash  # Pallas takes a second to import
 
         return splash.attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_ids, mesh)
-    kernel = {"cudnn": cudnn, "blockwise": blockwise, "plain": plain}[implementation].attend
+    kernel = {"cudnn": cudnn, "blockwise": blockwise, "plain": plain}[implementation]
     if mesh is None:
         return kernel(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_ids)
     # Each device attends for its rows and heads; devices of the sequence axis do the same work.
