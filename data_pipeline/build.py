@@ -14,17 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import filters as filter_presets
-from data_pipeline import metadata as label_sources
 from data_pipeline.building.journal import Journal, digest, disk_errors_explained, write_atomically
-from data_pipeline.building.merge import MergeSettings, merge
+from data_pipeline.building.merge import merge
+from data_pipeline.building.plan import DEDUP, MergeSettings
 from data_pipeline.building.runners import RUNNERS
 from data_pipeline.building.sources import readable_root
 from data_pipeline.building.unit_worker import Job, Limits
+from data_pipeline.cleaning import Cleaning
 from data_pipeline.errors import UserError
+from data_pipeline.metadata import LabelTable, find_tables, read_labels, tables_digest
 from data_pipeline.shards import FORMAT_VERSION, MANIFEST, load_manifest
 from data_pipeline.tokenizer import Tokenizer
-
-DEDUP = ("exact", "none")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def build(
     metadata: str | Path | None = None,
     val_fraction: float = 0.1,
     tokenizer_preset: str = "aria",
-    solo_piano: bool = False,
+    cleaning: Cleaning | None = None,
     dedup: str = "exact",
     max_per_composition: int | None = None,
     shards: int | None = None,
@@ -72,7 +72,9 @@ def build(
         midi_dir: folder (searched recursively) or tar archive.
         workers: processes; None for one per core.
         filters: "light", "heavy", "none" or a file of thresholds.
-        metadata: JSON or CSV of labels; None to look for one beside the files.
+        metadata: JSON or CSV of labels; None to look for tables beside the files.
+        cleaning: what to take out of every performance first; None for nothing.
+        dedup: "exact", "near" or "none"; see `MergeSettings`.
         val_fraction: share of the compositions kept for validation, in [0, 1).
         progress: called with (files done, files in all).
 
@@ -81,62 +83,67 @@ def build(
     """
     _check_arguments(val_fraction, dedup, max_per_composition, shards, runner, workers)
     source, out = Path(midi_dir), Path(out_dir)
-    tokenizer = Tokenizer.preset(tokenizer_preset)
     unit_settings = {
         "tokenizer_preset": tokenizer_preset,
         "filters": filter_presets.load(filters),
-        "solo_piano": solo_piano,
+        "cleaning": asdict(cleaning or Cleaning()),
+        "fingerprints": dedup == "near",
     }
     how = MergeSettings(val_fraction, dedup, max_per_composition, shards)
-    settings = {
-        **unit_settings,
-        **asdict(how),
-        "metadata": _file_digest(metadata),
-        "tokenizer_hash": tokenizer.hash,
-    }
+    tokenizer_hash = Tokenizer.preset(tokenizer_preset).hash
+    settings = {**unit_settings, **asdict(how), "tokenizer_hash": tokenizer_hash}
+    if metadata is not None or source.is_dir():  # the tables of an archive are found by listing it
+        settings["metadata"] = tables_digest(find_tables(source, metadata))
     journal = Journal(out)
     with disk_errors_explained(out), journal.locked():
-        if not _prepare(journal, source, out, settings, overwrite):
-            return _summary(out, load_manifest(out))
-        units = list(journal.units())
-        n_files = sum(len(entries) for _, entries in units)
-        labels = label_sources.load_labels(source, metadata)
-        work = _Work(journal, n_files, progress)
-        jobs = work.missing_jobs(units, readable_root(source, journal.spool), labels)
-        RUNNERS[runner](
-            jobs,
-            work.store,
-            work.tick,
-            workers=workers or os.cpu_count() or 1,
-            settings=unit_settings,
-            limits=limits or Limits(),
-        )
-        counts = merge([journal.unit_path(number) for number, _ in units], journal.final, out, how)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "tokenizer": {"preset": tokenizer_preset, "hash": tokenizer.hash},
-            "settings": settings,
-            "source": {"n_files": n_files, "listing": journal.listing_digest()},
-            **counts,
-        }
-        write_atomically(out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
-        journal.remove()
-    return _summary(out, manifest)
+        if _prepare(journal, source, out, settings, overwrite):
+            tables = find_tables(source if source.is_dir() else journal.tables, metadata)
+            settings["metadata"] = tables_digest(tables)
+            work = _Work(journal, progress)
+            RUNNERS[runner](
+                work.missing_jobs(
+                    readable_root(source, journal.spool), read_labels(source, tables)
+                ),
+                work.store,
+                work.tick,
+                workers=workers or os.cpu_count() or 1,
+                settings=unit_settings,
+                limits=limits or Limits(),
+            )
+            _finish(journal, out, how, settings)
+    return _summary(out, load_manifest(out))
+
+
+def _finish(journal: Journal, out: Path, how: MergeSettings, settings: dict[str, Any]) -> None:
+    """Makes the corpus of the finished units; its manifest, written last, says that it is whole."""
+    n_files = sum(1 for _ in journal.entries())
+    units = [journal.unit_path(number) for number, _ in journal.units()]
+    counts = merge(units, journal.final, out, how)
+    tokenizer = {"preset": settings["tokenizer_preset"], "hash": settings["tokenizer_hash"]}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": tokenizer,
+        "settings": settings,
+        "source": {"n_files": n_files, "listing": journal.listing_digest()},
+        **counts,
+    }
+    write_atomically(out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    journal.remove()
 
 
 class _Work:
     """The units of one run: which are missing, where results go, how far all is."""
 
-    def __init__(self, journal: Journal, n_files: int, progress: Callable[[int, int], None] | None):
-        self._journal, self._n_files, self._progress = journal, n_files, progress
+    def __init__(self, journal: Journal, progress: Callable[[int, int], None] | None):
+        self._journal, self._progress = journal, progress
+        self._sizes = [len(entries) for _, entries in journal.units()]
+        self._n_files = sum(self._sizes)
         self._done: dict[int, int] = {}
-        self._sizes: dict[int, int] = {}
         self._total = 0
         self._lock = threading.Lock()
 
-    def missing_jobs(self, units: list, root: Path, labels: Any) -> Iterator[Job]:
-        for number, entries in units:
-            self._sizes[number] = len(entries)
+    def missing_jobs(self, root: Path, labels: LabelTable) -> Iterator[Job]:
+        for number, entries in self._journal.units():
             if self._journal.unit_path(number).is_file():
                 self.tick(number, len(entries))
             else:
@@ -212,16 +219,6 @@ def _refuse_difference(out: Path, before: dict[str, Any], now: dict[str, Any]) -
             f"{out}: holds a corpus built with other settings ({', '.join(changed)}); "
             "choose another folder, or --overwrite to build it anew"
         )
-
-
-def _file_digest(path: str | Path | None) -> str | None:
-    import hashlib
-
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such metadata file")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def _summary(out: Path, manifest: dict[str, Any]) -> BuildSummary:

@@ -1,12 +1,49 @@
 """Performances without what a corpus does not want: instruments, pedal presses without effect."""
 
 from collections.abc import Collection
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_pipeline.midi import DRUM_CHANNEL, PEDAL_DOWN, Performance
+from data_pipeline.errors import UserError
+from data_pipeline.midi import DRUM_CHANNEL, PEDAL_DOWN, Performance, resolve_overlaps
 from data_pipeline.vocabulary import FAMILIES, IGNORED
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What is done to every performance before it is filtered and tokenised; by default nothing.
+
+    The tokenizer leaves instruments out that it has no tokens for, whatever is set here.
+
+    Attributes:
+        solo_piano: drop the channels that ever play anything but a piano, and the drums.
+        remove_instruments: families whose channels are dropped.
+        remove_redundant_pedals: drop pedal events without effect on any note.
+        resolve_overlaps: end a note where the next of its pitch and channel begins.
+    """
+
+    solo_piano: bool = False
+    remove_instruments: tuple[str, ...] = ()
+    remove_redundant_pedals: bool = False
+    resolve_overlaps: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.remove_instruments) - set(FAMILIES))
+        if unknown:
+            raise UserError(f"no instrument {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
+
+    def clean(self, performance: Performance) -> Performance:
+        """The performance without what is not wanted."""
+        if self.solo_piano:
+            performance = keep_piano(performance)
+        if self.remove_instruments:
+            performance = remove_instruments(performance, self.remove_instruments)
+        if self.resolve_overlaps:
+            performance = resolve_overlaps(performance)
+        if self.remove_redundant_pedals:
+            performance = remove_redundant_pedals(performance)
+        return performance
 
 
 def remove_instruments(

@@ -99,6 +99,11 @@ def fingerprint(performance: Performance) -> np.ndarray:
     onset_ms = np.asarray(performance.ms(notes["start"]), dtype=np.int64)
     order = np.lexsort((notes["pitch"], onset_ms))
     shingles = _shingles(notes["pitch"][order], onset_ms[order])
+    return _min_hashes(shingles)
+
+
+def _min_hashes(shingles: np.ndarray) -> np.ndarray:
+    """The least value of each hash function over uint64 [S >= 1], uint32 [N_HASHES]."""
     values = np.empty(N_HASHES, dtype=np.uint32)
     for k in range(N_HASHES):  # row by row: [N_HASHES, shingles] at once would leave the cache
         values[k] = ((shingles * _MULTIPLIERS[k] + _OFFSETS[k]) >> np.uint64(32)).min()
@@ -129,7 +134,7 @@ def _shingles(pitch: np.ndarray, onset_ms: np.ndarray) -> np.ndarray:
 def near_duplicates(
     fingerprints: np.ndarray,
     n_notes: Sequence[int] | np.ndarray,
-    hashes: Sequence[str],
+    hashes: Sequence[str] | np.ndarray,
     *,
     min_similarity: float = MIN_SIMILARITY,
 ) -> np.ndarray:
@@ -151,7 +156,7 @@ def near_duplicates(
         raise UserError(f"min_similarity={min_similarity} must be above 0 and at most 1")
     n = len(fingerprints)
     # Best piece first: then the representative of a group is its smallest number.
-    hash_array = np.asarray(hashes, dtype=np.str_)
+    hash_array = np.asarray(hashes)
     order = np.lexsort((hash_array, -np.asarray(n_notes, dtype=np.int64)))
     sorted_prints, sorted_hashes = fingerprints[order], hash_array[order]
     edges = [_equal_neighbours(np.unique(sorted_hashes, return_inverse=True)[1])]
@@ -204,16 +209,14 @@ def _components(edges: np.ndarray, n: int) -> np.ndarray:
     return connected_components(graph, directed=False)[1]
 
 
-def cap_per_group(
-    groups: Sequence[str | None], hashes: Sequence[str], max_per_group: int
-) -> np.ndarray:
+def cap_per_group(groups: np.ndarray, hashes: np.ndarray, max_per_group: int) -> np.ndarray:
     """Which pieces to keep so that no group (composition) has more than a number of them.
 
     Those with the smallest hash stay: a fair sample that does not depend on the order of files.
 
     Args:
-        groups: composition of each piece; None is never capped.
-        hashes: `content_hash` of each piece.
+        groups: composition of each piece as a number, int [N]; negative ones are never capped.
+        hashes: `content_hash` of each piece, [N].
         max_per_group: at least 1.
 
     Returns:
@@ -224,11 +227,10 @@ def cap_per_group(
     """
     if max_per_group < 1:
         raise UserError(f"max_per_group={max_per_group} must be at least 1")
-    keep = np.ones(len(groups), dtype=bool)
-    count: dict[str, int] = {}
-    for i in sorted(range(len(groups)), key=lambda i: hashes[i]):
-        group = groups[i]
-        if group is not None:
-            count[group] = count.get(group, 0) + 1
-            keep[i] = count[group] <= max_per_group
+    groups = np.asarray(groups)
+    order = np.lexsort((np.asarray(hashes), groups))
+    ordered = groups[order]
+    rank = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
+    keep = np.empty(len(ordered), dtype=bool)
+    keep[order] = (rank < max_per_group) | (ordered < 0)
     return keep

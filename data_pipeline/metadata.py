@@ -13,12 +13,14 @@ then in the text events of the MIDI file (reference: aria-utils ariautils/midi.p
 """
 
 import csv
+import hashlib
 import json
 import re
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -145,29 +147,65 @@ class LabelTable:
         return {**labels_from_texts(texts), **labels_from_path(relative_path), **row}
 
 
-def load_labels(midi_dir: str | Path, metadata_path: str | Path | None = None) -> LabelTable:
-    """The label table of a folder of MIDI files.
+def is_table_name(name: str) -> bool:
+    """Whether a file of this name beside MIDI files is taken for a label table."""
+    return any(fnmatchcase(name, pattern) for pattern in _METADATA_NAMES)
+
+
+def find_tables(
+    midi_dir: str | Path, metadata_path: str | Path | None = None
+) -> list[tuple[str, Path]]:
+    """Label tables as (folder they speak for, "" for the whole, file).
 
     Args:
-        midi_dir: folder (or archive) of the MIDI files.
+        midi_dir: folder of the MIDI files; of any other path only `metadata_path` is known.
         metadata_path: JSON or CSV file in any layout of this module. Without it, metadata.json,
             metadata.csv and maestro*.json/csv in `midi_dir` and in its direct folders are used.
+    """
+    root = Path(midi_dir)
+    if metadata_path is not None:
+        return [("", Path(metadata_path))]
+    if not root.is_dir():
+        return []
+    folders = [root, *sorted(child for child in root.iterdir() if child.is_dir())]
+    # MAESTRO ships the same table as JSON and as CSV: the first one found will do.
+    files = ((f, [m for n in _METADATA_NAMES for m in sorted(f.glob(n))]) for f in folders)
+    return [("" if f == root else f.name, matches[0]) for f, matches in files if matches]
+
+
+def tables_digest(tables: Sequence[tuple[str, Path]]) -> str | None:
+    """sha256 of what the tables say and of which folders; None without tables.
+
+    Raises:
+        UserError: a table that cannot be read.
+    """
+    sha = hashlib.sha256()
+    for folder, path in tables:
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path}: cannot read the metadata ({error.strerror})") from error
+        sha.update(json.dumps([folder, hashlib.sha256(content).hexdigest()]).encode())
+    return sha.hexdigest() if tables else None
+
+
+def load_labels(midi_dir: str | Path, metadata_path: str | Path | None = None) -> LabelTable:
+    """The label table of a folder of MIDI files: of all that `find_tables` finds.
 
     Raises:
         UserError: malformed or contradictory metadata, with file and key.
     """
-    root = Path(midi_dir)
-    if metadata_path is not None:
-        found = [("", Path(metadata_path))]
-    elif root.is_dir():
-        folders = [root, *sorted(child for child in root.iterdir() if child.is_dir())]
-        # MAESTRO ships the same table as JSON and as CSV: the first one found will do.
-        files = ((f, [m for n in _METADATA_NAMES for m in sorted(f.glob(n))]) for f in folders)
-        found = [("" if f == root else f.name, matches[0]) for f, matches in files if matches]
-    else:
-        found = []
-    sources = tuple(_read_source(path, folder) for folder, path in found)
-    return LabelTable(sources, root_name=root.resolve().name)
+    return read_labels(midi_dir, find_tables(midi_dir, metadata_path))
+
+
+def read_labels(midi_dir: str | Path, tables: Sequence[tuple[str, Path]]) -> LabelTable:
+    """The label table of a folder or archive, from the tables that `find_tables` found.
+
+    Raises:
+        UserError: malformed or contradictory metadata, with file and key.
+    """
+    sources = tuple(_read_source(path, folder) for folder, path in tables)
+    return LabelTable(sources, root_name=Path(midi_dir).resolve().name)
 
 
 def _read_source(path: Path, folder: str) -> _Source:

@@ -16,13 +16,20 @@ examples:
 BUILD = """\
 Read, filter, tokenise and shard every MIDI file of a folder (or tar archive). Killed at any moment
 and run again, it goes on, and ends with the same bytes. Files that cannot be used are named in
-rejected.jsonl with the reason; the rest goes on. Labels come from metadata.json beside the files
-(Aria-MIDI, MAESTRO and ASAP layouts) or --metadata.
-The validation split holds whole compositions."""
+rejected.jsonl with the reason; the rest goes on. The validation split holds whole compositions.
+Labels come from metadata.json beside the files (Aria-MIDI, MAESTRO and ASAP layouts) or --metadata,
+then from the names of files and folders, then from the text inside the MIDI files."""
 
-FILTERS = """\
-filters: "none" keeps all that can be read, "light" drops broken and degenerate files, "heavy" has
-the reference's thresholds; or a JSON file such as {"silent_interval": {"max_silence_s": 30}}."""
+DETAILS = """\
+filters: "none" keeps all that can be read; "light" drops broken and degenerate files, "heavy" has
+the reference's thresholds; or a JSON file such as {"silent_interval": {"max_silence_s": 30}}.
+{table}
+A performance is first cleaned (--solo-piano, --remove-instruments ...), then filtered, tokenised
+and compared:
+  --dedup exact   one piece for each content, whatever its ticks, tempo map, tracks and text
+  --dedup near    and one for each performance, however transposed, stretched, trimmed, re-exported;
+                  takes 400 bytes of memory a file
+  --max-per-composition N   the N performances of a composition whose content hash is smallest"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         made.add_argument("--json", action="store_true", help="print the result as one JSON line")
         return made
 
-    build = verb("build", BUILD, epilog=FILTERS)
+    build = verb("build", BUILD, epilog=DETAILS.replace("{table}", _filter_table()))
     build.add_argument("midi_dir", help="folder (searched recursively) or .tar, .tar.gz")
     build.add_argument("out_dir", help="folder for the shards")
     build.add_argument("--workers", type=int, help="processes (default: one per core)")
@@ -48,7 +55,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--val-fraction", type=float, default=0.1, help="held out (0.1)")
     build.add_argument("--preset", default="aria", help="tokenizer: aria or pedal (aria)")
     build.add_argument("--solo-piano", action="store_true", help="drop other instruments")
-    build.add_argument("--dedup", default="exact", help="exact or none (exact)")
+    build.add_argument(
+        "--remove-instruments",
+        default="",
+        metavar="A,B",
+        help="families to drop, e.g. strings,pipe",
+    )
+    build.add_argument(
+        "--remove-redundant-pedals", action="store_true", help="drop pedal events without effect"
+    )
+    build.add_argument(
+        "--resolve-overlaps", action="store_true", help="end a note where its pitch begins again"
+    )
+    build.add_argument("--dedup", default="exact", help="exact, near or none (exact)")
     build.add_argument("--max-per-composition", type=int, metavar="N", help="performances kept")
     build.add_argument("--shards", type=int, help="shards a split (default: by size)")
     build.add_argument("--runner", default="local", help="local or ray (local)")
@@ -68,6 +87,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("--workers", type=int, default=2, help="processes (2)")
 
 
+def _filter_table() -> str:
+    """The thresholds of the presets, a test a line."""
+    from data_pipeline.filters import PRESETS
+
+    def shown(thresholds: dict | None) -> str:
+        if thresholds is None:
+            return "-"
+        if "test_params_list" in thresholds:  # several windows: one value each
+            first, *_ = tests = thresholds["test_params_list"]
+            return ", ".join(f"{name} {'/'.join(str(t[name]) for t in tests)}" for name in first)
+        return ", ".join(f"{name} {value}" for name, value in thresholds.items())
+
+    lines = []
+    for name, thresholds in PRESETS["heavy"].items():
+        light = PRESETS["light"].get(name)
+        lines.append(f"  {name}\n    heavy: {shown(thresholds)}")
+        lines.append(f"    light: {'the same' if light == thresholds else shown(light)}")
+    return "\n".join(lines)
+
+
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     {"build": _build, "inspect": _inspect, "sample": _sample}[args.verb](args)
@@ -76,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
 def _build(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import print_result, progress_bar
     from data_pipeline.build import build
+    from data_pipeline.cleaning import Cleaning
 
     with progress_bar("build", "file") as progress:
         summary = build(
@@ -86,7 +126,12 @@ def _build(args: argparse.Namespace) -> None:
             metadata=args.metadata,
             val_fraction=args.val_fraction,
             tokenizer_preset=args.preset,
-            solo_piano=args.solo_piano,
+            cleaning=Cleaning(
+                solo_piano=args.solo_piano,
+                remove_instruments=tuple(filter(None, args.remove_instruments.split(","))),
+                remove_redundant_pedals=args.remove_redundant_pedals,
+                resolve_overlaps=args.resolve_overlaps,
+            ),
             dedup=args.dedup,
             max_per_composition=args.max_per_composition,
             shards=args.shards,

@@ -2,6 +2,7 @@
 
     OUT/.build/settings.json   what the unfinished build was asked to do
     OUT/.build/listing.jsonl   the source's files, in order
+    OUT/.build/tables/         label tables of an archive
     OUT/.build/unit-000012     results of one run of files, written once, complete
     OUT/.build/final/          shards being written
 
@@ -75,6 +76,7 @@ class Journal:
         self.folder = out_dir / ".build"
         self.spool = self.folder / "spool"
         self.final = self.folder / "final"
+        self.tables = self.folder / "tables"
         self._listing = self.folder / "listing.jsonl"
         self._settings = self.folder / "settings.json"
 
@@ -102,7 +104,7 @@ class Journal:
         """Lists the source, then notes the settings: from there on the build can be continued."""
         beside = self._listing.with_suffix(".part")
         with beside.open("w") as file:
-            for entry in list_source(source, self.spool):
+            for entry in list_source(source, self.spool, self.tables):
                 file.write(json.dumps([entry.path, entry.size, entry.offset]) + "\n")
             file.flush()
             os.fsync(file.fileno())

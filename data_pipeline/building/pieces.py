@@ -6,6 +6,7 @@ from typing import Any
 from data_pipeline import cleaning, dedup, filters
 from data_pipeline.building.journal import printable, rejection
 from data_pipeline.errors import InvalidMidi
+from data_pipeline.metadata import labels_from_texts
 from data_pipeline.midi import read_midi
 from data_pipeline.tokenizer import Tokenizer
 
@@ -17,13 +18,15 @@ class PieceMaker:
     """Parses, filters and tokenises; keeps what is slow to make between files.
 
     Args:
-        settings: tokenizer_preset, filters (resolved thresholds), solo_piano.
+        settings: tokenizer_preset, filters (resolved thresholds), cleaning (fields of
+            `cleaning.Cleaning`), fingerprints (whether near-duplicates will be looked for).
     """
 
     def __init__(self, settings: dict[str, Any]):
         self._tokenizer = Tokenizer.preset(settings["tokenizer_preset"])
         self._filters = settings["filters"]
-        self._solo_piano = settings["solo_piano"]
+        self._cleaning = cleaning.Cleaning(**settings["cleaning"])
+        self._fingerprints = settings["fingerprints"]
 
     def make(self, path: str, data: bytes, labels: dict[str, str]) -> tuple[dict[str, Any], bytes]:
         """Summary for the merge and ids as little-endian uint16 bytes (none for a rejected file).
@@ -36,12 +39,13 @@ class PieceMaker:
             if performance.duration_ms > LONGEST_MS:
                 return rejection(path, stage, "too-long", int(performance.duration_ms)), b""
             stage = "filter"
-            if self._solo_piano:
-                performance = cleaning.keep_piano(performance)
+            performance = self._cleaning.clean(performance)
             failures = filters.check(performance, self._filters)
             if failures:
                 return rejection(path, stage, failures[0][0], dict(failures)), b""
             stage = "tokenize"
+            # What the tables and the file's name say counts more than what its text says.
+            labels = {**labels_from_texts(performance.texts), **labels}
             ids = self._tokenizer.encode(performance, labels=labels)
             summary = {
                 "path": printable(path),
@@ -52,6 +56,8 @@ class PieceMaker:
                 "labels": labels,
                 "content": dedup.content_hash(performance),
             }
+            if self._fingerprints:
+                summary["fingerprint"] = dedup.fingerprint(performance).astype("<u4").tobytes()
         except InvalidMidi as error:
             return rejection(path, stage, error.reason, str(error)), b""
         except MemoryError:

@@ -1,16 +1,19 @@
 """Where MIDI files come from: a folder, a tar archive read in place, or a compressed one.
 
-Every source is listed in the same order (by path, code point by code point), so that a folder and
-the archive made of it give the same corpus.
+Every source is listed in the same order (by the bytes of the path), so that a folder and the
+archive made of it give the same corpus.
 """
 
 import os
 import tarfile
+from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from data_pipeline.errors import UserError
+from data_pipeline.metadata import is_table_name
 
 SUFFIXES = (".mid", ".midi", ".kar")
 _COPY_BYTES = 1 << 20
@@ -36,13 +39,15 @@ def is_midi_name(name: str) -> bool:
     return name.lower().endswith(SUFFIXES) and not name.startswith("._")
 
 
-def list_source(source: Path, spool: Path) -> Iterator[Entry]:
+def list_source(source: Path, spool: Path, tables: Path) -> Iterator[Entry]:
     """Yields the MIDI files of a folder or archive, sorted by path.
 
     Args:
         source: folder, .tar, or a tar compressed as tarfile can read it (.tar.gz, .tgz, .tar.xz…).
         spool: file that takes the MIDI bytes of a compressed archive, which has no random access;
             untouched otherwise.
+        tables: folder that takes the label tables of an archive, which are found beside its MIDI
+            files or in the folder that holds all of them; not made otherwise.
 
     Raises:
         UserError: no such folder or archive, or an archive that cannot be read.
@@ -50,7 +55,7 @@ def list_source(source: Path, spool: Path) -> Iterator[Entry]:
     if source.is_dir():
         yield from _walk(str(source), "")
     elif source.is_file():
-        yield from _list_archive(source, spool)
+        yield from _list_archive(source, spool, tables)
     else:
         raise UserError(
             f"{source}: no such folder or tar archive; give the folder of your MIDI files"
@@ -80,7 +85,7 @@ def _walk(root: str, prefix: str) -> Iterator[Entry]:
                 found.append((item.name + "/", 0))
             elif is_midi_name(item.name) and item.is_file():
                 found.append((item.name, item.stat().st_size))
-    for name, size in sorted(found):
+    for name, size in sorted(found, key=lambda item: os.fsencode(item[0])):
         if name.endswith("/"):
             yield from _walk(root, prefix + name)
         else:
@@ -96,42 +101,68 @@ def _is_compressed(source: Path) -> bool:
         return True
 
 
-def _list_archive(source: Path, spool: Path) -> Iterator[Entry]:
+def _list_archive(source: Path, spool: Path, tables: Path) -> Iterator[Entry]:
     try:
         if _is_compressed(source):
-            found = _spool_members(source, spool)
+            with tarfile.open(source, "r|*") as archive, spool.open("wb") as out:
+                found = _Listing()
+                for path, member in _members(archive, tables):
+                    found.add(path, member.size, out.tell())
+                    _copy(archive, member, out)
+                out.flush()
+                os.fsync(out.fileno())
         else:
             with tarfile.open(source, "r:") as archive:
-                found = {
-                    path: Entry(path, member.size, member.offset_data)
-                    for path, member in _members(archive)
-                }
+                found = _Listing()
+                for path, member in _members(archive, tables):
+                    found.add(path, member.size, member.offset_data)
     except (tarfile.TarError, EOFError) as error:
         raise UserError(
             f"{source}: not a readable tar archive ({error}); give a folder, .tar or .tar.gz"
         ) from error
-    for path in sorted(found):
-        yield found[path]
+    yield from found.entries()
 
 
-def _members(archive: tarfile.TarFile) -> Iterator[tuple[str, tarfile.TarInfo]]:
+class _Listing:
+    """Members of an archive in the order they are met; about 100 bytes each."""
+
+    def __init__(self) -> None:
+        self._paths: list[bytes] = []
+        self._sizes, self._offsets = array("q"), array("q")
+
+    def add(self, path: str, size: int, offset: int) -> None:
+        self._paths.append(os.fsencode(path))
+        self._sizes.append(size)
+        self._offsets.append(offset)
+
+    def entries(self) -> Iterator[Entry]:
+        """Sorted by path; of members with one path the last, which is what unpacking leaves."""
+        # UTF-8 sorts like the code points it encodes.
+        order = sorted(range(len(self._paths)), key=self._paths.__getitem__)
+        for i, following in zip(order, [*order[1:], -1], strict=True):
+            if following < 0 or self._paths[i] != self._paths[following]:
+                yield Entry(os.fsdecode(self._paths[i]), self._sizes[i], self._offsets[i])
+
+
+def _members(archive: tarfile.TarFile, tables: Path) -> Iterator[tuple[str, tarfile.TarInfo]]:
     for member in archive:
         archive.members = []  # tarfile keeps every header it read: a million of them
         path = member.name.removeprefix("./")
+        folder, _, name = path.rpartition("/")
         # Sparse members are stored in pieces, so their bytes cannot be read in place.
-        if member.isreg() and not member.issparse() and is_midi_name(path.rpartition("/")[2]):
+        if not member.isreg() or member.issparse():
+            continue
+        if is_midi_name(name):
             yield path, member
+        elif is_table_name(name) and "/" not in folder and folder not in ("..", "."):
+            (tables / folder).mkdir(parents=True, exist_ok=True)
+            with (tables / folder / name).open("wb") as out:
+                _copy(archive, member, out)
+                out.flush()
+                os.fsync(out.fileno())
 
 
-def _spool_members(source: Path, spool: Path) -> dict[str, Entry]:
-    """One streaming pass over a compressed archive; only its MIDI files are written out."""
-    found = {}
-    with tarfile.open(source, "r|*") as archive, spool.open("wb") as out:
-        for path, member in _members(archive):
-            found[path] = Entry(path, member.size, out.tell())
-            stream = archive.extractfile(member)
-            while stream is not None and (block := stream.read(_COPY_BYTES)):
-                out.write(block)
-        out.flush()
-        os.fsync(out.fileno())
-    return found
+def _copy(archive: tarfile.TarFile, member: tarfile.TarInfo, out: BinaryIO) -> None:
+    stream = archive.extractfile(member)
+    while stream is not None and (block := stream.read(_COPY_BYTES)):
+        out.write(block)

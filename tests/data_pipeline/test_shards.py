@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.building.journal import pack_unit, rejection, write_atomically
-from data_pipeline.building.merge import MergeSettings, merge, split_compositions
+from data_pipeline.building.merge import merge
+from data_pipeline.building.plan import MergeSettings, composition_key, in_validation
 from data_pipeline.errors import UserError
 from data_pipeline.shards import FORMAT_VERSION, MANIFEST, TokenShards, rejections
 
@@ -29,7 +30,7 @@ def _pieces(n, seed=0):
                 "n_notes": len(ids) // 3,
                 "n_tokens": len(ids),
                 "labels": labels,
-                "content": f"content {i}",
+                "content": f"{i:064x}",
             },
             ids,
         )
@@ -105,7 +106,8 @@ def test_duplicates_and_caps_are_recorded_and_the_first_piece_stays(tmp_path):
     out, counts = _corpus(tmp_path, results, how)
     lines = {(line["path"], line["reason"]): line for line in rejections(out)}
     assert lines["a/004 é.mid", "exact-duplicate"]["value"] == "a/001 é.mid"
-    assert ("a/008 é.mid", "composition-cap") in lines
+    # Of "work 2" (6, 7, 8) the two with the smallest content hash stay.
+    assert lines["a/008 é.mid", "composition-cap"]["value"] == "work 2"
     assert lines["bad.mid", "not-midi"]["stage"] == "parse"
     assert len(lines) == counts["n_rejected"] == 3 and counts["n_accepted"] == 7
 
@@ -122,12 +124,20 @@ def test_equal_results_give_equal_bytes_even_over_a_half_written_merge(tmp_path)
 
 
 def test_split_by_hash_never_leaves_a_split_empty_and_moves_nothing_as_music_is_added():
-    names = [f"work {i}" for i in range(200)]
-    assert 20 <= sum(split_compositions(names, 0.2)) <= 60
-    assert split_compositions(names, 0.2)[:150] == split_compositions(names[:150], 0.2)
+    works = np.array([composition_key(f"work {i}") for i in range(200)], np.uint64)
+
+    def sides(n, fraction, kept=None):
+        kept = np.ones(n, bool) if kept is None else kept
+        return in_validation(works[:n], kept, fraction)
+
+    assert 20 <= sides(200, 0.2).sum() <= 60
+    assert sides(200, 0.2)[:150].tolist() == sides(150, 0.2).tolist()
     for fraction in (0.001, 0.999):
-        assert 0 < sum(split_compositions(names[:3], fraction)) < 3
-    assert not any(split_compositions(names, 0.0))
+        assert 0 < sides(3, fraction).sum() < 3
+    assert not sides(200, 0.0).any()
+    # What is dropped cannot fill a split.
+    kept = ~sides(200, 0.2)
+    assert 0 < (sides(200, 0.2, kept) & kept).sum() < kept.sum()
 
 
 def test_shards_work_in_another_process_or_thread(tmp_path):

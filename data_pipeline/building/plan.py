@@ -1,0 +1,215 @@
+"""What becomes of every accepted piece: kept or dropped, and on which side of the split.
+
+Decided from summaries alone, in arrays: 60 bytes a piece, and 384 more where near-duplicates are
+looked for. Nothing depends on how the files were divided into units.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline import dedup
+from data_pipeline.building.journal import read_summaries
+from data_pipeline.shards import SPLITS
+
+DEDUP = ("exact", "near", "none")
+TOKENS_PER_SHARD = 64 << 20
+_KEPT, _EXACT, _NEAR, _CAPPED = range(4)
+_REASONS = {_EXACT: "exact-duplicate", _NEAR: "near-duplicate", _CAPPED: "composition-cap"}
+_NO_GROUP = -1
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """How accepted pieces become a corpus.
+
+    Attributes:
+        val_fraction: share of the compositions that is kept for validation.
+        dedup: "exact" (one piece for each content), "near" (one for each performance, however it
+            was transposed, stretched, trimmed or exported) or "none".
+        max_per_composition: most pieces of one composition; None for no limit.
+        shards: shards of the train split; None: one for each TOKENS_PER_SHARD tokens.
+    """
+
+    val_fraction: float
+    dedup: str
+    max_per_composition: int | None
+    shards: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The fate of pieces 0..N-1, numbered in the order of the units.
+
+    Attributes:
+        in_val: bool [N].
+        n_pieces, n_tokens: of the kept pieces of each split.
+    """
+
+    in_val: np.ndarray
+    n_pieces: dict[str, int]
+    n_tokens: dict[str, int]
+    _fate: np.ndarray
+    _same_as: dict[int, str]
+
+    def split(self, piece: int) -> str:
+        """Where a piece goes."""
+        return SPLITS[int(self.in_val[piece])]
+
+    def dropped(self, piece: int, labels: dict[str, str]) -> tuple[str, str] | None:
+        """Reason and value for rejected.jsonl; None for a piece that is kept."""
+        fate = int(self._fate[piece])
+        if fate == _KEPT:
+            return None
+        value = labels["composition"] if fate == _CAPPED else self._same_as[piece]
+        return _REASONS[fate], value
+
+    def n_shards(self, split: str, wanted: int | None) -> int:
+        """As many as asked for, or by size; at least one, and none that would be empty."""
+        wanted = wanted or -(-self.n_tokens[split] // TOKENS_PER_SHARD)
+        return max(1, min(wanted, self.n_pieces[split]))
+
+
+def make_plan(units: Sequence[Path], settings: MergeSettings) -> Plan:
+    """Reads the units' summaries and decides."""
+    pieces = _read(units, with_fingerprints=settings.dedup == "near")
+    fate, representative = _without_duplicates(pieces, settings.dedup)
+    if settings.max_per_composition is not None:
+        kept = np.flatnonzero(fate == _KEPT)
+        groups = np.where(
+            pieces.labelled, np.unique(pieces.work, return_inverse=True)[1], _NO_GROUP
+        )
+        stays = dedup.cap_per_group(
+            groups[kept], pieces.content[kept], settings.max_per_composition
+        )
+        fate[kept[~stays]] = _CAPPED
+    kept = fate == _KEPT
+    in_val = in_validation(pieces.work, kept, settings.val_fraction)
+    sides = {split: kept & (in_val == bool(i)) for i, split in enumerate(SPLITS)}
+    return Plan(
+        in_val=in_val,
+        n_pieces={split: int(here.sum()) for split, here in sides.items()},
+        n_tokens={split: int(pieces.n_tokens[here].sum()) for split, here in sides.items()},
+        _fate=fate,
+        _same_as=_paths_of(units, fate, representative),
+    )
+
+
+def composition_key(name: str) -> int:
+    """64 bits that stand for a composition and place it in the split."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big")
+
+
+def in_validation(works: np.ndarray, kept: np.ndarray, val_fraction: float) -> np.ndarray:
+    """Which pieces are for validation: by the key of their composition alone.
+
+    So adding music moves nothing between the splits. Where chance leaves a split without a kept
+    piece, the one composition nearest to the threshold moves.
+
+    Args:
+        works: `composition_key` of each piece, uint64 [N].
+        kept: bool [N].
+        val_fraction: share of the compositions.
+
+    Returns:
+        bool [N].
+    """
+    there = np.unique(works[kept])
+    if not len(there) or val_fraction <= 0:
+        return np.zeros(len(works), bool)
+    in_val = works.astype(np.float64) / 2.0**64 < val_fraction
+    if len(there) > 1 and not in_val[kept].any():
+        in_val |= works == there[0]
+    if len(there) > 1 and in_val[kept].all():
+        in_val &= works != there[-1]
+    return in_val
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """Columns over the accepted pieces: content hash S32, composition key uint64, whether that
+    comes from a label, notes and tokens int64, fingerprints uint32 [N, H] or None.
+    """
+
+    content: np.ndarray
+    work: np.ndarray
+    labelled: np.ndarray
+    n_notes: np.ndarray
+    n_tokens: np.ndarray
+    fingerprints: np.ndarray | None
+
+
+@dataclass
+class _Columns:
+    """`_Pieces` as they grow."""
+
+    content: bytearray = field(default_factory=bytearray)
+    work: "array[int]" = field(default_factory=lambda: array("Q"))
+    labelled: bytearray = field(default_factory=bytearray)
+    n_notes: "array[int]" = field(default_factory=lambda: array("q"))
+    n_tokens: "array[int]" = field(default_factory=lambda: array("q"))
+    fingerprints: bytearray = field(default_factory=bytearray)
+
+
+def _accepted(units: Sequence[Path]) -> Iterator[dict[str, Any]]:
+    for unit in units:
+        for summary in read_summaries(unit):
+            if "n_tokens" in summary:
+                yield summary
+
+
+def _read(units: Sequence[Path], *, with_fingerprints: bool) -> _Pieces:
+    columns = _Columns()
+    for summary in _accepted(units):
+        composition = summary["labels"].get("composition")
+        # Pieces without a label can only share a composition with copies of themselves.
+        name = f"label:{composition}" if composition else f"content:{summary['content']}"
+        columns.content += bytes.fromhex(summary["content"])
+        columns.work.append(composition_key(name))
+        columns.labelled.append(bool(composition))
+        columns.n_notes.append(summary["n_notes"])
+        columns.n_tokens.append(summary["n_tokens"])
+        if with_fingerprints:
+            columns.fingerprints += summary["fingerprint"]
+    prints = np.frombuffer(bytes(columns.fingerprints), "<u4").reshape(-1, dedup.N_HASHES)
+    return _Pieces(
+        content=np.frombuffer(bytes(columns.content), "S32"),
+        work=np.array(columns.work, np.uint64),
+        labelled=np.array(columns.labelled, bool),
+        n_notes=np.array(columns.n_notes, np.int64),
+        n_tokens=np.array(columns.n_tokens, np.int64),
+        fingerprints=prints if with_fingerprints else None,
+    )
+
+
+def _without_duplicates(pieces: _Pieces, how: str) -> tuple[np.ndarray, np.ndarray]:
+    """Fate of each piece so far, int8 [N], and the piece that stands for it, int64 [N]."""
+    numbers = np.arange(len(pieces.content))
+    if how == "none":
+        representative = numbers
+    elif pieces.fingerprints is not None:
+        representative = dedup.near_duplicates(pieces.fingerprints, pieces.n_notes, pieces.content)
+    else:
+        _, first, group = np.unique(pieces.content, return_index=True, return_inverse=True)
+        representative = first[group]  # of equal pieces the first by path
+    fate = np.full(len(numbers), _KEPT, np.int8)
+    fate[representative != numbers] = _NEAR
+    fate[(fate == _NEAR) & (pieces.content == pieces.content[representative])] = _EXACT
+    return fate, representative
+
+
+def _paths_of(
+    units: Sequence[Path], fate: np.ndarray, representative: np.ndarray
+) -> dict[int, str]:
+    """Path of the piece that stands for each duplicate; only those paths are ever in memory."""
+    duplicates = np.flatnonzero((fate == _EXACT) | (fate == _NEAR))
+    if not len(duplicates):
+        return {}
+    wanted: Collection[int] = set(representative[duplicates].tolist())
+    paths = {i: s["path"] for i, s in enumerate(_accepted(units)) if i in wanted}
+    return {int(piece): paths[int(representative[piece])] for piece in duplicates}
