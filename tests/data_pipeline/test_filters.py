@@ -29,6 +29,15 @@ def test_every_outcome_is_the_references(golden, real_midi):
     assert n_compared > 100
 
 
+def test_light_rejects_nothing_that_heavy_accepts(real_midi):
+    looser = filters.PRESETS["light"]
+    assert set(looser) <= set(filters.PRESETS["heavy"])
+    for path in sorted(real_midi.rglob("*.mid"))[::9]:
+        performance = read_midi(path)
+        failed = {name for name, _ in filters.check(performance, filters.PRESETS["heavy"])}
+        assert {name for name, _ in filters.check(performance, looser)} <= failed, path
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_windows_count_what_begins_inside_them(seed):
     from data_pipeline._filter_kernels import window_counts
