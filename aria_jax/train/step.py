@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 
 from aria_jax.config import RunConfig
+from aria_jax.losses.grad_cache import grad_cache
 from aria_jax.models.heads import Model, Parameters
 from aria_jax.train.optimizer import build_optimizer, learning_rate, updates_done
-from aria_jax.train.tasks import Batch, LossFunction
+from aria_jax.train.tasks import Aux, Batch, BatchLoss, LossFunction, in_parts, joined
 
 Metrics = dict[str, jax.Array]
 
@@ -50,43 +51,13 @@ def make_train_step(
     """(state, batch, step) -> (state, metrics), compiled; the state given is donated.
 
     A step whose loss or gradient is not finite changes nothing and reports `skipped` = 1. With
-    `train.grad_accumulation` parts, each part counts by its `weight`, so that the result is that
-    of the whole batch at once.
+    `train.grad_accumulation` parts, each part counts by its `weight`, or a `BatchLoss` is taken of
+    the embeddings of all parts: either way the result is that of the whole batch at once.
     """
-    accumulation = config.train.grad_accumulation
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     schedule = learning_rate(config.optimizer, config.train.steps)
 
-    def weighted_loss(params: Parameters, batch: Batch, key: jax.Array | None):
-        value, aux = loss(merge(params), batch, key)
-        weight = aux["weight"]
-        # Counts are summed, means are weighted: dividing by the sum of weights makes both right.
-        means = {n: v * weight for n, v in aux.items() if n not in ("n_tokens", "weight")}
-        return value * weight, (
-            {"loss": value * weight, **means},
-            {"n_tokens": aux["n_tokens"], "weight": weight},
-        )
-
-    def gradients(params: Parameters, batch: Batch, key: jax.Array | None):
-        grad = jax.value_and_grad(weighted_loss, has_aux=True)
-        if accumulation == 1:
-            (_, aux), grads = grad(params, batch, key)
-            return aux, grads
-        # Row i goes to micro-batch i % accumulation, so that each stays spread over the mesh.
-        micro = jax.tree.map(
-            lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch
-        )
-
-        def add(total, part):
-            rows, i = part
-            part_key = None if key is None else jax.random.fold_in(key, i)
-            (_, aux), grads = grad(params, rows, part_key)
-            return jax.tree.map(jnp.add, total, (aux, grads)), None
-
-        first = jax.tree.map(lambda x: x[0], micro)
-        shapes = jax.eval_shape(grad, params, first, key)
-        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (shapes[0][1], shapes[1]))
-        return jax.lax.scan(add, zeros, (micro, jnp.arange(accumulation)))[0]
+    gradients = weighted_gradients(config.train.grad_accumulation, merge, loss)
 
     def train_step(state: TrainState, batch: Batch, step: jax.Array):
         dropout = config.model.resid_dropout > 0
@@ -105,6 +76,77 @@ def make_train_step(
         return kept, {**metrics, "learning_rate": rate, "skipped": 1.0 - finite}
 
     return jax.jit(train_step, donate_argnums=0)
+
+
+Gradients = Callable[
+    [Parameters, Batch, jax.Array | None], tuple[tuple[Metrics, Metrics], Parameters]
+]
+"""(params, batch, key) -> ((means times weight, counts), gradient times weight).
+
+Dividing by the sum of weights makes both right, whatever the parts of a batch held.
+"""
+
+
+def weighted_gradients(
+    parts: int, merge: Callable[[Parameters], Model], loss: LossFunction
+) -> Gradients:
+    """How a step differentiates `loss`, computing a batch in so many parts."""
+    if parts > 1 and isinstance(loss, BatchLoss):
+        return _cached(parts, merge, loss)
+
+    def weighted_loss(params: Parameters, batch: Batch, key: jax.Array | None):
+        return _weighted(*loss(merge(params), batch, key))
+
+    grad = jax.value_and_grad(weighted_loss, has_aux=True)
+
+    def one_part(params: Parameters, batch: Batch, key: jax.Array | None):
+        (_, aux), grads = grad(params, batch, key)
+        return aux, grads
+
+    return one_part if parts == 1 else _accumulated(parts, one_part)
+
+
+def _accumulated(parts: int, one_part: Gradients) -> Gradients:
+    """Sums over parts."""
+
+    def gradients(params: Parameters, batch: Batch, key: jax.Array | None):
+        rows = in_parts(batch, parts)
+
+        def add(total, part):
+            rows, i = part
+            part_key = None if key is None else jax.random.fold_in(key, i)
+            return jax.tree.map(jnp.add, total, one_part(params, rows, part_key)), None
+
+        shapes = jax.eval_shape(one_part, params, jax.tree.map(lambda x: x[0], rows), key)
+        zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+        return jax.lax.scan(add, zeros, (rows, jnp.arange(parts)))[0]
+
+    return gradients
+
+
+def _cached(parts: int, merge: Callable[[Parameters], Model], loss: BatchLoss) -> Gradients:
+    """Of all rows at once, holding the activations of one part."""
+
+    def embed(params: Parameters, part: tuple[Batch, jax.Array | None]) -> jax.Array:
+        return loss.embed(merge(params), *part)
+
+    def gradients(params: Parameters, batch: Batch, key: jax.Array | None):
+        def compare(params: Parameters, z: jax.Array):
+            return _weighted(*loss.compare(merge(params), joined(z), batch))
+
+        keys = None if key is None else jax.random.split(key, parts)
+        (_, aux), grads = grad_cache(embed, compare, params, (in_parts(batch, parts), keys))
+        return aux, grads
+
+    return gradients
+
+
+def _weighted(value: jax.Array, aux: Aux):
+    """Loss times its weight, and ({name: mean times weight}, {name: count})."""
+    weight = aux["weight"]
+    counts = {"n_tokens": aux["n_tokens"], "weight": weight}
+    means = {name: v * weight for name, v in aux.items() if name not in counts}
+    return value * weight, ({"loss": value * weight, **means}, counts)
 
 
 def _averaged(config: RunConfig, ema: Parameters | None, params: Parameters) -> Parameters | None:

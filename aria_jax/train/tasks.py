@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aria_jax.config import RunConfig
+from aria_jax.config import SLICE_NOTES, RunConfig
 from aria_jax.losses.classification import classification_loss
 from aria_jax.losses.contrastive import contrastive_loss
 from aria_jax.losses.language_model import next_token_loss
@@ -21,7 +21,11 @@ from data_pipeline.shards import load_manifest
 from data_pipeline.tokenizer import Tokenizer
 
 Batch = dict[str, Any]
-LossFunction = Callable[[Model, Batch, jax.Array | None], tuple[jax.Array, dict[str, jax.Array]]]
+Aux = dict[str, jax.Array]
+LossFunction = Callable[[Model, Batch, jax.Array | None], tuple[jax.Array, Aux]]
+
+LEAST_TEMPERATURE = 0.01
+"""Of a learned one: below, single pairs rule the gradient (CLIP, arXiv 2103.00020, section 2.5)."""
 
 
 class Batches(Protocol):
@@ -33,6 +37,45 @@ class Batches(Protocol):
 
     def iterate(self, start_step: int = 0) -> Iterator[Batch]:
         """Batches from a step on."""
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """A loss that compares all rows of a batch, however many passes embed them: a `LossFunction`.
+
+    The training step differentiates it by gradient caching where there are several parts.
+
+    Attributes:
+        embed: (model, rows, dropout key or None) -> embeddings [b, ...].
+        compare: (model, embeddings [B, ...], batch) -> (loss, aux).
+        parts: passes to embed a batch in.
+    """
+
+    embed: Callable[[Model, Batch, jax.Array | None], jax.Array]
+    compare: Callable[[Model, jax.Array, Batch], tuple[jax.Array, Aux]]
+    parts: int = 1
+
+    def __call__(self, model: Model, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Aux]:
+        """The loss, with activations of one part at a time where no gradient is taken."""
+        if self.parts == 1:
+            return self.compare(model, self.embed(model, batch, key), batch)
+        keys = None if key is None else jax.random.split(key, self.parts)
+        rows = in_parts(batch, self.parts)
+        z = jax.lax.map(lambda part: self.embed(model, *part), (rows, keys))
+        return self.compare(model, joined(z), batch)
+
+
+def in_parts(batch: Batch, parts: int) -> Batch:
+    """Row i of [B, ...] as row i // parts of part i % parts, [parts, B / parts, ...].
+
+    So each part stays spread over the mesh.
+    """
+    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
+
+
+def joined(parts: jax.Array) -> jax.Array:
+    """The inverse of `in_parts`."""
+    return jnp.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -81,13 +124,21 @@ def build_task(
     make, extra = {
         "pretrain": (loaders.lm_windows, {"packing": config.data.packing}),
         "continue": (loaders.lm_windows, {"packing": config.data.packing, "add_dim": True}),
-        "contrastive": (loaders.contrastive_pairs, _slice_notes(config)),
+        "contrastive": (
+            loaders.contrastive_pairs,
+            {
+                **_slice_notes(config),
+                "consecutive": config.contrastive.consecutive,
+                "composer_group": config.contrastive.composer_group,
+            },
+        ),
         "classify": (
             loaders.labelled_slices,
             {
                 **_slice_notes(config),
                 "label": config.data.label,
                 "class_names": config.model.class_names,
+                "slice_notes": SLICE_NOTES,
             },
         ),
     }[config.task]
@@ -160,28 +211,48 @@ def _language_model(config: RunConfig) -> LossFunction:
     return loss
 
 
-def _contrastive(config: RunConfig, mesh: jax.sharding.Mesh | None) -> LossFunction:
-    def loss(model: Model, batch: Batch, key: jax.Array | None):
+def _contrastive(config: RunConfig, mesh: jax.sharding.Mesh | None) -> BatchLoss:
+    settings = config.contrastive
+
+    def embed(model: Model, batch: Batch, key: jax.Array | None) -> jax.Array:
         tokens_Bx2xL, eos_Bx2 = batch["tokens"], batch["eos"]
         flat = tokens_Bx2xL.reshape(-1, tokens_Bx2xL.shape[-1])
         z = model.pooled(flat, eos_Bx2.reshape(-1), config.train.pooling, dropout_key=key)
-        z_Bx2xE = z.reshape(len(eos_Bx2), 2, -1)
+        return z.reshape(len(eos_Bx2), 2, -1)
+
+    def compare(model: Model, z_Bx2xE: jax.Array, batch: Batch) -> tuple[jax.Array, Aux]:
+        composition_B, n_rows = batch["composition"], len(z_Bx2xE)
+        ids_B = composition_B
+        if not settings.mask_composition:
+            ids_B = jnp.where(composition_B < 0, composition_B, jnp.arange(n_rows))
+        temperature = _temperature(config, model)
         value, aux = contrastive_loss(
             z_Bx2xE[:, 0],
             z_Bx2xE[:, 1],
-            temperature=config.train.temperature,
-            composition=batch["composition"],
+            temperature=temperature,
+            composition=ids_B,
+            variant=settings.variant,
+            hardness=settings.hardness,
             mesh=mesh,
+            global_negatives=settings.negatives == "global",
         )
-        n_rows = len(eos_Bx2)
-        n_real = (batch["composition"] >= 0).sum()
+        n_real = (composition_B >= 0).sum()
         # Filler rows (end of the validation pieces) are easy negatives: a batch with some counts
         # only where there is no full one.
         weight = jnp.where(n_real == n_rows, n_rows, n_real * 1e-6).astype(jnp.float32)
-        n_tokens = (eos_Bx2 + 1).sum().astype(jnp.float32)
+        n_tokens = (batch["eos"] + 1).sum().astype(jnp.float32)
+        if config.model.learned_temperature:
+            aux = {**aux, "temperature": jax.lax.stop_gradient(temperature)}
         return value, {**aux, "n_tokens": n_tokens, "weight": weight}
 
-    return loss
+    return BatchLoss(embed, compare, config.train.grad_accumulation)
+
+
+def _temperature(config: RunConfig, model: Model) -> jax.Array:
+    start = jnp.float32(config.train.temperature)
+    if model.log_temperature is None:
+        return start
+    return jnp.maximum(start * jnp.exp(model.log_temperature[...]), LEAST_TEMPERATURE)
 
 
 def _classify(config: RunConfig) -> LossFunction:
