@@ -22,8 +22,12 @@ example:
 
 # Small enough for two CPU cores and a few minutes.
 PRETRAIN = "steps=200 warmup_steps=20 eval_every=50 checkpoint_every=50 peak_lr=2e-3"
-_SLICES = "peak_lr=2e-4 global_batch=16 seq_len=256 min_slice_notes=60 max_slice_notes=85"
-CONTRASTIVE = f"steps=60 warmup_steps=10 eval_every=20 checkpoint_every=20 {_SLICES}"
+# Scores carry no touch: all notes are equally loud, and a change of velocity moves a slice further
+# than another piece is away. Augmented, so short a run collapses to one point.
+_SLICES = (
+    "peak_lr=5e-4 global_batch=16 seq_len=256 min_slice_notes=60 max_slice_notes=85 augment=false"
+)
+CONTRASTIVE = f"steps=100 warmup_steps=10 eval_every=25 checkpoint_every=25 {_SLICES}"
 UNTRAINED = f"steps=0 {_SLICES}"
 GENERATE = "--seconds 15 --n 2 --max-tokens 384"
 EMBED = "--slice-notes 85 --max-tokens 256"
