@@ -211,7 +211,13 @@ def run_ray(
         finished, _ = ray.wait(list(running), num_returns=1)
         for reference in finished:
             finished_job = running.pop(reference)
-            store(finished_job.number, ray.get(reference))
+            try:
+                results = ray.get(reference)
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, UserError):
+                    raise UserError(str(error.cause)) from error
+                raise
+            store(finished_job.number, results)
             tick(finished_job.number, len(finished_job.entries))
 
 
