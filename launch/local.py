@@ -3,23 +3,26 @@
     python -m launch.local -n 2 -- train pretrain --data my_data --workdir run1
 
 Process 0 shows its output, another its last lines where it fails. When a process dies the others
-are ended, so that a run never hangs.
+are ended, so that a run never hangs. Ctrl-C or SIGTERM asks all of them to save and leave.
 """
 
 import argparse
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from aria_jax.train.processes import COORDINATOR, COUNT, INDEX
 
-GRACE_S = 10.0  # for the others to save and leave by themselves
+GRACE_S = 20.0  # for the others to find out and leave by themselves
+KILL_AFTER_S = 10.0  # for those that were asked to leave
 
 
 def environments(n: int, port: int) -> list[dict[str, str]]:
@@ -44,10 +47,18 @@ def start(n: int, arguments: Sequence[str]) -> int:
         processes = []
         for index, extra in enumerate(environments(n, free_port())):
             output = None if index == 0 else logs[index].open("wb")
+            # In a session of its own: Ctrl-C reaches this launcher only, which passes it on once.
             processes.append(
-                subprocess.Popen(command, env={**os.environ, **extra}, stdout=output, stderr=output)
+                subprocess.Popen(
+                    command,
+                    env={**os.environ, **extra},
+                    stdout=output,
+                    stderr=output,
+                    start_new_session=True,
+                )
             )
-        failed = _wait(processes)
+        with _stop_passed_on(processes):
+            failed = _wait(processes)
         if failed is None:
             return 0
         print(f"process {failed} of {n} ended with status {processes[failed].returncode}; "
@@ -57,22 +68,45 @@ def start(n: int, arguments: Sequence[str]) -> int:
         return abs(processes[failed].returncode) or 1
 
 
+@contextmanager
+def _stop_passed_on(processes: list[subprocess.Popen]) -> Iterator[None]:
+    """SIGINT and SIGTERM of the launcher become SIGTERM of every process, which then saves."""
+
+    def pass_on(*_: object) -> None:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, pass_on) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def _wait(processes: list[subprocess.Popen]) -> int | None:
     """Index of the first process that failed, once all are gone; None where none did."""
     failed = None
     while failed is None and any(process.poll() is None for process in processes):
         time.sleep(0.1)
         failed = next((i for i, p in enumerate(processes) if p.returncode not in (None, 0)), None)
-    for action in ("terminate", "kill"):
-        deadline = time.monotonic() + GRACE_S
+    _until_gone(processes, GRACE_S)
+    for ask, seconds in ((subprocess.Popen.terminate, KILL_AFTER_S), (subprocess.Popen.kill, 5.0)):
         for process in processes:
             if process.poll() is None:
-                getattr(process, action)()
-        while time.monotonic() < deadline and any(p.poll() is None for p in processes):
-            time.sleep(0.1)
+                ask(process)
+        _until_gone(processes, seconds)
     if failed is None:
         failed = next((i for i, p in enumerate(processes) if p.returncode), None)
     return failed
+
+
+def _until_gone(processes: list[subprocess.Popen], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(p.poll() is None for p in processes):
+        time.sleep(0.1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,8 +17,8 @@ Train a model on token shards (made by `aria-jax data build`).
 
 tasks:
   pretrain     predict the next token
-  continue     the same on pieces with a <D> token 100 tokens before their end, so that the model
-               learns to finish; start it from a pretrained checkpoint
+  continue     one epoch of the same on short pieces with a <D> token 100 tokens before their end,
+               so that the model learns to finish; start it from a pretrained checkpoint
   contrastive  slices of one performance attract, slices of different ones repel (SimCLR)
   classify     learn a label, data.label=composer
 
@@ -27,11 +27,13 @@ metrics.jsonl, TensorBoard events. The same command run again goes on where it s
 SIGTERM stop it after the step under way, with a checkpoint.
 
 Settings are given as key=value, e.g. steps=2000 peak_lr=1e-4 data.global_batch=32 dtype=bfloat16
-mesh.fsdp=4; a wrong key is answered with the nearest right ones.
+mesh.fsdp=4; a wrong key is answered with the nearest right ones. With lora_rank=8 any task trains
+low-rank adapters of the weights of --init-from (`aria-jax convert merge` makes them whole).
 
 examples:
   aria-jax train pretrain --data my_data --workdir run1 --preset small steps=5000
   aria-jax train contrastive --data my_data --workdir run2 --preset small --init-from run1
+  aria-jax train continue --data my_data --workdir run5 --init-from run1 lora_rank=8
   aria-jax train classify --data my_data --workdir run3 --init-from run1/best data.label=composer
   aria-jax train pretrain --data my_data --workdir run4 --preset medium mesh.fsdp=64 \\
       --dry-run --on v5p:64"""
@@ -86,7 +88,8 @@ def _train(args: argparse.Namespace, config: "RunConfig") -> int:
     from aria_jax.cli.console import print_result
     from aria_jax.train.loop import run as train
     from aria_jax.train.metrics import JsonlSink, MetricSink, TensorBoardSink
-    from aria_jax.train.processes import join_processes
+    from aria_jax.train.processes import join_processes, leave_at_once, lost_contact
+    from aria_jax.train.tasks import resolve
 
     first = join_processes() == 0
     workdir = Path(args.workdir)
@@ -97,7 +100,7 @@ def _train(args: argparse.Namespace, config: "RunConfig") -> int:
         sinks = [
             JsonlSink(workdir / "metrics.jsonl"),
             TensorBoardSink(workdir / "tensorboard"),
-            ProgressSink(config.train.steps, args.task),
+            ProgressSink(resolve(config, args.data).train.steps, args.task),
         ]
     try:
         result = train(
@@ -109,6 +112,11 @@ def _train(args: argparse.Namespace, config: "RunConfig") -> int:
             on_start=lambda start: print(start.sentence, file=sys.stderr) if first else None,
             profile=args.profile,
         )
+    except Exception as error:
+        if (reason := lost_contact(error)) is None:
+            raise
+        print(f"\naria-jax: error: {reason}", file=sys.stderr, flush=True)
+        leave_at_once(1)
     finally:
         for sink in sinks:
             sink.close()

@@ -15,6 +15,7 @@ from aria_jax.train.checkpoint import DIRECTORY, Checkpointer, model_record
 from aria_jax.train.cost import chip_of, train_flops_per_token
 from aria_jax.train.metrics import Log, MetricSink, Watch
 from aria_jax.train.preemption import stop_requests
+from aria_jax.train.processes import lost_contact
 from aria_jax.train.profiling import Profiler
 from aria_jax.train.start import Start, decide
 from aria_jax.train.state import Merge, first_state
@@ -94,8 +95,11 @@ def run(
             interrupted = loop.train(should_stop, profiler)
         loop.save()
         checkpointer.wait()
-    finally:
-        checkpointer.close()
+    except BaseException as error:
+        if lost_contact(error) is None:  # closing would wait for the process that is gone
+            checkpointer.close()
+        raise
+    checkpointer.close()
     return TrainResult(loop.step, loop.log.last, interrupted, start)
 
 
@@ -131,7 +135,7 @@ class _Loop:
         self._config, self._task, self._mesh = config, task, mesh
         self._checkpointer, self._best, self._record, self.log = checkpointer, best, record, log
         self._train_step = make_train_step(config, merge, task.loss)
-        self._eval_step = make_eval_step(merge, task.loss)
+        self._eval_step = make_eval_step(config, merge, task.loss)
         self._sharding = batch_sharding(mesh)
         chip = chip_of(jax.devices()[0].device_kind)
         self._watch = Watch(
@@ -157,14 +161,13 @@ class _Loop:
                 self._watch.after(self.step, metrics)
                 profiler.after(self.step, metrics)
                 if self.step == settings.steps or self.step % settings.eval_every == 0:
-                    self._watch.flush()
-                    self._evaluate()
-                    self._watch.restart_clock()
+                    with self._watch.paused():
+                        self._evaluate()
                 if self.step % settings.checkpoint_every == 0:
                     self.save()
                 wanted = should_stop is not None and should_stop(self.step)
                 stopped = asked(self.step) or wanted
-            self._watch.flush()
+            self._watch.finish()
         return stopped and self.step < settings.steps
 
     def save(self) -> None:
@@ -192,7 +195,7 @@ class _Loop:
         if self._task.evaluate is None:
             return
         found = [
-            self._eval_step(self.state.best_params, to_device(batch, self._sharding))
+            self._eval_step(self.state, to_device(batch, self._sharding))
             for batch in islice(self._task.evaluate.iterate(), self._config.train.eval_batches)
         ]
         values = [{name: float(v) for name, v in m.items()} for m in jax.device_get(found)]

@@ -3,7 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -100,11 +101,20 @@ class Watch:
         self._pending: tuple[int, dict[str, jax.Array]] | None = None
         self._bad = 0
         self._since: list[dict[str, float]] = []
+        self._read_up_to = 0
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leaves what happened since the last step out of the throughput."""
+        """Leaves everything before the next step out of the throughput."""
         self._began = time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Reads what is pending, and leaves what happens within out of the throughput."""
+        self.flush()
+        began = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - began
 
     def after(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Takes the metrics of the step just dispatched; reads those of the one before."""
@@ -128,8 +138,15 @@ class Watch:
                 f"{self._last_good()}; lower optimizer.peak_lr and start again from it"
             )
         self._since.append(values)
+        self._read_up_to = step
         if step % self._log_every == 0:
             self._write(step)
+
+    def finish(self) -> None:
+        """Reads what is pending and writes what is left of the last `log_every` steps."""
+        self.flush()
+        if self._since:
+            self._write(self._read_up_to)
 
     def _write(self, step: int) -> None:
         seconds = max(time.perf_counter() - self._began, 1e-9)

@@ -1,6 +1,7 @@
 """What a run would take, told before it starts: `aria-jax train … --dry-run`."""
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -108,18 +109,15 @@ def _memory(
     shardings = parameter_shardings(state, mesh)
 
     def size(part: Any, of: Any) -> int:
-        shards = jax.tree.map(lambda leaf, s: s.shard_shape(leaf.shape), part, of)
-        leaves = zip(
-            jax.tree.leaves(part),
-            jax.tree.leaves(shards, is_leaf=lambda x: isinstance(x, tuple)),
-            strict=True,
-        )
-        return sum(int(np.prod(shape)) * leaf.dtype.itemsize for leaf, shape in leaves)
+        pairs = zip(jax.tree.leaves(part), jax.tree.leaves(of), strict=True)
+        return sum(math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, s in pairs)
 
     weights = size(state.params, shardings.params)
+    # Adapters are added to a copy of the frozen weights, whose gradients become the adapters'.
+    frozen = 0 if state.frozen is None else size(state.frozen, shardings.frozen)
     return {
-        "parameters": weights,
-        "gradients": weights,
+        "parameters": weights + 2 * frozen,
+        "gradients": weights + frozen,
         "optimizer": size(state.opt_state, shardings.opt_state)
         + (0 if state.ema is None else size(state.ema, shardings.ema)),
         "activations": _activations(config, sizes),

@@ -1,6 +1,8 @@
 """Joining the processes of one run, as started by `launch` or by a cluster's own scripts."""
 
 import os
+import re
+from typing import NoReturn
 
 import jax
 
@@ -17,6 +19,11 @@ AUTO = "auto"
 
 HEARTBEAT_TIMEOUT_S = 60
 """A process that is silent for so long is dead, and the others end with an error."""
+SHUTDOWN_TIMEOUT_S = 60
+"""How long a process that is done waits for the others to be done."""
+_STATUS = re.compile(
+    r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
+)
 
 
 def join_processes() -> int:
@@ -29,7 +36,10 @@ def join_processes() -> int:
         UserError: only some of the three variables are set, or not to numbers.
     """
     if os.environ.get(COORDINATOR) == AUTO:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S)
+        jax.distributed.initialize(
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
+        )
         return jax.process_index()
     values = {name: os.environ.get(name) for name in (COORDINATOR, COUNT, INDEX)}
     if not any(values.values()):
@@ -42,6 +52,32 @@ def join_processes() -> int:
     except ValueError:
         raise UserError(f"{COUNT} and {INDEX} must be numbers") from None
     jax.distributed.initialize(
-        os.environ[COORDINATOR], count, index, heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S
+        os.environ[COORDINATOR],
+        count,
+        index,
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
+        shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
     )
     return index
+
+
+def lost_contact(error: BaseException) -> str | None:
+    """One sentence where `error` is how this process learns that another is gone; else None.
+
+    Collectives and barriers then fail with a status of the transport (gloo, NCCL, gRPC), which
+    jax raises as JaxRuntimeError or ValueError.
+    """
+    reason = str(error).strip().partition("\n")[0]
+    transport = isinstance(error, (jax.errors.JaxRuntimeError, ValueError))
+    if jax.process_count() == 1 or not transport or not _STATUS.match(reason):
+        return None
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} lost contact with another, which "
+        f"was killed, preempted or failed ({reason[:160]}); "
+        "start all of them again to go on from the last checkpoint"
+    )
+
+
+def leave_at_once(status: int) -> NoReturn:
+    """Ends this process without the farewell that would wait for processes that are gone."""
+    os._exit(status)

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -13,12 +16,19 @@ SETTINGS = ["d_model=16", "n_heads=2", "n_layers=1", "seq_len=32", "global_batch
 SETTINGS += ["log_every=1", "eval_every=9", "augment=false"]
 
 
-def train(corpus, workdir, *before):
-    environment = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", *before, "train", "pretrain", "--data", str(corpus)]
+ENVIRONMENT = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+TWO = ("launch.local", "-n", "2", "--")
+
+
+def command(corpus, workdir, *before, settings=()):
+    words = [sys.executable, "-m", *before, "train", "pretrain", "--data", str(corpus)]
+    return [*words, "--workdir", str(workdir), *SETTINGS, *settings]
+
+
+def train(corpus, workdir, *before, settings=()):
     return subprocess.run(
-        [*command, "--workdir", str(workdir), *SETTINGS],
-        env=environment, capture_output=True, text=True, timeout=150,
+        command(corpus, workdir, *before, settings=settings),
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=150,
     )  # fmt: skip
 
 
@@ -27,13 +37,85 @@ def losses(workdir):
     return {row["step"]: row["loss"] for row in map(json.loads, lines) if row["split"] == "train"}
 
 
-def test_two_processes_learn_what_one_learns(corpus, tmp_path):
-    two = train(corpus, tmp_path / "two", "launch.local", "-n", "2", "--")
-    assert two.returncode == 0, two.stderr[-2000:]
-    one = train(corpus, tmp_path / "one", "aria_jax.cli.main")
+@pytest.fixture(scope="module")
+def alone(corpus, tmp_path_factory):
+    """Losses by step of one process that nobody disturbs."""
+    workdir = tmp_path_factory.mktemp("alone")
+    one = train(corpus, workdir, "aria_jax.cli.main")
     assert one.returncode == 0, one.stderr[-2000:]
-    found, expected = losses(tmp_path / "two"), losses(tmp_path / "one")
-    assert found == {step: pytest.approx(loss, rel=1e-4) for step, loss in expected.items()}
+    return losses(workdir)
+
+
+def agree(found, expected):
+    return found == {step: pytest.approx(expected[step], rel=1e-4) for step in found}
+
+
+def started(corpus, workdir):
+    """A launcher whose two processes have done a few of very many steps, and saved some."""
+    endless = ["steps=100000", "checkpoint_every=2"]
+    launcher = subprocess.Popen(
+        command(corpus, workdir, *TWO, settings=endless),
+        env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not saved_steps(workdir):
+        assert launcher.poll() is None and time.monotonic() < deadline, launcher.communicate()[1]
+        time.sleep(0.1)
+    return launcher
+
+
+def saved_steps(workdir):
+    """Steps whose checkpoint is complete."""
+    return [int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()]
+
+
+def children(pid):
+    """Process ids by ARIA_JAX_PROCESS_INDEX."""
+    listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return sorted(map(int, listed))  # started in that order
+
+
+def test_two_processes_learn_what_one_learns(corpus, tmp_path, alone):
+    two = train(corpus, tmp_path / "two", *TWO)
+    assert two.returncode == 0, two.stderr[-2000:]
+    found = losses(tmp_path / "two")
+    assert found.keys() == alone.keys() and agree(found, alone)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find a process")
+def test_one_process_is_killed_and_the_run_goes_on(corpus, tmp_path, alone):
+    launcher = started(corpus, tmp_path)
+    os.kill(children(launcher.pid)[1], signal.SIGKILL)
+    killed = time.monotonic()
+    _, told = launcher.communicate(timeout=60)
+    assert time.monotonic() - killed < 45
+    assert launcher.returncode
+    # The survivor says what happened, without a traceback; so does the launcher.
+    assert "process 0 of 2 lost contact with another" in told and "Traceback" not in told
+    assert "run the same command again to go on" in told
+    assert agree({step: loss for step, loss in losses(tmp_path).items() if step in alone}, alone)
+
+    done = max(losses(tmp_path))
+    steps = done + 2
+    again = train(corpus, tmp_path, *TWO, settings=[f"steps={steps}"])
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert f"resuming {tmp_path} at step" in again.stderr
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    redone = rows[[row["step"] for row in rows].index(done) + 1 :]
+    assert [row["step"] for row in redone][-1] == steps
+    # Steps since the checkpoint are done again, with the same losses.
+    first = {row["step"]: row["loss"] for row in rows[: len(rows) - len(redone)]}
+    for row in redone:
+        assert row["loss"] == pytest.approx(first.get(row["step"], row["loss"]), rel=1e-5)
+
+
+def test_ctrl_c_saves_a_step_that_all_agree_on(corpus, tmp_path):
+    launcher = started(corpus, tmp_path)
+    launcher.send_signal(signal.SIGINT)
+    out, told = launcher.communicate(timeout=90)
+    assert launcher.returncode == 1, told[-2000:]
+    assert "interrupted; run the same command again to go on" in out
+    assert max(saved_steps(tmp_path)) == max(losses(tmp_path)), "the last step done is saved"
 
 
 def test_a_process_that_fails_ends_the_run(tmp_path):

@@ -46,6 +46,31 @@ def test_means_are_over_steps_that_counted(recorder):
     assert "loss" not in sink.rows[1][2] and sink.rows[1][2]["skipped"] == 2
 
 
+def test_what_is_left_is_written_at_the_end(recorder):
+    sink = recorder()
+    seen = watch(sink)
+    for number in (1, 2, 3):
+        seen.after(number, step(float(number)))
+    seen.finish()
+    seen.finish()
+    assert sink.losses() == {2: 1.5, 3: 3.0}
+
+
+def test_throughput_leaves_evaluation_out_but_no_step(recorder, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("aria_jax.train.metrics.time.perf_counter", lambda: now[0])
+    sink = recorder()
+    seen = watch(sink)
+    now[0] = 1.0
+    seen.after(1, step(n_tokens=10))
+    with seen.paused():
+        now[0] = 101.0
+    now[0] = 104.0
+    seen.after(2, step(n_tokens=10))
+    seen.finish()
+    assert sink.rows[0][2]["step_s"] == 2.0 and sink.rows[0][2]["tokens_per_s"] == 5.0
+
+
 def test_bad_steps_in_a_row_end_the_run(recorder):
     seen = watch(recorder())
     seen.after(1, step(math.nan, skipped=1))
