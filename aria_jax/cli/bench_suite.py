@@ -23,6 +23,8 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax bench-suite`."""
+    from aria_jax.cli.embed import add_slicing
+
     parser.add_argument("dir", help="folder of labelled MIDI files")
     parser.add_argument("--out", default="bench-out", help="folder for embeddings and the table")
     parser.add_argument("--checkpoint", help="workdir of a contrastive run")
@@ -31,8 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--readout", choices=("logistic", "linear", "knn"), default="logistic")
     parser.add_argument("--metadata", help="labels (default: metadata files beside the MIDI files)")
-    parser.add_argument("--slice-notes", type=int, default=300, help="notes of a slice (300)")
-    parser.add_argument("--max-tokens", type=int, default=2048, help="tokens of a slice (2048)")
+    add_slicing(parser)
+    parser.add_argument(
+        "--pooling", choices=("eos", "mean"), default="eos", help="as trained (default: eos)"
+    )
     parser.add_argument(
         "--min-per-class", type=int, default=10, help="leave smaller classes out (10)"
     )
@@ -119,6 +123,7 @@ def _networks(args: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
     settings = {
         "tokenizer": loaded.tokenizer,
         "max_tokens": min(args.max_tokens, loaded.config.max_seq_len),
+        "pooling": args.pooling,
     }
     untrained = build_model(loaded.config, ComputeConfig(), rngs=nnx.Rngs(params=args.seed))
     made = {
@@ -126,7 +131,7 @@ def _networks(args: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
         "aria_jax": (loaded.model, loaded.fingerprint),
     }
     return {
-        name: (model_encoder(model, pad_id), {"fingerprint": fingerprint, **settings})
+        name: (model_encoder(model, pad_id, args.pooling), {"fingerprint": fingerprint, **settings})
         for name, (model, fingerprint) in made.items()
     }
 

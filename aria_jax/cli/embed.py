@@ -29,8 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--checkpoint", help="workdir of a contrastive run")
     which.add_argument("--baseline", choices=("pitch-class", "statistics"), help="count instead")
-    parser.add_argument("--slice-notes", type=int, default=300, help="notes of a slice (300)")
-    parser.add_argument("--max-tokens", type=int, default=2048, help="tokens of a slice (2048)")
+    add_slicing(parser)
     parser.add_argument("--metadata", help="labels (default: metadata.json beside the files)")
     parser.add_argument("--per-slice", action="store_true", help="one row per slice")
     parser.add_argument(
@@ -41,6 +40,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--host-index", type=int, default=0, help="number of this host (0)")
     parser.add_argument("--host-count", type=int, default=1, help="hosts at work (1)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
+
+
+def add_slicing(parser: argparse.ArgumentParser) -> None:
+    """Adds --slice-notes and --max-tokens."""
+    from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
+
+    for option, default, what in (
+        ("--slice-notes", SLICE_NOTES, "notes of a slice"),
+        ("--max-tokens", SLICE_TOKENS, "tokens of a slice"),
+    ):
+        parser.add_argument(option, type=int, default=default, help=f"{what} ({default})")
 
 
 def run(args: argparse.Namespace) -> None:

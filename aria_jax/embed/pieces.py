@@ -12,12 +12,14 @@ from typing import Protocol
 
 import numpy as np
 
+from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
 from data_pipeline.building.sources import Entry, list_source, read_entry, readable_root
 from data_pipeline.errors import InvalidMidi, UserError
-from data_pipeline.metadata import LabelTable, load_labels
+from data_pipeline.loaders.pieces import Pieces
+from data_pipeline.metadata import LabelTable, find_tables, read_labels
 from data_pipeline.midi import Performance, read_midi
 from data_pipeline.shards import MANIFEST, TokenShards, load_manifest
-from data_pipeline.tokenizer import Kind, Tokenizer
+from data_pipeline.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class Slicing:
     """
 
     tokenizer: str = "aria"
-    slice_notes: int = 300
-    max_tokens: int = 2048
+    slice_notes: int = SLICE_NOTES
+    max_tokens: int = SLICE_TOKENS
 
 
 class Source(Protocol):
@@ -77,6 +79,7 @@ def open_source(
 
     Args:
         spool: file that takes what a compressed archive unpacks to; must outlive the source.
+            Beside it, SPOOL.tables takes the metadata files of an archive.
         metadata: labels of MIDI files (default: metadata files beside them).
 
     Raises:
@@ -89,11 +92,13 @@ def open_source(
             split: len(TokenShards(source, split, tokenizer))
             for split in load_manifest(source)["splits"]
         }
+        sizes = {split: size for split, size in sizes.items() if size}
         return _Shards(source, slicing, tuple(sizes), tuple(sizes.values()))
-    entries = list(list_source(source, spool))
+    tables = spool.with_name(spool.name + ".tables")
+    entries = list(list_source(source, spool, tables))
     if not entries:
         raise UserError(f"{source}: no MIDI files (.mid, .midi, .kar) here")
-    table = load_labels(source, metadata)
+    table = read_labels(source, find_tables(source if source.is_dir() else tables, metadata))
     return _MidiFiles(readable_root(source, spool), slicing, entries, table)
 
 
@@ -144,9 +149,8 @@ class _Shards:
         ]
 
     @cached_property
-    def _opened(self) -> list[TokenShards]:
-        tokenizer = Tokenizer.preset(self.slicing.tokenizer)
-        return [TokenShards(self.data_dir, split, tokenizer) for split in self.splits]
+    def _opened(self) -> list[Pieces]:
+        return [Pieces(self.data_dir, split) for split in self.splits]
 
     def __getstate__(self) -> dict:
         # Each process opens the files itself.
@@ -156,16 +160,18 @@ class _Shards:
         """Slices of shard records start at a token boundary: their onsets are already quantised,
         so they can differ by one 10 ms step from slices of the MIDI file.
         """
-        tokenizer, slice_notes = Tokenizer.preset(self.slicing.tokenizer), self.slicing.slice_notes
+        slicing = self.slicing
         split = int(np.searchsorted(np.cumsum(self.sizes), i, side="right"))
-        record = self._opened[split][i - sum(self.sizes[:split])]
-        ids = without_labels(record.ids, tokenizer)
-        starts = range(0, tokenizer.n_notes(ids), slice_notes)
-        slices = [tokenizer.slice_notes(ids, s, s + slice_notes) for s in starts]
+        pieces, number = self._opened[split], i - sum(self.sizes[:split])
+        record, n_notes = pieces.shards[number], pieces.n_notes(number)
+        slices = [
+            pieces.notes(number, start, start + slicing.slice_notes)
+            for start in range(0, n_notes, slicing.slice_notes)
+        ]
         return Piece(
             path=record.meta["path"],
             sha256=record.meta["sha256"],
-            slices=[_cut_off(ids, tokenizer, self.slicing.max_tokens) for ids in slices],
+            slices=[_cut_off(ids, pieces.tokenizer, slicing.max_tokens) for ids in slices],
             n_notes=record.meta["n_notes"],
             duration_ms=record.meta["duration_ms"],
             labels={**record.meta["labels"], "split": self.splits[split]},
@@ -193,9 +199,3 @@ def _cut_off(ids: np.ndarray, tokenizer: Tokenizer, max_tokens: int) -> np.ndarr
     ids = ids[:max_tokens].copy()
     ids[-1] = tokenizer.eos_id
     return ids
-
-
-def without_labels(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """Only instruments stay in the prefix: a composer there would give a probe its answer."""
-    label = (tokenizer.kind[ids] == Kind.PREFIX) & (tokenizer.instrument[ids] < 0)
-    return ids[~label]

@@ -5,14 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
+from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
 from aria_jax.embed.encode import Encode, model_encoder
 from aria_jax.embed.pieces import Slicing, midi_slices
 from aria_jax.train.checkpoint import load_model
 from data_pipeline.midi import Performance
 from data_pipeline.tokenizer import Tokenizer
-
-SLICE_NOTES = 300
-MAX_TOKENS = 2048
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ def performance_encoder(
     checkpoint: str | Path,
     *,
     slice_notes: int = SLICE_NOTES,
-    max_tokens: int = MAX_TOKENS,
+    max_tokens: int = SLICE_TOKENS,
     pooling: str = "eos",
 ) -> PerformanceEncoder:
     """The encoder of a trained model.
