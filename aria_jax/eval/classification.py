@@ -41,3 +41,9 @@ def f1_per_class(confusion_CxC: np.ndarray) -> np.ndarray:
     """F1 of each class, float64 [C]; 0 for a class that neither occurs nor is answered."""
     hits = np.diagonal(confusion_CxC)
     return 2 * hits / np.maximum(confusion_CxC.sum(0) + confusion_CxC.sum(1), 1)
+
+
+def macro_f1(confusion_CxC: np.ndarray) -> float:
+    """Mean F1 of the classes that occur or are answered; 0 without any."""
+    known = confusion_CxC.sum(0) + confusion_CxC.sum(1) > 0
+    return float(f1_per_class(confusion_CxC)[known].mean()) if known.any() else 0.0

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aria_jax.eval.classification import accuracy, confusion_counts, f1_per_class
+from aria_jax.eval.classification import accuracy, confusion_counts, f1_per_class, macro_f1
 from aria_jax.eval.readouts import READOUTS, Fit, Predict, plain_logistic
 from data_pipeline.errors import UserError
 
@@ -171,7 +171,7 @@ def few_shot(
             counts = confusion_counts(
                 y_of_file[test], predict(problem.means(test)), len(problem.classes)
             )
-            scores.append((accuracy(counts), _macro_f1(counts)))
+            scores.append((accuracy(counts), macro_f1(counts)))
         mean, spread = np.mean(scores, axis=0), np.std(scores, axis=0)
         curve.append(Shots(k, float(mean[0]), float(spread[0]), float(mean[1])))
     return curve
@@ -237,9 +237,9 @@ def _result(
     return ProbeResult(
         classes=problem.classes,
         accuracy=accuracy(counts),
-        macro_f1=_macro_f1(counts),
+        macro_f1=macro_f1(counts),
         accuracy_ci=interval([accuracy(c) for c in resampled]),
-        macro_f1_ci=interval([_macro_f1(c) for c in resampled]),
+        macro_f1_ci=interval([macro_f1(c) for c in resampled]),
         per_class=_per_class(problem.classes, counts),
         confusion=counts,
         majority_accuracy=float((truth == majority).mean()),
@@ -248,10 +248,6 @@ def _result(
         left_out=problem.left_out,
         shared_groups=len(set(group[train]) & set(group[test])),
     )
-
-
-def _macro_f1(counts: np.ndarray) -> float:
-    return float(f1_per_class(counts).mean())
 
 
 def _per_class(classes: Sequence[str], counts: np.ndarray) -> dict[str, dict[str, float]]:

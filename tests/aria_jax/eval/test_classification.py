@@ -9,6 +9,7 @@ from aria_jax.eval.classification import (
     confusion_counts,
     f1_per_class,
     file_probabilities,
+    macro_f1,
 )
 
 
@@ -40,3 +41,5 @@ def test_scores_are_scikit_learns():
     np.testing.assert_array_equal(counts, confusion_matrix(truth, answer))
     assert accuracy(counts) == pytest.approx(accuracy_score(truth, answer))
     assert f1_per_class(counts).mean() == pytest.approx(f1_score(truth, answer, average="macro"))
+    few = confusion_counts(truth % 3, answer % 3, 5)  # two classes that nobody has
+    assert macro_f1(few) == pytest.approx(f1_score(truth % 3, answer % 3, average="macro"))
