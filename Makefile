@@ -9,7 +9,7 @@ DEMO_OUT ?= demo-out
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow lint bench bench-data bench-loaders bench-dedup bench-generate clean
+.PHONY: help setup demo test test-slow lint bench bench-data bench-loaders bench-dedup bench-generate bench-train compile-check compile-table smoke-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,6 +50,22 @@ bench-dedup: setup ## precision and recall of near-duplicate search on planted c
 
 bench-generate: setup ## tokens/s of decoding against the memory bandwidth, and in PyTorch where installed
 	$(BIN)/python -m benchmarks.bench_generate --precisions float32,bfloat16,int8
+
+bench-train: setup ## training tokens/s against the same network in PyTorch (TORCH=pip options)
+	@# The default wheel on Linux brings CUDA along; TORCH='--index-url ...' takes the CPU build.
+	@$(PIP) $(TORCH) -e '.[bench]'
+	$(BIN)/python -m benchmarks.bench_train
+
+compile-check: setup ## compile for TPU topologies that are not here (minutes; installs libtpu)
+	@$(PIP) -e '.[aot]'
+	$(BIN)/python -m pytest -m aot
+
+compile-table: setup ## the table of docs/tpu.md (an hour)
+	@$(PIP) -e '.[aot]'
+	$(BIN)/python -m launch.aot v5p:4x4x4 v5p:4x8x8 v5e:8x8 v5e:16x16 v6e:8x8 v6e:16x16 -- --no-collectives
+
+smoke-gpu: setup ## a few steps of `small` on one GPU, with MFU; says so where there is none
+	$(BIN)/python -m benchmarks.smoke_gpu
 
 clean: ## remove .venv, caches and the demo's output
 	rm -rf $(VENV) $(DEMO_OUT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

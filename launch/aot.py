@@ -40,13 +40,14 @@ def row(topology: str, settings: Sequence[str], arguments: Sequence[str]) -> lis
         return [topology, " ".join(settings), reason[:80], "", "", "", ""]
     report = json.loads(done.stdout.splitlines()[-1])
     gib = 2**30
+    settings = [*settings] or ["the preset's"]
     return [
         topology,
         " ".join(settings),
         f"{report['memory']['total'] / gib:.1f}" + ("" if report["fits"] else " (does not fit)"),
         f"{report['hbm'] / gib:.0f}",
-        f"{report['seconds']:.3g}",
-        f"{report['mfu']:.1%}",
+        f"{report['seconds']:.3g}" if report["seconds"] else "",
+        f"{report['mfu']:.1%}" if report["mfu"] else "",
         f"{report['compile_seconds']:.0f} s",
     ]
 

@@ -31,7 +31,8 @@ ALLOWED = {
     "aria_jax.eval": COMMON | {"aria_jax.models", "aria_jax.embed", "aria_jax.train.checkpoint"},
     "aria_jax.report": COMMON,
     # Compiles the very programs that others run.
-    "aria_jax.aot": COMMON | {f"aria_jax.{r}" for r in ("models", "kernels", "train", "generate")},
+    "aria_jax.aot": COMMON
+    | {f"aria_jax.{r}" for r in ("models", "losses", "kernels", "train", "generate")},
     "aria_jax.cli": COMMON
     | {
         f"aria_jax.{room}"

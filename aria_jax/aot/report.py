@@ -5,12 +5,14 @@ Three kinds of figures, never mixed up (`Report.sources` says which is which):
 - compiler: memory of the whole program; FLOPs, bytes and time of unrolled programs of one and two
   layers. Their difference is one layer, and `n_layers` of those and the rest of the first program
   are the whole, since the compiler counts the body of a loop once, whatever its trip count.
-- formula: FLOPs of the splash attention kernel, which carries no cost estimate.
+- formula: FLOPs of the splash attention kernel, which carries no cost estimate, and of all chunks
+  of the vocabulary loss but the first, since they are a loop too.
 - assumption: the share of the peak that this kernel reaches, and, where the compiler gives no
   time, that a program takes the longer of computing, moving memory, and talking to other chips.
 """
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,9 +23,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from aria_jax.aot.hlo import collectives
-from aria_jax.aot.presets import chip_count
+from aria_jax.aot.presets import TOKENS_AT_ONCE, chip_count, wrong_topology
 from aria_jax.aot.programs import TRAINING, Program, Task, program, with_layers
 from aria_jax.config import RunConfig
+from aria_jax.losses.language_model import CHUNK_TOKENS
 from aria_jax.sharding import make_mesh
 from aria_jax.train.cost import CHIPS, Chip, forward_flops_per_token
 from data_pipeline.errors import UserError
@@ -32,6 +35,8 @@ ATTENTION_EFFICIENCY = 0.7
 """Assumed share of the time that splash attention keeps the matrix units busy."""
 BACKWARD_ATTENTION = 2.5
 """FLOPs of the flash backward pass over the forward's: five matrix products instead of two."""
+_WANTED = re.compile(r"Used ([0-9.]+)([KMG]) of [0-9.]+[KMG]i? hbm")
+"""In the words of a compiler that found too little memory."""
 READABLE = "v5e"
 """The family whose compiled programs can be printed; other families' text cannot be had."""
 READABLE_SLICES = {
@@ -77,15 +82,23 @@ class Cost:
             seconds = grown(self.seconds, two.seconds)
         return Cost(grown(self.flops, two.flops), grown(self.bytes, two.bytes), seconds)
 
+    def with_flops(self, more: float) -> "Cost":
+        """The cost with so many FLOPs added, and bytes and time in proportion."""
+        share = 1 + more / max(self.flops, 1.0)
+        seconds = None if self.seconds is None else self.seconds * share
+        return Cost(self.flops + more, self.bytes * share, seconds)
+
 
 @dataclass(frozen=True)
 class Report:
     """A program on a topology; all figures per chip and call unless they say otherwise.
 
     Attributes:
-        memory: bytes of arguments, temporaries and code; `total` is their peak together.
+        memory: bytes of arguments, temporaries and code; `total` is their peak together, or what
+            the compiler asked for where it gave up.
         hbm: bytes there are.
-        cost: without the attention kernel.
+        cost: without the attention kernel; None, with all that follows from it, where the program
+            does not fit.
         attention_flops: of that kernel, 0 where attention is ordinary operations.
         collectives: kind -> (number, bytes); None where they could not be read.
         seconds: estimate of one call. model_flops: what the mathematics needs, over all chips.
@@ -100,12 +113,12 @@ class Report:
     tokens: int
     memory: dict[str, int]
     hbm: float
-    cost: Cost
+    cost: Cost | None
     attention_flops: float
     collectives: dict[str, tuple[int, int]] | None
-    seconds: float
+    seconds: float | None
     model_flops: float
-    mfu: float
+    mfu: float | None
     compile_seconds: float
     sources: dict[str, str]
 
@@ -122,8 +135,8 @@ def topology_mesh(config: RunConfig, topology: str) -> Mesh:
         UserError: an unknown topology, a missing compiler, or a mesh that does not fit.
     """
     family = topology.partition(":")[0]
-    if family not in CHIPS or not family.startswith("v"):
-        raise UserError(f"topology {topology!r}: expected e.g. v5p:4x4x4, v5e:8x8 or v6e:16x16")
+    if family not in TOKENS_AT_ONCE:
+        raise UserError(wrong_topology(topology))
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except Exception as error:  # the plug-in raises whatever it likes
@@ -166,21 +179,13 @@ def compile_report(
     made = program(config, task, mesh)
     on_compile("the whole program")
     memory = _memory(made, mesh)
-    accumulation = config.train.grad_accumulation if task in TRAINING else 1
-    cut = tuple(_one_part(with_layers(config, n), accumulation) for n in (1, 2))
-    few_layers = []
-    for n, part in enumerate(cut, 1):
-        on_compile(f"{n} of its {config.model.n_layers} layers")
-        few_layers.append(compiled(program(part, task, mesh), mesh))
-    one, two = map(Cost.of, few_layers)
-    cost = one.repeated(two, config.model.n_layers, accumulation)
-    talk = None
-    if read_collectives:
-        texts = _texts(few_layers, cut, task, topology, on_compile)
-        talk = texts and _collectives(*texts, config.model.n_layers, accumulation)
-    compile_seconds = time.perf_counter() - began
-    attention, model_flops = _attention_flops(config, task, made, mesh), _model_flops(config, made)
+    attention = _attention_flops(config, task, made, mesh)
+    cost, talk = None, None
+    if memory["total"] <= chip.hbm:
+        cost, talk = _counted(config, task, topology, read_collectives, on_compile)
+        cost = cost.with_flops(_loss_flops_not_counted(config, task, made, mesh))
     seconds, source = _estimate(cost, attention, talk, config.model.d_head, chip)
+    model_flops = _model_flops(config, made)
     return Report(
         task=task,
         topology=topology,
@@ -194,16 +199,40 @@ def compile_report(
         collectives=talk,
         seconds=seconds,
         model_flops=model_flops,
-        mfu=model_flops / (seconds * mesh.size * chip.flops),
-        compile_seconds=compile_seconds,
+        mfu=seconds and model_flops / (seconds * mesh.size * chip.flops),
+        compile_seconds=time.perf_counter() - began,
         sources={
             "memory": "compiler, whole program",
-            "flops, bytes": "compiler, from unrolled programs of 1 and 2 layers",
+            "flops, bytes": "compiler, from unrolled programs of 1 and 2 layers; formula for all "
+            "chunks of the vocabulary loss but one",
             "attention": "formula" if attention else "in the compiler's figures",
             "collectives": _collectives_source(topology, talk),
             "seconds": source,
         },
     )
+
+
+def _counted(
+    config: RunConfig,
+    task: Task,
+    topology: str,
+    read_collectives: bool,
+    on_compile: Callable[[str], None],
+) -> tuple[Cost, dict[str, tuple[int, int]] | None]:
+    """What the compiler counts in programs of one and two layers, made into the whole."""
+    mesh = topology_mesh(config, topology)
+    accumulation = config.train.grad_accumulation if task in TRAINING else 1
+    cut = tuple(_one_part(with_layers(config, n), accumulation) for n in (1, 2))
+    few_layers = []
+    for n, part in enumerate(cut, 1):
+        on_compile(f"{n} of its {config.model.n_layers} layers")
+        few_layers.append(compiled(program(part, task, mesh), mesh))
+    one, two = map(Cost.of, few_layers)
+    cost = one.repeated(two, config.model.n_layers, accumulation)
+    if not read_collectives:
+        return cost, None
+    texts = _texts(few_layers, cut, task, topology, on_compile)
+    return cost, texts and _collectives(*texts, config.model.n_layers, accumulation)
 
 
 def _one_part(config: RunConfig, accumulation: int) -> RunConfig:
@@ -219,7 +248,12 @@ def _one_part(config: RunConfig, accumulation: int) -> RunConfig:
 
 def _memory(made: Program, mesh: Mesh) -> dict[str, int]:
     """Bytes per chip; a compiler that runs out of memory says how much it wanted."""
-    found = compiled(made, mesh).memory_analysis()
+    try:
+        found = compiled(made, mesh).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if (wanted := _WANTED.search(str(error))) is None:
+            raise
+        return {"total": int(float(wanted[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[wanted[2]])}
     parts = {
         "arguments": found.argument_size_in_bytes,
         "outputs": found.output_size_in_bytes - found.alias_size_in_bytes,
@@ -227,6 +261,16 @@ def _memory(made: Program, mesh: Mesh) -> dict[str, int]:
         "code": found.generated_code_size_in_bytes,
     }
     return {**parts, "total": sum(parts.values())}
+
+
+def _loss_flops_not_counted(config: RunConfig, task: Task, made: Program, mesh: Mesh) -> float:
+    """Of the chunks after the first of the vocabulary loss; per chip and call."""
+    if task not in ("pretrain", "continue"):
+        return 0.0
+    ways = mesh.size // mesh.shape["tensor"]
+    chunks = -(-made.tokens // (config.train.grad_accumulation * ways * CHUNK_TOKENS))
+    head = 3 * forward_flops_per_token(config.model, config.data.seq_len)["head"]
+    return head * made.tokens / mesh.size * (1 - 1 / max(chunks, 1))
 
 
 def _attention_flops(config: RunConfig, task: Task, made: Program, mesh: Mesh) -> float:
@@ -298,13 +342,15 @@ def attention_efficiency(d_head: int, chip: Chip) -> float:
 
 
 def _estimate(
-    cost: Cost,
+    cost: Cost | None,
     attention_flops: float,
     talk: dict[str, tuple[int, int]] | None,
     d_head: int,
     chip: Chip,
-) -> tuple[float, str]:
+) -> tuple[float | None, str]:
     """Seconds of one call, and where they come from."""
+    if cost is None:
+        return None, "none: it does not fit"
     efficiency = attention_efficiency(d_head, chip)
     attention = attention_flops / (chip.flops * efficiency)
     extra = ""

@@ -115,6 +115,10 @@ def _text(report: "Report") -> str:
         f"{report.task} on {report.topology}: {report.chips} chips, {mesh}, "
         f"{report.tokens:,} tokens a call",
         f"memory       {total / gib:.2f} of {report.hbm / gib:.0f} GiB a chip, {verdict} ({parts})",
+    ]
+    if report.cost is None or report.seconds is None or report.mfu is None:
+        return "\n".join([*lines, f"compiled in  {report.compile_seconds:.0f} s"])
+    lines += [
         f"arithmetic   {report.cost.flops / 1e12:.2f} TFLOPs a chip, and "
         f"{report.attention_flops / 1e12:.2f} in the attention kernel",
         f"traffic      {report.cost.bytes / 1e9:.1f} GB to and from memory, "

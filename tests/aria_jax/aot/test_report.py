@@ -3,12 +3,22 @@
 import dataclasses
 import json
 
+import jax
 import pytest
 
-from aria_jax.aot.presets import accelerator_run, chip_count
-from aria_jax.aot.programs import with_layers
-from aria_jax.aot.report import Cost
+from aria_jax.aot.presets import TOKENS_AT_ONCE, accelerator_run, chip_count, tuned
+from aria_jax.aot.programs import Program, with_layers
+from aria_jax.aot.report import (
+    ATTENTION_EFFICIENCY,
+    Cost,
+    _loss_flops_not_counted,
+    attention_efficiency,
+)
 from aria_jax.cli.main import main
+from aria_jax.config import DataConfig, MeshConfig, for_task, with_overrides
+from aria_jax.losses.language_model import CHUNK_TOKENS
+from aria_jax.sharding import make_mesh
+from aria_jax.train.cost import CHIPS
 from data_pipeline.errors import UserError
 
 TINY = ["--preset", "tiny", "d_model=256", "n_heads=2", "n_layers=3", "seq_len=256", "--json"]
@@ -20,11 +30,61 @@ def test_layers_are_extrapolated_from_one_and_two():
     assert one.repeated(dataclasses.replace(two, seconds=None), 4, 1).seconds is None
 
 
+def test_flops_of_loops_bring_bytes_and_time_in_proportion():
+    assert Cost(10.0, 100.0, 1.0).with_flops(5.0) == Cost(15.0, 150.0, 1.5)
+    assert Cost(10.0, 100.0, None).with_flops(5.0).seconds is None
+
+
 def test_fewer_layers_are_unrolled():
     config = accelerator_run("medium", "pretrain", "v5p:4x4x4")
     cut = with_layers(config, 2)
     assert cut.model.n_layers == 2 and not cut.compute.scan_layers
-    assert config.mesh.fsdp == -1 and config.data.global_batch == 512
+
+
+def test_all_chunks_of_the_loss_but_one_are_added():
+    config = accelerator_run("medium", "pretrain", "v5p:4x4x4")
+    mesh = make_mesh(MeshConfig(1, 1, 1, 1), jax.devices()[:1])
+    made = Program(None, (), tokens=4 * CHUNK_TOKENS, training=True)
+    one_chunk = 3 * 2 * 1536 * 17_727 * CHUNK_TOKENS
+    config = with_overrides(config, ["grad_accumulation=1"])
+    assert _loss_flops_not_counted(config, "pretrain", made, mesh) == pytest.approx(3 * one_chunk)
+    # In two parts of two chunks each, one of every part is counted already.
+    parts = with_overrides(config, ["grad_accumulation=2"])
+    assert _loss_flops_not_counted(parts, "pretrain", made, mesh) == pytest.approx(2 * one_chunk)
+    assert _loss_flops_not_counted(config, "contrastive", made, mesh) == 0
+
+
+def test_narrow_heads_leave_matrix_units_idle():
+    v5p, v6e = CHIPS["v5p"], CHIPS["v6e"]
+    assert attention_efficiency(128, v5p) == ATTENTION_EFFICIENCY
+    assert attention_efficiency(64, v5p) == ATTENTION_EFFICIENCY / 2
+    assert attention_efficiency(64, v6e) == ATTENTION_EFFICIENCY / 4
+
+
+@pytest.mark.parametrize("family", TOKENS_AT_ONCE)
+@pytest.mark.parametrize("chips", [1, 4, 64, 256])
+@pytest.mark.parametrize("task", ["pretrain", "contrastive"])
+def test_tuned_runs_divide_over_the_chips(family, chips, task):
+    run = dataclasses.replace(
+        for_task("medium", task), data=DataConfig(seq_len=8192, global_batch=512)
+    )
+    made = tuned(run, family, chips)
+    assert not made.problems()
+    assert made.mesh.data * made.mesh.fsdp == chips and made.mesh.fsdp <= 64
+    assert made.compute.dtype == "bfloat16"
+    # What is learned is not touched.
+    assert (made.data, made.optimizer, made.model) == (run.data, run.optimizer, run.model)
+    rows = 512 // made.train.grad_accumulation
+    assert rows % chips == 0
+    if task == "pretrain":
+        assert rows // chips * 8192 <= TOKENS_AT_ONCE[family] and made.compute.remat == "dots"
+    else:
+        assert made.train.grad_accumulation == 1, "contrastive rows must see each other"
+
+
+def test_small_models_need_fewer_parts():
+    small = tuned(for_task("small", "pretrain"), "v5e", 1)
+    assert small.train.grad_accumulation == 1 and small.compute.remat == "dots"
 
 
 def test_topologies_are_parsed():
