@@ -26,6 +26,21 @@ A run lives in its --workdir: checkpoints, the weights of the lowest validation 
 metrics.jsonl, TensorBoard events. The same command run again goes on where it stopped. Ctrl-C and
 SIGTERM stop it after the step under way, with a checkpoint.
 
+What contrastive compares (all are settings):
+  negatives         global: all other pieces of the batch, over every device and process; local:
+                    those on the same device, as the reference's released code compares
+  augment           true; false as in that code, which never switches its augmentation on
+  grad_accumulation=N embeds a batch in N parts and still compares all of it (gradient caching), so
+                    that global_batch=4096 pairs train on a laptop
+  temperature=0.1, learned_temperature=true; variant=symmetric (reference) or nt-xent (SimCLR)
+  hardness=0.5      weighs negatives by how near they are; composer_group=4 puts pieces of one
+                    composer into one batch; mask_composition=false lets performances of one
+                    composition repel; consecutive=true takes neighbouring slices
+  pooling=mean      averages all positions instead of reading at <E>
+
+classify reports file_accuracy and file_macro_f1 of the validation files too: each file is answered
+by the mean of its 300-note slices' probabilities, weighted by their tokens.
+
 Settings are given as key=value, e.g. steps=2000 peak_lr=1e-4 data.global_batch=32 dtype=bfloat16
 mesh.fsdp=4; a wrong key is answered with the nearest right ones. With lora_rank=8 any task trains
 low-rank adapters of the weights of --init-from (`aria-jax convert merge` makes them whole).
