@@ -99,6 +99,8 @@ def prefill(
     slot_T = jnp.arange(prompt_T.shape[0])
     visible_PxT = (slot_T < length)[None]
     if condition_E is not None:
+        if weights.adapter_ExD is None:
+            raise ValueError("a condition needs a model with an embedding adapter")
         first_D = condition_E.astype(x_PxTxD.dtype) @ weights.adapter_ExD
         x_1xTxD = jnp.concatenate([first_D[None, None], x_PxTxD[:, :-1]], axis=1)
         x_PxTxD = jnp.concatenate([x_1xTxD, x_1xTxD])

@@ -140,7 +140,7 @@ def _choose(
         logits_SxV = settings.repetition.apply(logits_SxV, state.recent_SxW, vocabulary.penalised_V)
     if n_branches == 2:  # a guided piece ends where it is told to, as in the reference
         logits_SxV = logits_SxV.at[:, vocabulary.dim_id].set(-jnp.inf)
-    if grammar is not None:
+    if grammar is not None and state.grammar is not None:
         allowed_SxV = grammar.allowed(state.grammar, settings.max_tokens - state.n)
         logits_SxV = jnp.where(allowed_SxV, jnp.nan_to_num(logits_SxV), -jnp.inf)
     keys_S = step_keys(key, jnp.arange(logits_SxV.shape[0]), state.n)
@@ -150,6 +150,12 @@ def _choose(
         at_event_S = ~vocabulary.inside_event_V[token_S] & ~state.dim_seen_S
         token_S = jnp.where(due & at_event_S, vocabulary.dim_id, token_S)
     return jnp.where(state.ended_S, vocabulary.pad_id, token_S)
+
+
+def _after(
+    grammar: Grammar | None, state: GrammarState | None, token_S: jax.Array
+) -> GrammarState | None:
+    return None if grammar is None or state is None else grammar.advance(state, token_S)
 
 
 @partial(jax.jit, static_argnames=("settings", "n_branches"), donate_argnames=("state",))
@@ -184,7 +190,7 @@ def _advance_chunk(
             ended_S=state.ended_S | (token_S == vocabulary.eos_id),
             dim_seen_S=state.dim_seen_S | (token_S == vocabulary.dim_id),
             recent_SxW=jnp.concatenate([state.recent_SxW[:, 1:], token_S[:, None]], axis=1),
-            grammar=None if grammar is None else grammar.advance(state.grammar, token_S),
+            grammar=_after(grammar, state.grammar, token_S),
         )
 
     return jax.lax.while_loop(unfinished, step, state)

@@ -3,9 +3,10 @@
     piece  = prefix* <S> ( event | <T> | <D> )* <E>
     event  = note onset duration | drum onset | pedal onset
 
-Within a segment (between two `<T>`) onsets do not decrease. Only instruments that the prefix
-announces may play, no note is silent or without length, and `<D>` comes at most once. So every
-token of a generated sequence means something to the detokeniser.
+Within a segment (between two `<T>`) onsets do not decrease, and no key is struck twice at one
+onset, which a MIDI file could not hold. Only instruments that the prefix announces may play, no
+note is silent or without length, and `<D>` comes at most once. So every token of a generated
+sequence means something to the detokeniser, and every note is in the file written from it.
 """
 
 from enum import IntEnum
@@ -44,12 +45,16 @@ class GrammarState:
         onset_B: latest onset within the segment in ms, int32.
         silence_B: `<T>` since the last event, int32.
         dim_seen_B: whether `<D>` has come.
+        key_B: key of the latest event begun within the segment, int32.
+        struck_BxK: latest onset of each key within the segment, -1 before the first; int16.
     """
 
     expect_B: jax.Array
     onset_B: jax.Array
     silence_B: jax.Array
     dim_seen_B: jax.Array
+    key_B: jax.Array
+    struck_BxK: jax.Array
 
 
 @flax.struct.dataclass
@@ -61,6 +66,9 @@ class Grammar:
         onset_V: onset in ms of onset tokens, for others a number no onset reaches; int32.
         begins_V: bool; first tokens of events.
         next_V: the state after this id, except for onsets; int32.
+        key_V: the key that a note or drum token strikes, a number of instrument and pitch; others
+            have the last one, which is never struck; int32.
+        last_onset: the greatest onset, after which no key can be struck again.
         time_id, dim_id: `<T>` and `<D>`.
     """
 
@@ -68,6 +76,8 @@ class Grammar:
     onset_V: jax.Array
     begins_V: jax.Array
     next_V: jax.Array
+    key_V: jax.Array
+    last_onset: int = flax.struct.field(pytree_node=False)
     time_id: int = flax.struct.field(pytree_node=False)
     dim_id: int = flax.struct.field(pytree_node=False)
 
@@ -77,11 +87,15 @@ class Grammar:
         No event begins that could not be finished within the space left.
         """
         ids_V = jnp.arange(self.onset_V.shape[0])
+        struck_B = jnp.take_along_axis(state.struck_BxK, state.key_B[:, None], axis=1)[:, 0]
+        free_B = jnp.where(state.expect_B == Expect.EVENT, 0, struck_B.astype(jnp.int32) + 1)
+        worn_BxK = state.struck_BxK >= self.last_onset
         forbidden_BxV = (
             ((ids_V == self.time_id) & (state.silence_B >= MAX_EMPTY_SEGMENTS)[:, None])
             | ((ids_V == self.dim_id) & state.dim_seen_B[:, None])
             | (self.begins_V & (jnp.asarray(remaining) < 3))
-            | (self.onset_V < state.onset_B[:, None])
+            | (self.onset_V < jnp.maximum(state.onset_B, free_B)[:, None])
+            | worn_BxK[:, self.key_V]
         )
         return self.allowed_SxV[state.expect_B] & ~forbidden_BxV
 
@@ -94,6 +108,13 @@ class Grammar:
         is_time_B = token_B == self.time_id
         silence_B = jnp.where(is_time_B, state.silence_B + 1, state.silence_B)
         ended_B = state.expect_B == Expect.NOTHING
+        n_keys = state.struck_BxK.shape[1]
+        struck_BxK = jnp.where(
+            is_onset_B[:, None] & (jnp.arange(n_keys - 1) == state.key_B[:, None]),
+            self.onset_V[token_B].astype(jnp.int16)[:, None],
+            state.struck_BxK[:, :-1],
+        )
+        never_Bx1 = state.struck_BxK[:, -1:]
         return GrammarState(
             expect_B=jnp.where(
                 ended_B,
@@ -105,6 +126,10 @@ class Grammar:
             ),
             silence_B=jnp.where(self.begins_V[token_B], 0, silence_B),
             dim_seen_B=state.dim_seen_B | (token_B == self.dim_id),
+            key_B=jnp.where(self.begins_V[token_B] | is_time_B, self.key_V[token_B], state.key_B),
+            struck_BxK=jnp.concatenate(
+                [jnp.where(is_time_B[:, None], -1, struck_BxK), never_Bx1], axis=1
+            ),
         )
 
 
@@ -146,9 +171,35 @@ def make_grammar(tokenizer: Tokenizer, prompt: np.ndarray) -> Grammar:
         onset_V=jnp.asarray(np.where(onset, tokenizer.onset_ms, np.iinfo(np.int32).max)),
         begins_V=jnp.asarray((kind == Kind.NOTE) | (kind == Kind.DRUM) | pedal),
         next_V=jnp.asarray(following),
+        key_V=jnp.asarray(_keys(tokenizer)),
+        last_onset=int(tokenizer.onset_ms.max()),
         time_id=tokenizer.time_id,
         dim_id=tokenizer.dim_id,
     )
+
+
+def _keys(tokenizer: Tokenizer) -> np.ndarray:
+    """`Grammar.key_V`, int32 [V]."""
+    strikes = np.isin(tokenizer.kind, (Kind.NOTE, Kind.DRUM))
+    pairs = np.stack([tokenizer.instrument[strikes], tokenizer.pitch[strikes]], axis=1)
+    distinct, number = np.unique(pairs, axis=0, return_inverse=True)
+    key_V = np.full(tokenizer.vocab_size, len(distinct), np.int32)
+    key_V[strikes] = number.reshape(-1)
+    return key_V
+
+
+def _struck(tokenizer: Tokenizer, segment: np.ndarray) -> tuple[int, np.ndarray]:
+    """The latest key begun in a segment, and the latest onset of each key, int16 [K]."""
+    key_V = _keys(tokenizer)
+    never = int(key_V.max())
+    key, struck = never, np.full(never + 1, -1, np.int16)
+    for token in segment:
+        kind = tokenizer.kind[token]
+        if kind in (Kind.NOTE, Kind.DRUM, Kind.PEDAL):
+            key = int(key_V[token])
+        elif kind == Kind.ONSET and key != never:
+            struck[key] = tokenizer.onset_ms[token]
+    return key, struck
 
 
 def state_after(tokenizer: Tokenizer, prompt: np.ndarray, batch: int) -> GrammarState:
@@ -171,9 +222,12 @@ def state_after(tokenizer: Tokenizer, prompt: np.ndarray, batch: int) -> Grammar
     events = np.flatnonzero(np.isin(kind, (Kind.NOTE, Kind.DRUM, Kind.PEDAL)))
     silence = int(np.count_nonzero(times > (events[-1] if len(events) else -1)))
     dim_seen = bool((prompt == tokenizer.dim_id).any())
+    key, struck = _struck(tokenizer, segment)
     return GrammarState(
         expect_B=jnp.full(batch, expect, jnp.int32),
         onset_B=jnp.full(batch, onset_ms, jnp.int32),
         silence_B=jnp.full(batch, silence, jnp.int32),
         dim_seen_B=jnp.full(batch, dim_seen),
+        key_B=jnp.full(batch, key, jnp.int32),
+        struck_BxK=jnp.tile(jnp.asarray(struck), (batch, 1)),
     )

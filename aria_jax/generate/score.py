@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import jax
 import numpy as np
@@ -98,7 +98,7 @@ def score_pieces(
     Raises:
         UserError: no language model, ids beyond its vocabulary, or a piece of one token.
     """
-    if model.config.head != "lm":
+    if model.config.head != "lm" or model.head is None:
         raise UserError(
             f"scoring needs a language model; this one has a {model.config.head!r} head"
         )
@@ -113,7 +113,7 @@ def score_pieces(
     nll = [np.zeros(len(ids) - 1, np.float32) for ids in pieces]
     cut = [w for i, ids in enumerate(pieces) for w in windows(i, len(ids) - 1, context)]
     total, done = sum(w.stop - w.start for w in cut), 0
-    compute = _nll_function(model)
+    compute = _nll_function(model, model.head[...])
     for batch, rows, length in _batches(cut):
         inputs_BxL, targets_BxL = np.full((2, rows, length), tokenizer.pad_id, np.int32)
         for row, w in enumerate(batch):
@@ -140,15 +140,16 @@ def _batches(cut: Sequence[_Window]) -> Iterator[tuple[list[_Window], int, int]]
             yield members[first : first + rows], rows, length
 
 
-def _nll_function(model: Model):
+def _nll_function(
+    model: Model, head_DxV: jax.Array
+) -> Callable[[np.ndarray, np.ndarray], jax.Array]:
     graph, state = nnx.split(model)
 
     @jax.jit
-    def compute(state, inputs_BxL: jax.Array, targets_BxL: jax.Array) -> jax.Array:
-        merged = nnx.merge(graph, state)
-        hidden_BxLxD = merged.hidden(inputs_BxL)
+    def compute(state, head_DxV: jax.Array, inputs_BxL: jax.Array, targets_BxL: jax.Array):
+        hidden_BxLxD = nnx.merge(graph, state).hidden(inputs_BxL)
         hidden_TxD = hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1])
-        nll_T, _ = token_nll(hidden_TxD, merged.head[...], targets_BxL.reshape(-1), CHUNK_TOKENS)
+        nll_T, _ = token_nll(hidden_TxD, head_DxV, targets_BxL.reshape(-1), CHUNK_TOKENS)
         return nll_T.reshape(inputs_BxL.shape)
 
-    return lambda inputs_BxL, targets_BxL: compute(state, inputs_BxL, targets_BxL)
+    return partial(compute, state, head_DxV)

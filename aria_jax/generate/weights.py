@@ -1,7 +1,7 @@
 """A trained model's parameters in the form that decoding reads fastest."""
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import flax.struct
 import jax
@@ -12,8 +12,9 @@ from aria_jax.models.heads import Model
 from data_pipeline.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "int8"]
-LayerWeights = dict[str, jax.Array | DecodingMatrix]
-"""One block: query, key, value, out, gate, up and down matrices, and the norms' vectors [D]."""
+LayerWeights = dict[str, Any]
+"""One block: query, key, value, out, gate, up and down as `DecodingMatrix`, which stands in for an
+array in a product, and the norms' vectors [D]."""
 
 
 @flax.struct.dataclass
@@ -65,7 +66,7 @@ def _matrix(array: jax.Array, precision: Precision, index: tuple = ()) -> Decodi
 
 def _block(stacked: dict[str, jax.Array], layer: int, precision: Precision) -> LayerWeights:
     every = slice(None)
-    matrices = {
+    matrices: LayerWeights = {
         name: _matrix(stacked["qkv"], precision, (layer, every, part))
         for part, name in enumerate(("query", "key", "value"))
     }

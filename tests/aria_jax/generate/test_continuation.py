@@ -17,7 +17,7 @@ from aria_jax.generate.decoding import Decoding, decode
 from aria_jax.generate.sampler import Temperature
 from aria_jax.generate.weights import decoder_weights
 from data_pipeline.errors import UserError
-from data_pipeline.midi import NOTE, PEDAL, Performance, read_midi, write_midi
+from data_pipeline.midi import NOTE, PEDAL, Performance, midi_bytes, read_midi, write_midi
 from data_pipeline.tokenizer import Kind, Tokenizer
 
 ARIA = Tokenizer.preset("aria")
@@ -156,6 +156,7 @@ def whole_pieces(model, n, tokens, prompt, seed):
             decoded = ARIA.decode(np.concatenate([prompt, row]))
             assert len(decoded.notes) == ARIA.n_notes(prompt) + n_events
             assert (decoded.notes["end"] > decoded.notes["start"]).all()
+            assert len(read_midi(midi_bytes(decoded)).notes) == len(decoded.notes)
             total += n_events
     return total
 
