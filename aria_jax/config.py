@@ -118,6 +118,8 @@ class DataConfig:
     """Sequences (contrastive: pairs) per optimiser step, over all devices and processes."""
     augment: bool = True
     packing: Literal["concat", "best-fit"] = "concat"
+    max_piece_tokens: int | None = None
+    """Longer pieces are left out (pretrain, continue)."""
     min_slice_notes: int = 100
     max_slice_notes: int = 650
     label: str | None = None
@@ -131,6 +133,8 @@ class TrainConfig:
     """The loop."""
 
     steps: int = 1000
+    epochs: float | None = None
+    """Passes over the training split instead of a number of steps, where given."""
     seed: int = 0
     grad_accumulation: int = 1
     """Parts a batch is computed in, one after the other; the contrastive task caches gradients, so
@@ -146,6 +150,13 @@ class TrainConfig:
     """Of the contrastive loss; where it is learned, the first one."""
     z_loss: float = 0.0
     pooling: Literal["eos", "mean"] = "eos"
+    lora_rank: int = 0
+    """Above 0, low-rank adapters of the weights given by --init-from are trained, not the weights
+    (arXiv 2106.09685); a new head is trained whole."""
+    lora_alpha: float | None = None
+    """Adapters count by lora_alpha / lora_rank; the rank by default."""
+    lora_targets: tuple[str, ...] = ("qkv", "out", "gate", "up", "down")
+    """Matrices that get adapters; head and embedding can be named too."""
 
 
 @dataclass(frozen=True)
@@ -205,6 +216,8 @@ class RunConfig:
             found.append(f"contrastive.hardness={self.contrastive.hardness} must not be negative")
         if t.steps < 0:
             found.append(f"train.steps={t.steps} must not be negative")
+        if t.lora_rank < 0:
+            found.append(f"train.lora_rank={t.lora_rank} must not be negative; 0 trains everything")
         if self.task == "classify" and not d.label:
             found.append("task classify needs data.label=NAME (see `aria-jax data inspect`)")
         if not 0 < d.min_slice_notes <= d.max_slice_notes:
@@ -214,6 +227,9 @@ class RunConfig:
             "data.global_batch": d.global_batch,
             "train.grad_accumulation": t.grad_accumulation,
             "train.temperature": t.temperature,
+            "train.epochs": 1 if t.epochs is None else t.epochs,
+            "train.lora_alpha": 1 if t.lora_alpha is None else t.lora_alpha,
+            "data.max_piece_tokens": 1 if d.max_piece_tokens is None else d.max_piece_tokens,
             "contrastive.composer_group": self.contrastive.composer_group,
             "optimizer.peak_lr": self.optimizer.peak_lr,
         }
@@ -257,6 +273,8 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
 def with_overrides(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     """Applies `key=value` strings, e.g. `["steps=200", "optimizer.peak_lr=1e-4"]`.
 
+    A number of steps replaces a number of epochs that the preset asks for.
+
     Raises:
         UserError: unknown or ambiguous key (the nearest valid ones are named), or a value of the
             wrong type.
@@ -269,6 +287,7 @@ def with_overrides(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
         if dataclasses.is_dataclass(getattr(config, section.name))
         for f in dataclasses.fields(getattr(config, section.name))
     }
+    given = set()
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
@@ -281,10 +300,13 @@ def with_overrides(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
             raise UserError(
                 f"setting {key!r} {what}; nearest: {', '.join(near) or ', '.join(known)}"
             )
+        given.add(matches[0])
         section, name = matches[0].split(".")
         value = _parse(text, known[matches[0]], matches[0])
         changed = dataclasses.replace(getattr(config, section), **{name: value})
         config = dataclasses.replace(config, **{section: changed})
+    if "train.steps" in given and "train.epochs" not in given:
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=None))
     return config
 
 
@@ -345,10 +367,17 @@ def for_task(preset: str, task: Task) -> RunConfig:
     run = RunConfig(task=task, model=model)
     if task in ("pretrain", "continue"):
         seq_len = {"tiny": 256, "small": 1024}.get(preset, model.max_seq_len)
+        # As in the paper: one epoch of pieces short enough to be seen with their end.
+        finetuned = task == "continue"
         return dataclasses.replace(
             run,
-            data=DataConfig(seq_len=seq_len, global_batch=8 if small_batch else 512),
+            data=DataConfig(
+                seq_len=seq_len,
+                global_batch=8 if small_batch else 512,
+                max_piece_tokens=model.max_seq_len if finetuned else None,
+            ),
             optimizer=OptimizerConfig(peak_lr=1e-3 if preset == "tiny" else 3e-4),
+            train=TrainConfig(epochs=1.0 if finetuned else None),
         )
     head: Head = "embedding" if task == "contrastive" else "class"
     return dataclasses.replace(

@@ -1,22 +1,32 @@
-"""`aria-jax convert`: weights from and to the published PyTorch checkpoints."""
+"""`aria-jax convert`: published PyTorch weights, and adapters of a finetuning run."""
 
 import argparse
 from pathlib import Path
 
 DESCRIPTION = """\
-Convert published Aria weights (.safetensors: base, gen, embedding, classifier; float32, bfloat16
-or float16) to a checkpoint that --checkpoint and --init-from take, or a checkpoint back. Sizes are
-read from the tensors; only the number of heads must be given where it is not d_model / 64.
+Convert published Aria weights (.safetensors: base, gen, embedding, classifier, pedal demo; float32,
+bfloat16 or float16) to a checkpoint that --checkpoint and --init-from take, or a checkpoint back.
+Sizes are read from the tensors, the tokenizer from the size of the vocabulary; only the number of
+heads must be given where it is not d_model / 64.
+
+Runs with lora_rank=… hold adapters and read the weights they belong to from their place. `merge`
+writes the sum as a checkpoint that stands alone; `adapters` writes the adapters as one small file,
+which `merge` adds to the same weights elsewhere.
 
 examples:
   aria-jax convert from-safetensors model.safetensors aria-medium
-  aria-jax convert to-safetensors run1 model.safetensors"""
+  aria-jax convert to-safetensors run1 model.safetensors
+  aria-jax convert merge run2 whole
+  aria-jax convert adapters run2 style.safetensors
+  aria-jax convert merge style.safetensors whole --base aria-medium"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the two directions."""
+    """Adds what can be converted."""
     verbs = parser.add_subparsers(
-        dest="direction", required=True, metavar="{from-safetensors,to-safetensors}"
+        dest="direction",
+        required=True,
+        metavar="{from-safetensors,to-safetensors,merge,adapters}",
     )
     there = verbs.add_parser("from-safetensors", description="PyTorch weights to a checkpoint.")
     there.add_argument("source", help=".safetensors file")
@@ -25,32 +35,104 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     there.add_argument(
         "--class-names", default="", help="of a class head, comma-separated, in order"
     )
-    there.add_argument("--tokenizer", default="aria", help="aria or pedal (aria)")
+    there.add_argument("--tokenizer", help="aria or pedal (that of the vocabulary's size)")
     back = verbs.add_parser("to-safetensors", description="A checkpoint to PyTorch weights.")
     back.add_argument("source", help="workdir of a run")
     back.add_argument("out", help=".safetensors file to write")
+    merge = verbs.add_parser("merge", description="Adapters and their base to whole weights.")
+    merge.add_argument("source", help="workdir of a run with adapters, or a file of adapters")
+    merge.add_argument("out", help="folder to make")
+    merge.add_argument("--base", metavar="C", help="weights that the adapters belong to")
+    alone = verbs.add_parser("adapters", description="The adapters of a run as one file.")
+    alone.add_argument("source", help="workdir of a run with adapters")
+    alone.add_argument("out", help=".safetensors file to write")
 
 
 def run(args: argparse.Namespace) -> None:
     """Converts."""
-    from aria_jax.interop.safetensors import export_model, import_model
-    from aria_jax.train.checkpoint import load_model, save_model
+    {
+        "from-safetensors": _from_safetensors,
+        "to-safetensors": _to_safetensors,
+        "merge": _merge,
+        "adapters": _adapters,
+    }[args.direction](args)
+
+
+def _from_safetensors(args: argparse.Namespace) -> None:
+    from aria_jax.interop.safetensors import import_model
+    from aria_jax.train.checkpoint import save_model
+
+    class_names = tuple(name for name in args.class_names.split(",") if name)
+    model = import_model(args.source, n_heads=args.n_heads, class_names=class_names)
+    tokenizer = _tokenizer(args.source, model.config.vocab_size, args.tokenizer)
+    save_model(args.out, model, tokenizer=tokenizer)
+    _report(args.out, model)
+
+
+def _tokenizer(source: str, vocab_size: int, asked: str | None) -> str:
+    """The tokenizer preset of a model with so many tokens."""
     from data_pipeline.errors import UserError
     from data_pipeline.tokenizer import Tokenizer
 
-    if args.direction == "from-safetensors":
-        tokenizer = Tokenizer.preset(args.tokenizer)
-        class_names = tuple(name for name in args.class_names.split(",") if name)
-        model = import_model(args.source, n_heads=args.n_heads, class_names=class_names)
-        if model.config.vocab_size != tokenizer.vocab_size:
-            raise UserError(
-                f"{args.source} has {model.config.vocab_size} tokens, the tokenizer "
-                f"{args.tokenizer} {tokenizer.vocab_size}; choose another with --tokenizer"
-            )
-        save_model(args.out, model, tokenizer=args.tokenizer)
+    sizes = {name: Tokenizer.preset(name).vocab_size for name in ([asked] if asked else TOKENIZERS)}
+    for name, size in sizes.items():
+        if size == vocab_size:
+            return name
+    known = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    raise UserError(
+        f"{source} has {vocab_size} tokens, but tokenizer {known}"
+        + ("; choose another with --tokenizer" if asked else ": it was trained with another one")
+    )
+
+
+TOKENIZERS = ("aria", "pedal")
+
+
+def _to_safetensors(args: argparse.Namespace) -> None:
+    from aria_jax.interop.safetensors import export_model
+    from aria_jax.train.checkpoint import load_model
+
+    _check_file_name(args.out)
+    model = load_model(args.source).model
+    export_model(model, args.out)
+    _report(args.out, model)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    from aria_jax.models.heads import split_model
+    from aria_jax.models.lora import apply_lora, load_lora
+    from aria_jax.train.checkpoint import load_model, save_model
+    from data_pipeline.errors import UserError
+
+    if Path(args.source).suffix != ".safetensors":
+        loaded = load_model(args.source, base=args.base)
+        model = loaded.model
+    elif args.base:
+        loaded = load_model(args.base)
+        merge, params = split_model(loaded.model)
+        model = merge(apply_lora(params, load_lora(args.source)))
     else:
-        if Path(args.out).suffix != ".safetensors":
-            raise UserError(f"{args.out}: name a file that ends in .safetensors")
-        model = load_model(args.source).model
-        export_model(model, args.out)
-    print(f"{args.out}: {model.config.n_params:,} parameters, {model.config.head} head")
+        raise UserError(f"{args.source}: name the weights these adapters belong to with --base")
+    save_model(args.out, model, tokenizer=loaded.tokenizer, step=loaded.step)
+    _report(args.out, model)
+
+
+def _adapters(args: argparse.Namespace) -> None:
+    from aria_jax.models.lora import save_lora
+    from aria_jax.train.checkpoint import load_adapters
+
+    _check_file_name(args.out)
+    lora = load_adapters(args.source)
+    save_lora(args.out, lora)
+    print(f"{args.out}: {lora.n_params:,} parameters, adapters of rank {lora.rank}")
+
+
+def _check_file_name(out: str) -> None:
+    from data_pipeline.errors import UserError
+
+    if Path(out).suffix != ".safetensors":
+        raise UserError(f"{out}: name a file that ends in .safetensors")
+
+
+def _report(out: str, model) -> None:
+    print(f"{out}: {model.config.n_params:,} parameters, {model.config.head} head")

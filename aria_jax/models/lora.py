@@ -43,6 +43,11 @@ class Lora:
         """Columns of every a."""
         return next(iter(self.a.values())).shape[-1]
 
+    @property
+    def n_params(self) -> int:
+        """Numbers in all adapters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self))
+
 
 def _named(params: Parameters) -> dict[str, jax.Array]:
     """Every leaf by its dotted path."""

@@ -11,7 +11,7 @@ import json
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,8 +21,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from aria_jax.config import ComputeConfig, ModelConfig, from_dict, to_dict
+from aria_jax.interop.safetensors import import_model
 from aria_jax.models.heads import Model, Parameters, abstract_model, split_model
+from aria_jax.models.lora import Lora
 from aria_jax.sharding import parameter_shardings
+from aria_jax.train.adapters import Adapting, merged_with_base
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizer import Tokenizer
 
@@ -192,22 +195,23 @@ def load_model(
     mesh: jax.sharding.Mesh | None = None,
     dtype: jax.typing.DTypeLike | None = None,
     compute: ComputeConfig | None = None,
+    base: str | Path | None = None,
 ) -> LoadedModel:
     """The newest intact model of a run or of `save_model`, on one device or cut over a mesh.
 
-    A run that keeps a moving average of its weights gives that average. Its weights of the lowest
-    validation loss are a model of their own, in the folder `best` of its workdir.
+    A run that keeps a moving average of its weights gives that average; one that trained adapters
+    gives them merged into the weights they belong to. The weights of the lowest validation loss
+    are a model of their own, in the folder `best` of the run's workdir.
 
     Args:
         dtype: of the weights, e.g. bfloat16; None keeps them as they were saved.
+        base: where the weights that adapters belong to are now, if not where they were.
 
     Raises:
-        UserError: no checkpoint there, or one that another version wrote.
+        UserError: no checkpoint there, or one that another version wrote, or adapters without
+            their base.
     """
-    path = Path(path)
-    if not (path / DIRECTORY).is_dir():
-        raise UserError(f"{path}: no checkpoint here (expected the --workdir of a training run)")
-    checkpointer = Checkpointer(path)
+    checkpointer = _opened(Path(path))
 
     def read(step: int) -> LoadedModel:
         record = checkpointer.record(step)
@@ -217,12 +221,74 @@ def load_model(
         config = from_dict(ModelConfig, record["model"])
         merge, params = split_model(abstract_model(config, compute or ComputeConfig()))
         item = "ema" if record.get("ema") else "params"
-        restored = checkpointer.restore(step, item, shapes_like(params, mesh, dtype))
+
+        def restore(shapes: Parameters) -> Parameters:
+            return checkpointer.restore(step, item, shapes_like(shapes, mesh, dtype))
+
+        if (saved := record.get("lora")) is None:
+            restored = restore(params)
+        else:
+            read_base = partial(read_model, mesh=mesh, dtype=dtype)
+            restored = merged_with_base(
+                saved, params, restore=restore, read_base=read_base, mesh=mesh, base=base
+            )
         return LoadedModel(merge(restored), config, preset, step, str(path))
 
     try:
-        if not checkpointer.steps():
-            raise UserError(f"{path}: its checkpoints folder is empty; was the run interrupted?")
         return checkpointer.newest(read)[1]
     finally:
         checkpointer.close()
+
+
+def load_adapters(path: str | Path) -> Lora:
+    """The newest adapters of a run, without the weights they belong to.
+
+    Raises:
+        UserError: the run has no adapters, or trained a new head beside them.
+    """
+    checkpointer = _opened(Path(path))
+
+    def read(step: int) -> Lora:
+        record = checkpointer.record(step)
+        if (saved := record.get("lora")) is None:
+            raise UserError(f"{path}: trained all weights (no train.lora_rank): it has no adapters")
+        adapting = Adapting.from_record(saved)
+        params = split_model(
+            abstract_model(from_dict(ModelConfig, record["model"]), ComputeConfig())
+        )[1]
+        shapes = adapting.shapes(params)
+        if shapes["full"]:
+            raise UserError(
+                f"{path}: trained its {' and '.join(shapes['full'])} too, which is no adapter; "
+                "use `aria-jax convert merge` to write the whole model"
+            )
+        item = "ema" if record.get("ema") else "params"
+        return adapting.lora(checkpointer.restore(step, item, shapes_like(shapes, None)))
+
+    try:
+        return checkpointer.newest(read)[1]
+    finally:
+        checkpointer.close()
+
+
+def _opened(path: Path) -> Checkpointer:
+    """The checkpoints of a workdir that has some."""
+    if not (path / DIRECTORY).is_dir():
+        raise UserError(f"{path}: no checkpoint here (expected the --workdir of a training run)")
+    checkpointer = Checkpointer(path)
+    if not checkpointer.steps():
+        checkpointer.close()
+        raise UserError(f"{path}: its checkpoints folder is empty; was the run interrupted?")
+    return checkpointer
+
+
+def read_model(
+    path: str | Path,
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> Model:
+    """The model of a run, of `save_model`, or of a published .safetensors file."""
+    if Path(path).suffix == ".safetensors":
+        return import_model(path)
+    return load_model(path, mesh=mesh, dtype=dtype).model

@@ -13,6 +13,7 @@ from aria_jax.config import RunConfig, to_dict
 from aria_jax.sharding import batch_sharding, make_mesh
 from aria_jax.train.checkpoint import DIRECTORY, Checkpointer, model_record
 from aria_jax.train.cost import chip_of, train_flops_per_token
+from aria_jax.train.files import file_metrics
 from aria_jax.train.metrics import Log, MetricSink, Watch
 from aria_jax.train.preemption import stop_requests
 from aria_jax.train.processes import lost_contact
@@ -135,7 +136,7 @@ class _Loop:
         self._config, self._task, self._mesh = config, task, mesh
         self._checkpointer, self._best, self._record, self.log = checkpointer, best, record, log
         self._train_step = make_train_step(config, merge, task.loss)
-        self._eval_step = make_eval_step(config, merge, task.loss)
+        self._eval_step = make_eval_step(config, merge, task.loss, task.answers)
         self._sharding = batch_sharding(mesh)
         chip = chip_of(jax.devices()[0].device_kind)
         self._watch = Watch(
@@ -191,18 +192,25 @@ class _Loop:
         return f"the last good checkpoint is {self._checkpointer.directory / str(steps[-1])}"
 
     def _evaluate(self) -> None:
-        """Weighted means over the first validation batches; keeps the weights if they are best."""
+        """Weighted means over the first validation batches; keeps the weights if they are best.
+
+        Where the task answers for whole files, all batches are seen.
+        """
         if self._task.evaluate is None:
             return
+        seen = None if self._task.answers is not None else self._config.train.eval_batches
         found = [
             self._eval_step(self.state, to_device(batch, self._sharding))
-            for batch in islice(self._task.evaluate.iterate(), self._config.train.eval_batches)
+            for batch in islice(self._task.evaluate.iterate(), seen)
         ]
-        values = [{name: float(v) for name, v in m.items()} for m in jax.device_get(found)]
+        metrics, rows = zip(*jax.device_get(found), strict=True)
+        values = [{name: float(v) for name, v in m.items()} for m in metrics]
         weights = np.array([v.pop("weight") for v in values])
         if not weights.sum():
             return
         means = {n: float(np.average([v[n] for v in values], weights=weights)) for n in values[0]}
+        if self._task.answers is not None:
+            means |= file_metrics(rows)
         self.log.write(self.step, means, "val")
         self._best.offer(self.step, means["loss"], self.state.best_params, self._record)
 

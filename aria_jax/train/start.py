@@ -8,12 +8,15 @@ from aria_jax.config import RunConfig, from_dict, to_dict
 from aria_jax.train.checkpoint import DIRECTORY, Checkpointer
 from data_pipeline.errors import UserError
 
-# What may differ when a run is resumed: none of it changes what the steps so far have computed.
+# What may differ when a run is resumed: none of it changes what the steps so far have computed,
+# but for the order in which floating-point numbers are summed.
 FREE = {
     "mesh",
     "compute",
     "data.workers",
     "train.steps",
+    "train.epochs",
+    "train.grad_accumulation",
     "train.eval_every",
     "train.eval_batches",
     "train.log_every",

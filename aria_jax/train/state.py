@@ -1,6 +1,7 @@
 """The first state of a run: restored, given weights, or random; always born on the mesh."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,10 +9,10 @@ from typing import Any
 import jax
 
 from aria_jax.config import RunConfig
-from aria_jax.interop.safetensors import import_model
 from aria_jax.models.heads import Model, Parameters, abstract_model, init_sharded, split_model
 from aria_jax.sharding import parameter_shardings
-from aria_jax.train.checkpoint import Checkpointer, load_model, shapes_like
+from aria_jax.train.adapters import Adapting, base_weights
+from aria_jax.train.checkpoint import Checkpointer, read_model, shapes_like
 from aria_jax.train.start import Start, refuse_changed_run
 from aria_jax.train.step import TrainState, new_state
 from data_pipeline.errors import UserError
@@ -35,18 +36,37 @@ def first_state(
     """`merge`, the state that `start` asks for, and the number of steps it has behind it.
 
     Args:
-        record: what the run would write into its checkpoints, held against what is there.
+        record: what the run would write into its checkpoints, held against what is there; a run
+            that trains adapters puts in what they are adapters of.
     """
     merge, like = abstract_state(config, mesh)
+    adapting, read = Adapting.of(config), partial(read_model, mesh=mesh)
     if start.kind == "resume":
         step, state = checkpointer.newest(
             partial(_restored, checkpointer, like, record, Path(str(start.path)))
         )
+        if adapting is not None:
+            saved = record["lora"] = checkpointer.record(step)["lora"]
+            theirs = base_weights(Path(saved["base"]), saved, read)
+            frozen = jax.tree.map(
+                lambda new, old: jax.device_put(new, old.sharding),
+                {name: theirs[name] for name in like.frozen or {}},
+                like.frozen,
+            )
+            state = replace(state, frozen=frozen)
         return merge, state, step
+    if adapting is not None and start.path is None:
+        raise UserError(
+            f"train.lora_rank={adapting.rank} adapts weights that are there already: "
+            "name them with --init-from"
+        )
     key = jax.random.key(config.train.seed)
     params = split_model(init_sharded(config.model, config.compute, key, mesh))[1]
     if start.path is not None:
-        params = _with_weights_of(params, _source_model(start, mesh), config, start.path)
+        source = read(start.path)
+        params = _with_weights_of(params, source, config, start.path)
+        if adapting is not None:
+            record["lora"] = adapting.record(start.path, split_model(source)[1])
     shardings = parameter_shardings(like, mesh)
     return merge, jax.jit(partial(new_state, config), out_shardings=shardings)(params), 0
 
@@ -54,6 +74,7 @@ def first_state(
 def _restored(
     checkpointer: Checkpointer, like: TrainState, record: dict[str, Any], path: Path, step: int
 ) -> TrainState:
+    """All but frozen weights, which no checkpoint holds."""
     refuse_changed_run(checkpointer.record(step), record, path)
     return TrainState(
         checkpointer.restore(step, "params", like.params),
@@ -62,16 +83,10 @@ def _restored(
     )
 
 
-def _source_model(start: Start, mesh: jax.sharding.Mesh) -> Model:
-    if start.kind == "published":
-        return import_model(str(start.path))
-    return load_model(str(start.path), mesh=mesh).model
-
-
 def _with_weights_of(
     params: Parameters, source: Model, config: RunConfig, path: Path
 ) -> Parameters:
-    """`params` with the backbone of `source`, and its head where it is of the same kind."""
+    """`params` with the backbone of `source`, and its head and adapter where of the same kind."""
     theirs = split_model(source)[1]
     same_head = (source.config.head, source.config.class_names) == (
         config.model.head,
@@ -80,6 +95,10 @@ def _with_weights_of(
     chosen = {**params, "backbone": theirs["backbone"]}
     if same_head and "head" in theirs:
         chosen["head"] = theirs["head"]
+    if "adapter" in params and "adapter" in theirs:
+        chosen["adapter"] = theirs["adapter"]
+    elif "adapter" in params and config.train.lora_rank:
+        raise UserError(f"{path} has no adapter for a condition, which model.emb_size asks for")
     for (name, ours), found in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(chosen), strict=True
     ):

@@ -1,7 +1,7 @@
 """The compiled training and evaluation steps: pure functions of state, batch and step number."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -11,8 +11,10 @@ import optax
 from aria_jax.config import RunConfig
 from aria_jax.losses.grad_cache import grad_cache
 from aria_jax.models.heads import Model, Parameters
+from aria_jax.sharding import constrain
+from aria_jax.train.adapters import Adapting, joined_weights
 from aria_jax.train.optimizer import build_optimizer, learning_rate, updates_done
-from aria_jax.train.tasks import Aux, Batch, BatchLoss, LossFunction, in_parts, joined
+from aria_jax.train.tasks import Answers, Aux, Batch, BatchLoss, LossFunction, in_parts, joined
 
 Metrics = dict[str, jax.Array]
 
@@ -26,11 +28,14 @@ class TrainState:
         params: float32 weights.
         opt_state: of `build_optimizer`.
         ema: moving average of the weights; None unless `optimizer.ema_decay` is set.
+        frozen: weights that a step does not change, where `params` are adapters of them (see
+            `train.adapters`); otherwise None.
     """
 
     params: Parameters
     opt_state: Any
     ema: Parameters | None = None
+    frozen: Parameters | None = None
 
     @property
     def best_params(self) -> Parameters:
@@ -40,9 +45,12 @@ class TrainState:
 
 def new_state(config: RunConfig, params: Parameters) -> TrainState:
     """The state of a run that has these weights and has done no step (traceable)."""
+    adapting, frozen = Adapting.of(config), None
+    if adapting is not None:
+        params, frozen = adapting.split(params, jax.random.key(config.train.seed))
     opt_state = build_optimizer(config.optimizer, config.train.steps).init(params)
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay is not None else None
-    return TrainState(params, opt_state, ema)
+    return TrainState(params, opt_state, ema, frozen)
 
 
 def make_train_step(
@@ -57,9 +65,11 @@ def make_train_step(
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     schedule = learning_rate(config.optimizer, config.train.steps)
 
-    gradients = weighted_gradients(config.train.grad_accumulation, merge, loss)
-
     def train_step(state: TrainState, batch: Batch, step: jax.Array):
+        def merge_all(params: Parameters) -> Model:
+            return merge(joined_weights(config, params, state.frozen))
+
+        gradients = weighted_gradients(config.train.grad_accumulation, merge_all, loss)
         dropout = config.model.resid_dropout > 0
         key = jax.random.fold_in(jax.random.key(config.train.seed), step) if dropout else None
         (means, counts), grads = gradients(state.params, batch, key)
@@ -71,7 +81,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         changed = TrainState(params, opt_state, _averaged(config, state.ema, params))
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, state)
+        before = replace(state, frozen=None)
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, before)
+        kept = replace(kept, frozen=state.frozen)
         metrics = {**means, "n_tokens": counts["n_tokens"], "grad_norm": norm}
         return kept, {**metrics, "learning_rate": rate, "skipped": 1.0 - finite}
 
@@ -156,11 +168,21 @@ def _averaged(config: RunConfig, ema: Parameters | None, params: Parameters) -> 
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 
-def make_eval_step(merge: Callable[[Parameters], Model], loss: LossFunction):
-    """(params, batch) -> metrics of the batch, `weight` among them; compiled, without dropout."""
+def make_eval_step(
+    config: RunConfig,
+    merge: Callable[[Parameters], Model],
+    loss: LossFunction,
+    answers: Answers | None = None,
+) -> Callable[[TrainState, Batch], tuple[Metrics, dict[str, jax.Array]]]:
+    """(state, batch) -> metrics of the batch, `weight` among them, and what `answers` says of its
+    rows, whole on every device; compiled, without dropout.
+    """
 
-    def eval_step(params: Parameters, batch: Batch) -> Metrics:
-        value, aux = loss(merge(params), batch, None)
-        return {"loss": value, **aux}
+    def eval_step(state: TrainState, batch: Batch) -> tuple[Metrics, dict[str, jax.Array]]:
+        model = merge(joined_weights(config, state.best_params, state.frozen))
+        value, aux = loss(model, batch, None)
+        rows = {} if answers is None else answers(model, batch)
+        rows = {name: constrain(x, *(None,) * x.ndim) for name, x in rows.items()}
+        return {"loss": value, **aux}, rows
 
     return jax.jit(eval_step)

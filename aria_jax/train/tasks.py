@@ -1,6 +1,7 @@
 """The four tasks as small plug-ins of the one loop: which batches, and which loss on them."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from aria_jax.losses.classification import classification_loss
 from aria_jax.losses.contrastive import contrastive_loss
 from aria_jax.losses.language_model import next_token_loss
 from aria_jax.models.heads import Model
+from aria_jax.train.files import slice_answers
 from data_pipeline import loaders
 from data_pipeline.augment import AugmentConfig
 from data_pipeline.shards import load_manifest
@@ -23,6 +25,8 @@ from data_pipeline.tokenizer import Tokenizer
 Batch = dict[str, Any]
 Aux = dict[str, jax.Array]
 LossFunction = Callable[[Model, Batch, jax.Array | None], tuple[jax.Array, Aux]]
+
+Answers = Callable[[Model, Batch], dict[str, jax.Array]]
 
 LEAST_TEMPERATURE = 0.01
 """Of a learned one: below, single pairs rule the gradient (CLIP, arXiv 2103.00020, section 2.5)."""
@@ -88,21 +92,29 @@ class Task:
             entries are averaged like the loss, and logged.
         train: without end.
         evaluate: one pass over the validation pieces; None where there are none.
+        answers: (model, batch) -> what `train.files.file_metrics` needs of each row; None where
+            files are not answered for.
     """
 
     loss: LossFunction
     train: Batches
     evaluate: Batches | None
+    answers: Answers | None = None
 
 
 def resolve(config: RunConfig, data_dir: str | Path) -> RunConfig:
-    """`config` with what only the data can say: size of the vocabulary, names of the classes."""
+    """`config` with what only the data can say: vocabulary, names of the classes, steps."""
     preset = load_manifest(data_dir)["tokenizer"]["preset"]
     model = dataclasses.replace(config.model, vocab_size=Tokenizer.preset(preset).vocab_size)
     if config.task == "classify" and not model.class_names:
         names = loaders.label_values(data_dir, config.data.label)
         model = dataclasses.replace(model, class_names=names)
-    return dataclasses.replace(config, model=model)
+    config = dataclasses.replace(config, model=model)
+    if config.train.epochs is None:
+        return config
+    rows = config.train.epochs * build_task(config, data_dir).train.n_examples
+    steps = max(1, math.ceil(rows / config.data.global_batch))
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
 def build_task(
@@ -121,9 +133,13 @@ def build_task(
         "shard_index": shard_index,
         "shard_count": shard_count,
     }
+    windows = {
+        "packing": config.data.packing,
+        "max_piece_tokens": config.data.max_piece_tokens,
+    }
     make, extra = {
-        "pretrain": (loaders.lm_windows, {"packing": config.data.packing}),
-        "continue": (loaders.lm_windows, {"packing": config.data.packing, "add_dim": True}),
+        "pretrain": (loaders.lm_windows, windows),
+        "continue": (loaders.lm_windows, {**windows, "add_dim": True}),
         "contrastive": (
             loaders.contrastive_pairs,
             {
@@ -152,6 +168,7 @@ def build_task(
         loss=loss_function(config, mesh),
         train=batches("train", augment=augment, workers=config.data.workers),
         evaluate=batches("val", augment=None, epochs=1, shuffle=False) if has_val else None,
+        answers=_class_answers(config) if config.task == "classify" else None,
     )
 
 
@@ -267,6 +284,15 @@ def _classify(config: RunConfig) -> LossFunction:
         }
 
     return loss
+
+
+def _class_answers(config: RunConfig) -> Answers:
+    def answers(model: Model, batch: Batch) -> dict[str, jax.Array]:
+        # The same network on the same rows as in the loss: compiled together, computed once.
+        logits = model.pooled(batch["tokens"], batch["eos"], config.train.pooling)
+        return slice_answers(logits, batch)
+
+    return answers
 
 
 def to_device(batch: Batch, sharding: jax.sharding.NamedSharding) -> Batch:

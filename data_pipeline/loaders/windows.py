@@ -35,6 +35,7 @@ def lm_windows(
     packing: str = "concat",
     workers: int = 0,
     add_dim: bool = False,
+    max_piece_tokens: int | None = None,
     shuffle: bool = True,
     epochs: int | None = None,
 ) -> BatchStream:
@@ -49,6 +50,7 @@ def lm_windows(
     Args:
         add_dim: put `<D>` about 100 tokens before the end of each piece, another place every
             epoch (task `continue`).
+        max_piece_tokens: longer pieces, without `<D>`, are left out.
         shuffle: False keeps the order of the shards.
         epochs: None for no end.
 
@@ -63,30 +65,44 @@ def lm_windows(
         raise UserError(f"packing={packing!r} is none of {', '.join(_PACKINGS)}")
     if seq_len < 2:
         raise UserError(f"seq_len={seq_len} must be at least 2")
-    corpus = _Corpus(Pieces(data_dir, split), seed, add_dim)
+    corpus = _Corpus(Pieces(data_dir, split), seed, add_dim, max_piece_tokens)
+    if not len(corpus.kept):
+        raise UserError(
+            f"{data_dir}: no piece of split {split!r} has {max_piece_tokens} tokens or fewer; "
+            "raise data.max_piece_tokens (none keeps all)"
+        )
     examples = _PACKINGS[packing](corpus, seq_len, seed, shuffle, augment)
     return BatchStream(examples, global_batch, shard_index, shard_count, epochs, workers)
 
 
 @dataclass(frozen=True)
 class _Corpus:
-    """Pieces as the windows see them: with `<D>` if wanted."""
+    """Pieces as the windows see them: those short enough, with `<D>` if wanted."""
 
     pieces: Pieces
     seed: int
     add_dim: bool
+    max_piece_tokens: int | None
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.pieces.tokenizer
 
     @cached_property
+    def kept(self) -> np.ndarray:
+        """Numbers of the pieces that are used, int64 [N]."""
+        lengths = self.pieces.shards.lengths
+        limit = self.max_piece_tokens
+        return np.arange(len(lengths)) if limit is None else np.flatnonzero(lengths <= limit)
+
+    @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each piece, `<D>` included, int64 [N]."""
-        lengths = self.pieces.shards.lengths
+        lengths = self.pieces.shards.lengths[self.kept]
         return lengths + (lengths > MIN_TOKENS_FOR_DIM) if self.add_dim else lengths
 
     def ids(self, piece: int, epoch: int) -> np.ndarray:
+        piece = int(self.kept[piece])
         ids = self.pieces.ids(piece)
         if not self.add_dim or len(ids) <= MIN_TOKENS_FOR_DIM:
             return ids
