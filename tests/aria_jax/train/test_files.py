@@ -1,0 +1,53 @@
+"""Validation of `classify` answers for whole files."""
+
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.special import softmax
+
+from aria_jax.config import SLICE_NOTES
+from aria_jax.train.checkpoint import load_model
+from aria_jax.train.files import file_metrics
+from aria_jax.train.loop import run
+from data_pipeline import loaders
+
+
+def test_files_are_judged_by_the_token_weighted_mean_of_their_slices(
+    config, corpus, tmp_path, recorder
+):
+    """Against the trained network run on each slice by itself; all files, however few batches."""
+    settings = config("classify", "global_batch=2", "eval_batches=1", "peak_lr=0.01")
+    seen = recorder()
+    result = run(settings, corpus, tmp_path, sinks=[seen])
+    loaded = load_model(tmp_path)
+    slices = loaders.labelled_slices(
+        corpus, split="val", label="composer", class_names=loaded.config.class_names,
+        seq_len=settings.data.seq_len, global_batch=1, seed=0, shuffle=False, epochs=1,
+        slice_notes=SLICE_NOTES,
+    )  # fmt: skip
+    pooled = nnx.jit(lambda model, tokens, eos: model.pooled(tokens, eos))
+    total, truth = {}, {}
+    for batch in slices:
+        logits = np.asarray(pooled(loaded.model, batch["tokens"], batch["eos"]))[0]
+        piece, n_tokens = int(batch["piece"][0]), int(batch["n_tokens"][0])
+        total[piece] = total.get(piece, 0) + n_tokens * softmax(logits)
+        truth[piece] = int(batch["label"][0])
+    assert len(slices) > len(total) == 5, "some file must have several slices"
+    right = np.mean([np.argmax(total[piece]) == truth[piece] for piece in truth])
+    assert result.metrics["val/n_files"] == 5
+    assert result.metrics["val/file_accuracy"] == pytest.approx(right)
+    assert 0 <= result.metrics["val/file_macro_f1"] <= 1
+
+
+def test_a_long_slice_decides_against_two_short_ones():
+    likely = np.array([[0.9, 0.1], [0.4, 0.6], [0.4, 0.6], [0.2, 0.8]], np.float32)
+    batches = [
+        {
+            "probabilities": likely[rows],
+            "piece": np.array([4, 4, 4, -1])[rows],
+            "label": np.array([0, 0, 0, 0])[rows],
+            "n_tokens": np.array([1000, 10, 10, 0])[rows],
+        }
+        for rows in (slice(0, 2), slice(2, 4))
+    ]
+    assert file_metrics(batches) == {"file_accuracy": 1.0, "file_macro_f1": 1.0, "n_files": 1.0}
