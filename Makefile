@@ -9,10 +9,10 @@ DEMO_OUT ?= demo-out
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow lint bench bench-data bench-loaders bench-dedup bench-generate bench-train compile-check compile-table smoke-gpu clean
+.PHONY: help setup demo test test-slow lint bench bench-data bench-loaders bench-dedup bench-generate bench-train bench-contrastive bench-embed compile-check compile-table smoke-gpu clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: $(VENV)/.ready ## create .venv with pinned versions (nothing to do when up to date)
 
@@ -50,6 +50,13 @@ bench-dedup: setup ## precision and recall of near-duplicate search on planted c
 
 bench-generate: setup ## tokens/s of decoding against the memory bandwidth, and in PyTorch where installed
 	$(BIN)/python -m benchmarks.bench_generate --precisions float32,bfloat16,int8
+
+bench-contrastive: setup ## time and peak memory of the contrastive loss, 1k to 64k pairs, against the naive one
+	$(BIN)/python -m benchmarks.bench_contrastive
+
+bench-embed: setup ## files/s of embedding, one slice at a time against aria-jax embed (MIDI=folder)
+	@test -n "$(MIDI)" || { echo "name a folder of MIDI files: make bench-embed MIDI=my_midis"; exit 2; }
+	$(BIN)/python -m benchmarks.bench_embed $(MIDI)
 
 bench-train: setup ## training tokens/s against the same network in PyTorch (TORCH=pip options)
 	@# The default wheel on Linux brings CUDA along; TORCH='--index-url ...' takes the CPU build.

@@ -2,8 +2,9 @@
 
     python -m benchmarks.bench_contrastive [--rows 1024 4096 ... 65536] [--width 512] [--json]
 
-One process per measurement: peak memory is that of the process, less what it held before the
-first call. Naive runs that would not fit into the free memory are left out and marked.
+One process per measurement: the peak of its memory, less what it held before the first call, and
+the two views themselves. Naive runs that would not fit into the free memory are left out and
+marked. The largest batch on a device of 80 GB is extrapolated from the growth measured here.
 """
 
 import argparse
@@ -46,19 +47,28 @@ def measure(name: str, rows: int, width: int) -> dict[str, float]:
     views = jax.random.normal(jax.random.key(0), (2, rows, width))
     z1, z2 = jax.block_until_ready((views[0], views[1]))
     compiled = step.lower(z1, z2).compile()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident_bytes()
     times = []
     for _ in range(1 if rows > 8192 else 3):
         began = time.perf_counter()
         value, _ = jax.block_until_ready(compiled(z1, z2))
         times.append(time.perf_counter() - began)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "seconds": min(times),
-        "bytes": (peak - before) * 1024,
-        "process_bytes": peak * 1024,
+        "bytes": peak - before + z1.nbytes + z2.nbytes,
+        "process_bytes": peak,
         "loss": float(value),
     }
+
+
+def resident_bytes() -> int:
+    """What this process holds now; where the system does not say, the most it ever held."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return pages * resource.getpagesize()
 
 
 def in_a_process(name: str, rows: int, width: int) -> dict[str, float]:
@@ -80,16 +90,23 @@ def free_bytes() -> float:
     return next(float(x.split()[1]) * 1024 for x in lines if x.startswith("MemAvailable"))
 
 
-def largest_batches(width: int) -> dict[str, float]:
-    """Pairs that fit into `LIMIT_BYTES`, from what each side must hold in float32.
+def largest_batches(rows: list[dict], width: int) -> dict[str, dict[str, float]]:
+    """Pairs that fit into `LIMIT_BYTES`, by the growth between the two largest sizes measured.
 
-    Naive: at least three matrices of B² (similarities, and their gradient by rows and columns).
-    Ours: views, unit vectors, two gradients of each and the sums, 10 arrays of B × width.
+    Naive grows with the number of float32 matrices of B², ours with that of arrays B × width.
     """
-    return {
-        "naive": (LIMIT_BYTES / (3 * 4)) ** 0.5,
-        "ours": LIMIT_BYTES / (10 * 4 * width),
-    }
+    units = {"naive": lambda n: 4 * n**2, "ours": lambda n: 4 * n * width}
+    found = {}
+    for name, unit in units.items():
+        done = [(row["pairs"], row[name]["bytes"]) for row in rows if name in row][-2:]
+        if len(done) < 2:
+            continue
+        (few, less), (many, more) = done
+        count = (more - less) / (unit(many) - unit(few))
+        left = LIMIT_BYTES - (more - count * unit(many))
+        power = 0.5 if name == "naive" else 1
+        found[name] = {"count": count, "pairs": (left / count / unit(1)) ** power}
+    return found
 
 
 def main() -> None:
@@ -110,15 +127,17 @@ def main() -> None:
         rows.append(found)
         if not args.json:
             print(_line(found), flush=True)
-    limits = largest_batches(args.width)
+    limits = largest_batches(rows, args.width)
     if args.json:
         print(json.dumps({"width": args.width, "rows": rows, "largest_on_80_gb": limits}))
         return
-    print(
-        f"\nextrapolated for one device of 80 GB, float32, {args.width} wide:\n"
-        f"  naive  3 matrices of B² x 4 bytes = 80e9         B = {limits['naive']:>11,.0f}\n"
-        f"  ours   10 arrays of B x {args.width} x 4 bytes = 80e9    B = {limits['ours']:>11,.0f}"
-    )
+    shapes = {"naive": "matrices of B²", "ours": f"arrays of B x {args.width}"}
+    print("\nextrapolated to one device of 80 GB, float32:")
+    for name, limit in limits.items():
+        print(
+            f"  {name:<6} {limit['count']:5.1f} {shapes[name]} x 4 bytes = 80e9"
+            f"   B = {limit['pairs']:>13,.0f}"
+        )
 
 
 def _line(found: dict) -> str:
