@@ -1,6 +1,6 @@
 """What becomes of every accepted piece: kept or dropped, and on which side of the split.
 
-Decided from summaries alone, in arrays: 60 bytes a piece, and 384 more where near-duplicates are
+Decided from summaries alone, in arrays: 40 bytes a piece, and 384 more where near-duplicates are
 looked for. Nothing depends on how the files were divided into units.
 """
 
@@ -22,6 +22,7 @@ TOKENS_PER_SHARD = 64 << 20
 _KEPT, _EXACT, _NEAR, _CAPPED = range(4)
 _REASONS = {_EXACT: "exact-duplicate", _NEAR: "near-duplicate", _CAPPED: "composition-cap"}
 _NO_GROUP = -1
+_CONTENT_BYTES = 16  # of the hash's 32: two of a billion pieces share them once in 10^21 corpora
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def in_validation(works: np.ndarray, kept: np.ndarray, val_fraction: float) -> n
 
 @dataclass(frozen=True)
 class _Pieces:
-    """Columns over the accepted pieces: content hash S32, composition key uint64, whether that
+    """Columns over the accepted pieces: content hash S16, composition key uint64, whether that
     comes from a label, notes and tokens int64, fingerprints uint32 [N, H] or None.
     """
 
@@ -169,20 +170,20 @@ def _read(units: Sequence[Path], *, with_fingerprints: bool) -> _Pieces:
         composition = summary["labels"].get("composition")
         # Pieces without a label can only share a composition with copies of themselves.
         name = f"label:{composition}" if composition else f"content:{summary['content']}"
-        columns.content += bytes.fromhex(summary["content"])
+        columns.content += bytes.fromhex(summary["content"])[:_CONTENT_BYTES]
         columns.work.append(composition_key(name))
         columns.labelled.append(bool(composition))
         columns.n_notes.append(summary["n_notes"])
         columns.n_tokens.append(summary["n_tokens"])
         if with_fingerprints:
             columns.fingerprints += summary["fingerprint"]
-    prints = np.frombuffer(bytes(columns.fingerprints), "<u4").reshape(-1, dedup.N_HASHES)
+    prints = np.frombuffer(columns.fingerprints, "<u4").reshape(-1, dedup.N_HASHES)
     return _Pieces(
-        content=np.frombuffer(bytes(columns.content), "S32"),
-        work=np.array(columns.work, np.uint64),
-        labelled=np.array(columns.labelled, bool),
-        n_notes=np.array(columns.n_notes, np.int64),
-        n_tokens=np.array(columns.n_tokens, np.int64),
+        content=np.frombuffer(columns.content, f"S{_CONTENT_BYTES}"),
+        work=np.frombuffer(columns.work, np.uint64),
+        labelled=np.frombuffer(columns.labelled, bool),
+        n_notes=np.frombuffer(columns.n_notes, np.int64),
+        n_tokens=np.frombuffer(columns.n_tokens, np.int64),
         fingerprints=prints if with_fingerprints else None,
     )
 

@@ -4,19 +4,23 @@ Every source is listed in the same order (by the bytes of the path), so that a f
 archive made of it give the same corpus.
 """
 
+import heapq
 import os
 import tarfile
-from array import array
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+import msgpack
 
 from data_pipeline.errors import UserError
 from data_pipeline.metadata import is_table_name
 
 SUFFIXES = (".mid", ".midi", ".kar")
 _COPY_BYTES = 1 << 20
+_RUN_ROWS = 20_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +49,7 @@ def list_source(source: Path, spool: Path, tables: Path) -> Iterator[Entry]:
     Args:
         source: folder, .tar, or a tar compressed as tarfile can read it (.tar.gz, .tgz, .tar.xz…).
         spool: file that takes the MIDI bytes of a compressed archive, which has no random access;
-            untouched otherwise.
+            untouched otherwise. Its folder also takes what sorting an archive needs.
         tables: folder that takes the label tables of an archive, which are found beside its MIDI
             files or in the folder that holds all of them; not made otherwise.
 
@@ -105,7 +109,7 @@ def _list_archive(source: Path, spool: Path, tables: Path) -> Iterator[Entry]:
     try:
         if _is_compressed(source):
             with tarfile.open(source, "r|*") as archive, spool.open("wb") as out:
-                found = _Listing()
+                found = _Listing(spool.parent)
                 for path, member in _members(archive, tables):
                     found.add(path, member.size, out.tell())
                     _copy(archive, member, out)
@@ -113,7 +117,7 @@ def _list_archive(source: Path, spool: Path, tables: Path) -> Iterator[Entry]:
                 os.fsync(out.fileno())
         else:
             with tarfile.open(source, "r:") as archive:
-                found = _Listing()
+                found = _Listing(spool.parent)
                 for path, member in _members(archive, tables):
                     found.add(path, member.size, member.offset_data)
     except (tarfile.TarError, EOFError) as error:
@@ -124,24 +128,45 @@ def _list_archive(source: Path, spool: Path, tables: Path) -> Iterator[Entry]:
 
 
 class _Listing:
-    """Members of an archive in the order they are met; about 100 bytes each."""
+    """Members of an archive in the order they are met, to be read sorted by path.
 
-    def __init__(self) -> None:
-        self._paths: list[bytes] = []
-        self._sizes, self._offsets = array("q"), array("q")
+    Sorted runs go to the disk, so that a million members need no more memory than twenty thousand.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._rows: list[tuple[bytes, int, int, int]] = []
+        self._runs: list[Path] = []
+        self._n = 0
 
     def add(self, path: str, size: int, offset: int) -> None:
-        self._paths.append(os.fsencode(path))
-        self._sizes.append(size)
-        self._offsets.append(offset)
+        # Of members with one path the last counts, which is what unpacking leaves: it comes first.
+        self._n += 1
+        self._rows.append((os.fsencode(path), -self._n, size, offset))
+        if len(self._rows) == _RUN_ROWS:
+            run = self._folder / f"members-{len(self._runs)}"
+            with run.open("wb") as out:
+                for row in self._sorted_rows():
+                    out.write(msgpack.packb(row))
+            self._runs.append(run)
+
+    def _sorted_rows(self) -> list[tuple[bytes, int, int, int]]:
+        rows, self._rows = self._rows, []
+        rows.sort()
+        return rows
 
     def entries(self) -> Iterator[Entry]:
-        """Sorted by path; of members with one path the last, which is what unpacking leaves."""
-        # UTF-8 sorts like the code points it encodes.
-        order = sorted(range(len(self._paths)), key=self._paths.__getitem__)
-        for i, following in zip(order, [*order[1:], -1], strict=True):
-            if following < 0 or self._paths[i] != self._paths[following]:
-                yield Entry(os.fsdecode(self._paths[i]), self._sizes[i], self._offsets[i])
+        """Sorted by path, each path once."""
+        with ExitStack() as stack:
+            runs = [stack.enter_context(run.open("rb")) for run in self._runs]
+            unpackers = [msgpack.Unpacker(run, use_list=False) for run in runs]
+            before = None
+            for path, _, size, offset in heapq.merge(self._sorted_rows(), *unpackers):
+                if path != before:
+                    yield Entry(os.fsdecode(path), size, offset)
+                before = path
+        for run in self._runs:
+            run.unlink()
 
 
 def _members(archive: tarfile.TarFile, tables: Path) -> Iterator[tuple[str, tarfile.TarInfo]]:
