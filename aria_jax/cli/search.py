@@ -6,8 +6,9 @@ from typing import Any
 
 DESCRIPTION = """\
 Embed a MIDI file as `aria-jax embed` embedded the others, and list the files (or slices) nearest
-to it by cosine similarity. Exact, and fast enough for a million rows. --html writes a page with
-piano rolls.
+to it by cosine similarity. Exact, and fast enough for a million rows; --index keeps the vectors
+beside EMB for many searches in a large file (pip install 'aria-jax[search]'). --html writes a page
+with piano rolls.
 
 examples:
   aria-jax search query.mid emb.parquet --checkpoint run2
@@ -20,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("embeddings", metavar="EMB", help="made by `aria-jax embed`")
     parser.add_argument("--checkpoint", required=True, help="the model that made EMB")
     parser.add_argument("-k", type=int, default=10, help="how many to list (10)")
+    parser.add_argument(
+        "--index", action="store_true", help="search in EMB.faiss, made the first time"
+    )
     parser.add_argument("--html", metavar="FILE", help="write a page with piano rolls")
     parser.add_argument(
         "--midi", metavar="DIR", help="where the MIDI files are (default: where they were embedded)"
@@ -55,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
             f"{args.embeddings} was made by another model than {args.checkpoint} "
             f"({settings['fingerprint']}, not {encoder.fingerprint}); embed the files again"
         )
-    hits = search(encoder(query), args.embeddings, args.k)
+    hits = search(encoder(query), args.embeddings, args.k, index=args.index)
     digest = hashlib.sha256(Path(args.query).read_bytes()).hexdigest()
     if args.html:
         _write_page(args, query, hits, digest, settings["slice_notes"])

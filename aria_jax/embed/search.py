@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from aria_jax.embed.index import current_index, nearest_in
 from data_pipeline.errors import UserError
 
 ROWS = 65_536
@@ -27,13 +29,19 @@ class Hit:
     labels: dict[str, str]
 
 
-def search(query_E: np.ndarray, embeddings: str | Path, k: int = 10) -> list[Hit]:
+def search(
+    query_E: np.ndarray, embeddings: str | Path, k: int = 10, *, index: bool = False
+) -> list[Hit]:
     """The k nearest rows by cosine similarity, best first; equal scores in the file's order.
 
     Memory: one block of rows. A million rows of 512 numbers are read and compared in seconds.
 
+    Args:
+        index: search in EMB.faiss, made once: no row is decoded again (see `embed.index`).
+
     Raises:
-        UserError: not an embeddings file of `aria-jax embed`, or of another width.
+        UserError: not an embeddings file of `aria-jax embed`, or of another width; an index is
+            wanted and faiss is not installed.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -50,7 +58,12 @@ def search(query_E: np.ndarray, embeddings: str | Path, k: int = 10) -> list[Hit
         )
     query = np.asarray(query_E, np.float32)
     query = query / max(float(np.linalg.norm(query)), 1e-12)
-    rows, scores = nearest(query, _blocks(file, len(query), embeddings), k)
+    blocks = partial(_blocks, file, len(query), embeddings)
+    if index:
+        made = current_index(Path(embeddings), file.metadata.num_rows, len(query), blocks)
+        rows, scores = nearest_in(made, query, k)
+    else:
+        rows, scores = nearest(query, blocks(), k)
     return _hits(file, rows, scores)
 
 

@@ -1,5 +1,7 @@
 """Search: exactly the best rows of any file, reading as little of it as possible."""
 
+import sys
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -51,6 +53,29 @@ def test_finds_the_best_of_several_row_groups(vectors, tmp_path, monkeypatch, k)
     assert [hit.path for hit in hits] == [f"{i}.mid" for i in order]
     assert [int(hit.sha256, 16) for hit in hits] == order.tolist()
     np.testing.assert_allclose([hit.score for hit in hits], scores, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("k", [3, 1000])
+def test_an_index_finds_the_same(vectors, tmp_path, k):
+    pytest.importorskip("faiss", reason="needs the extra `search`")
+    path = tmp_path / "e.parquet"
+    write_embeddings(table(vectors), path)
+    query = np.random.default_rng(1).normal(size=16)
+    plain = search(query, path, k)
+    for _ in range(2):  # made, then read
+        found = search(query, path, k, index=True)
+        assert [hit.path for hit in found] == [hit.path for hit in plain]
+        np.testing.assert_allclose([h.score for h in found], [h.score for h in plain], atol=1e-5)
+    write_embeddings(table(vectors[::-1], 7), path)  # another file: the index is made again
+    found, plain = search(query, path, k, index=True), search(query, path, k)
+    assert [hit.path for hit in found] == [hit.path for hit in plain]
+
+
+def test_an_index_without_faiss_is_explained(vectors, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    write_embeddings(table(vectors), tmp_path / "e.parquet")
+    with pytest.raises(UserError, match=r"aria-jax\[search\]"):
+        search(np.ones(16), tmp_path / "e.parquet", index=True)
 
 
 def test_equal_scores_come_in_the_files_order():
