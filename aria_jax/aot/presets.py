@@ -20,8 +20,8 @@ MOST_SHARDED = 64
 def tuned(run: RunConfig, family: str, chips: int) -> RunConfig:
     """`run` as it is best computed on so many chips of a family of TPUs.
 
-    A batch too large for the chips' memory is accumulated over several parts, except a contrastive
-    one, whose rows must see each other: there everything is recomputed instead.
+    A batch too large for the chips' memory is worked through in several parts; where even one row
+    is too large, everything is recomputed.
     """
     m, medium = run.model, for_task("medium", "pretrain").model
     sharded = math.gcd(chips, MOST_SHARDED)
@@ -29,9 +29,7 @@ def tuned(run: RunConfig, family: str, chips: int) -> RunConfig:
     views = 2 if run.task == "contrastive" else 1
     size = (m.d_model * m.n_layers) / (medium.d_model * medium.n_layers)
     at_once = TOKENS_AT_ONCE[family] / size / (run.data.seq_len * views)  # rows
-    parts = 1
-    if run.task != "contrastive":
-        parts = min((n for n in _divisors(rows) if rows / n <= at_once), default=rows)
+    parts = next((n for n in _divisors(rows) if rows / n <= at_once), rows)
     return dataclasses.replace(
         run,
         compute=ComputeConfig(

@@ -183,7 +183,10 @@ def compile_report(
     cost, talk = None, None
     if memory["total"] <= chip.hbm:
         cost, talk = _counted(config, task, topology, read_collectives, on_compile)
-        cost = cost.with_flops(_loss_flops_not_counted(config, task, made, mesh))
+        cost = cost.with_flops(
+            _loss_flops_not_counted(config, task, made, mesh)
+            + _cached_flops(config, task, made, mesh)["blocks"]
+        )
     seconds, source = _estimate(cost, attention, talk, config.model.d_head, chip)
     model_flops = _model_flops(config, made)
     return Report(
@@ -283,7 +286,17 @@ def _attention_flops(config: RunConfig, task: Task, made: Program, mesh: Mesh) -
     forward = forward_flops_per_token(config.model, config.data.seq_len)["attention"]
     again = 1.0 if config.compute.remat in ("full", "offload") else 0.0
     passes = 1.0 + again + BACKWARD_ATTENTION if made.training else 1.0
-    return forward * passes * made.tokens / mesh.size
+    again_cached = _cached_flops(config, task, made, mesh)["attention"]
+    return forward * passes * made.tokens / mesh.size + again_cached
+
+
+def _cached_flops(config: RunConfig, task: Task, made: Program, mesh: Mesh) -> dict[str, float]:
+    """Of gradient caching, which embeds a contrastive batch once more before it goes through the
+    parts; per chip and call.
+    """
+    again = task == "contrastive" and config.train.grad_accumulation > 1
+    parts = forward_flops_per_token(config.model, config.data.seq_len)
+    return {name: again * flops * made.tokens / mesh.size for name, flops in parts.items()}
 
 
 def _model_flops(config: RunConfig, made: Program) -> float:

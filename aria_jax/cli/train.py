@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aria_jax.config import RunConfig
+    from aria_jax.train.cost import Chip
     from aria_jax.train.plan import Plan
 
 DESCRIPTION = """\
@@ -50,8 +51,10 @@ examples:
   aria-jax train contrastive --data my_data --workdir run2 --preset small --init-from run1
   aria-jax train continue --data my_data --workdir run5 --init-from run1 lora_rank=8
   aria-jax train classify --data my_data --workdir run3 --init-from run1/best data.label=composer
-  aria-jax train pretrain --data my_data --workdir run4 --preset medium mesh.fsdp=64 \\
-      --dry-run --on v5p:64"""
+  aria-jax train pretrain --data my_data --workdir run4 --preset medium --dry-run --on v5p:64
+
+On TPUs the mesh, bfloat16, remat and gradient accumulation are chosen by chip and their number
+(docs/tpu.md); settings of yours go before."""
 
 # Settings may stand before, between and after the options.
 PARSE = argparse.ArgumentParser.parse_intermixed_args
@@ -92,21 +95,40 @@ def run(args: argparse.Namespace) -> int:
     from aria_jax.config import for_task, with_overrides
     from data_pipeline.shards import load_manifest
 
-    config = with_overrides(for_task(args.preset, args.task), args.settings).validate()
-    load_manifest(args.data)  # before the seconds that importing jax takes
-    if args.dry_run:
-        return _dry_run(args, config)
-    return _train(args, config)
+    preset = for_task(args.preset, args.task)
+    # All that can be wrong is found before the seconds that importing jax takes.
+    with_overrides(preset, args.settings).validate()
+    load_manifest(args.data)
+    return _dry_run(args, preset) if args.dry_run else _train(args, preset)
 
 
-def _train(args: argparse.Namespace, config: "RunConfig") -> int:
+def _on_chips(
+    args: argparse.Namespace, preset: "RunConfig", chip: "Chip | None", n: int
+) -> "RunConfig":
+    """The run as it is best computed on so many chips, but for what the user says."""
+    from aria_jax.aot.presets import TOKENS_AT_ONCE, tuned
+    from aria_jax.config import with_overrides
+    from aria_jax.train.cost import CHIPS
+
+    family = next((name for name in TOKENS_AT_ONCE if CHIPS[name] == chip), None)
+    if family is not None:
+        preset = tuned(preset, family, n)
+    return with_overrides(preset, args.settings).validate()
+
+
+def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
+    import jax
+
     from aria_jax.cli.console import print_result
+    from aria_jax.train.cost import chip_of
     from aria_jax.train.loop import run as train
     from aria_jax.train.metrics import JsonlSink, MetricSink, TensorBoardSink
     from aria_jax.train.processes import join_processes, leave_at_once, lost_contact
     from aria_jax.train.tasks import resolve
 
     first = join_processes() == 0
+    chip = chip_of(jax.devices()[0].device_kind)
+    config = _on_chips(args, preset, chip, jax.device_count())
     workdir = Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
@@ -173,7 +195,7 @@ class ProgressSink:
         self._bar.close()
 
 
-def _dry_run(args: argparse.Namespace, config: "RunConfig") -> int:
+def _dry_run(args: argparse.Namespace, preset: "RunConfig") -> int:
     """Prints the plan; 1 where the memory of a device does not suffice."""
     import jax
 
@@ -192,7 +214,7 @@ def _dry_run(args: argparse.Namespace, config: "RunConfig") -> int:
         chip, n_devices = CHIPS[name], int(count)
     else:
         chip, n_devices = chip_of(jax.devices()[0].device_kind), jax.device_count()
-    config = resolve(config, args.data)
+    config = resolve(_on_chips(args, preset, chip, n_devices), args.data)
     made = plan(
         config,
         n_examples=build_task(config, args.data).train.n_examples,
@@ -208,6 +230,7 @@ def _dry_run(args: argparse.Namespace, config: "RunConfig") -> int:
 def _plan_text(config: "RunConfig", made: "Plan") -> str:
     gib, total = 2**30, sum(made.memory.values())
     mesh = " × ".join(f"{axis} {size}" for axis, size in made.mesh.items())
+    compute, accumulation = config.compute, config.train.grad_accumulation
     parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in made.memory.items())
     room = "" if made.hbm is None else f" of {made.hbm / gib:.0f} GiB"
     verdict = {None: "", True: ": fits", False: ": DOES NOT FIT"}[made.fits]
@@ -218,6 +241,7 @@ def _plan_text(config: "RunConfig", made: "Plan") -> str:
         f"batch        {made.tokens_per_step:,} tokens a step",
         f"data         {made.tokens:,} tokens, {made.epochs:.2f} epochs",
         f"mesh         {mesh}",
+        f"computed in  {compute.dtype}, remat {compute.remat}, {accumulation} parts a step",
         f"memory       {total / gib:.2f} GiB a device{room}{verdict} "
         f"({parts}; activations by formula: `aria-jax compile` asks the compiler)",
     ]
