@@ -31,7 +31,7 @@ def _span_ms(performance: Performance) -> int:
 
 def _entropy_bits(values: np.ndarray) -> float:
     shares = np.unique(values, return_counts=True)[1] / max(len(values), 1)
-    return float(-(shares * np.log2(shares)).sum())
+    return float(-(shares * np.log2(shares)).sum()) + 0.0  # not -0.0
 
 
 def max_programs(performance: Performance, max: int) -> Outcome:

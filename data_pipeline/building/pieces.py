@@ -12,6 +12,13 @@ from data_pipeline.tokenizer import Tokenizer
 
 LONGEST_MS = 24 * 3_600_000
 """A longer file is broken: silence costs a token every 5 s, so a few bytes can become millions."""
+# A MIDI file with a pedal press and enough notes for a fingerprint.
+_TRACK = (
+    b"\x00\xb0\x40\x7f" + b"\x10\x90\x3c\x40\x10\x3c\x00" * dedup.MIN_NOTES + b"\x00\xff\x2f\x00"
+)
+_WARM_UP = (
+    b"MThd\x00\x00\x00\x06\x00\x00\x00\x01\x01\xe0MTrk" + len(_TRACK).to_bytes(4, "big") + _TRACK
+)
 
 
 class PieceMaker:
@@ -27,6 +34,15 @@ class PieceMaker:
         self._filters = settings["filters"]
         self._cleaning = cleaning.Cleaning(**settings["cleaning"])
         self._fingerprints = settings["fingerprints"]
+
+    def warm_up(self) -> None:
+        """Loads or compiles all that `make` uses, so that no file has to pay for it."""
+        performance = read_midi(_WARM_UP)
+        filters.check(self._cleaning.clean(performance), self._filters)
+        self._tokenizer.encode(performance)
+        dedup.content_hash(performance)
+        if self._fingerprints:
+            dedup.fingerprint(performance)
 
     def make(self, path: str, data: bytes, labels: dict[str, str]) -> tuple[dict[str, Any], bytes]:
         """Summary for the merge and ids as little-endian uint16 bytes (none for a rejected file).

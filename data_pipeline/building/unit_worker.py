@@ -100,6 +100,7 @@ def main(argv: list[str]) -> None:
     connection = Connection(int(argv[1]))
     settings, limits = connection.recv()
     maker = PieceMaker(settings)
+    maker.warm_up()  # before the limits: compiling takes longer and more than a file may
     if sys.platform == "linux":
         _limit_memory(limits.memory_bytes)
     connection.send(("ready", None))

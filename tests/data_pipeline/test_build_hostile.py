@@ -27,6 +27,8 @@ HOSTILE = {
     "two-gigabytes-declared": (HEADER + b"MTrk\x7f\xff\xff\xff", "truncated"),
     "more-tracks-than-there-are": (HEADER[:10] + b"\x7f\xff" + GOOD[12:], "truncated"),
     "zero-division": (GOOD[:12] + b"\x00\x00" + GOOD[14:], "no-ticks-per-beat"),
+    "ten-million-notes": (
+        one_track(b"\x00\x90\x3c\x40" + b"\x01\x3c\x00\x00\x3c\x40" * 10_000_000), "too-large"),
     "status-bytes-only": (one_track(b"\x00\xf7" * 50_000), None),
     "running-status": (one_track(b"\x00\x3c\x40" * 1000), "running-status-without-status"),
     "huge-delta-times": (
@@ -63,8 +65,9 @@ def test_every_hostile_file_is_quarantined_with_its_reason(midi_corpus, tmp_path
     "limits, reason",
     [
         (Limits(file_bytes=1 << 20), {"too-large"}),
-        # Enough for the decoder's own libraries (about 200 MB), not for a million notes.
-        (Limits(memory_bytes=400 << 20), {"memory-limit", "worker-died"}),
+        # Enough for a piece of music, not for a million notes.
+        (Limits(memory_bytes=200 << 20), {"memory-limit", "worker-died"}),
+        (Limits(cpu_s=0.15), {"time-limit"}),
     ],
 )
 def test_a_file_over_a_limit_costs_only_itself(midi_corpus, tmp_path, limits, reason):
