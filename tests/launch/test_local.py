@@ -41,7 +41,7 @@ def losses(workdir):
 def alone(corpus, tmp_path_factory):
     """Losses by step of one process that nobody disturbs."""
     workdir = tmp_path_factory.mktemp("alone")
-    one = train(corpus, workdir, "aria_jax.cli.main")
+    one = train(corpus, workdir, "aria_jax.cli.main", settings=["steps=6"])
     assert one.returncode == 0, one.stderr[-2000:]
     return losses(workdir)
 
@@ -75,11 +75,13 @@ def children(pid):
     return sorted(map(int, listed))  # started in that order
 
 
-def test_two_processes_learn_what_one_learns(corpus, tmp_path, alone):
-    two = train(corpus, tmp_path / "two", *TWO)
+def test_two_processes_learn_what_one_learns_and_one_goes_on(corpus, tmp_path, alone):
+    two = train(corpus, tmp_path, *TWO)
     assert two.returncode == 0, two.stderr[-2000:]
-    found = losses(tmp_path / "two")
-    assert found.keys() == alone.keys() and agree(found, alone)
+    assert losses(tmp_path).keys() == {1, 2, 3, 4}
+    one = train(corpus, tmp_path, "aria_jax.cli.main", settings=["steps=6"])
+    assert one.returncode == 0 and "at step 4" in one.stderr, one.stderr[-2000:]
+    assert losses(tmp_path).keys() == alone.keys() and agree(losses(tmp_path), alone)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find a process")
