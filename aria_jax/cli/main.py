@@ -21,6 +21,7 @@ VERBS = {
     "generate": ("generate", "continue a performance"),
     "score": ("score", "negative log-likelihood of performances under a model"),
     "embed": ("embed", "one embedding per file, as Parquet"),
+    "classify": ("classify", "label files with a finetuned classifier"),
     "probe": ("probe", "how much a linear classifier reads from embeddings"),
     "retrieve": ("retrieve", "retrieval metrics of embeddings: MRR, Hit@k"),
     "search": ("search", "the performances nearest to a query"),

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from aria_jax.models.heads import Model
+from aria_jax.models.heads import Model, head_width
 from aria_jax.sharding import batch_sharding
 from data_pipeline.errors import UserError
 
@@ -34,17 +34,42 @@ def model_encoder(
             f"this model has a {model.config.head!r} head, not an embedding head; "
             "train one with `aria-jax train contrastive`"
         )
+    return _encoder(model, pad_id, pooling, mesh)
+
+
+def class_encoder(model: Model, pad_id: int, pooling: str = "eos") -> Encode:
+    """From slices to the probabilities of a class head, in the order of `config.class_names`.
+
+    Raises:
+        UserError: the model has another head.
+    """
+    if model.config.head != "class":
+        raise UserError(
+            f"this model has a {model.config.head!r} head, not a class head; "
+            "train one with `aria-jax train classify`"
+        )
+    return _encoder(model, pad_id, pooling, None, jax.nn.softmax)
+
+
+def _encoder(
+    model: Model,
+    pad_id: int,
+    pooling: str,
+    mesh: jax.sharding.Mesh | None,
+    read: Callable[[jax.Array], jax.Array] = lambda outputs: outputs,
+) -> Encode:
+    """What `read` makes of the head's outputs."""
     graph, state = nnx.split(model)
 
     @jax.jit
     def embed(state, tokens_BxL: jax.Array, eos_B: jax.Array) -> jax.Array:
-        return nnx.merge(graph, state).pooled(tokens_BxL, eos_B, pooling)
+        return read(nnx.merge(graph, state).pooled(tokens_BxL, eos_B, pooling))
 
     cut = None if mesh is None else batch_sharding(mesh)
     ways = 1 if mesh is None else mesh.size
 
     def encode(slices: Sequence[np.ndarray]) -> np.ndarray:
-        out = np.empty((len(slices), model.config.emb_size), np.float32)
+        out = np.empty((len(slices), head_width(model.config)), np.float32)
         for chosen, tokens_BxL, eos_B in like_length(slices, pad_id, ways):
             tokens, eos = jax.device_put((tokens_BxL, eos_B), cut)
             out[chosen] = embed(state, tokens, eos)[: len(chosen)]

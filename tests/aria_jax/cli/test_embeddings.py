@@ -9,8 +9,12 @@ from flax import nnx
 
 from aria_jax.cli.main import main
 from aria_jax.config import ComputeConfig, ModelConfig
+from aria_jax.embed.encode import class_encoder
+from aria_jax.embed.pieces import Slicing, midi_slices
 from aria_jax.models.heads import build_model
 from aria_jax.train.checkpoint import save_model
+from data_pipeline.midi import read_midi
+from data_pipeline.tokenizer import Tokenizer
 
 SMALL = ["--slice-notes", "100", "--max-tokens", "512", "--workers", "0"]
 
@@ -147,3 +151,28 @@ def test_bench_suite_prints_one_table_with_the_papers_rows(
     results = result_of(capsys, *arguments)["results"]  # a second run embeds nothing again
     assert results["again"] == results["aria_jax"]
     assert results["statistics"]["composer"]["accuracy"] == 1.0  # slow and low, or fast and high
+
+
+def test_classify_answers_for_files_and_scores_them(midi_corpus, tmp_path, capsys):
+    """Against each slice by itself, weighted by its tokens."""
+    names = ("lento", "presto")
+    config = ModelConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=512, head="class",
+                         class_names=names)  # fmt: skip
+    model = build_model(config, ComputeConfig(), rngs=nnx.Rngs(params=3))
+    save_model(tmp_path / "run", model)
+    arguments = ["classify", str(midi_corpus), "--checkpoint", str(tmp_path / "run"), *SMALL]
+    scored = ["--label", "composer", "--out", str(tmp_path / "a.jsonl")]
+    result = result_of(capsys, *arguments, *scored)
+    lines = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    tokenizer = Tokenizer.preset("aria")
+    for line in lines[:2]:
+        slices = midi_slices(read_midi(midi_corpus / line["path"]), Slicing("aria", 100, 512))
+        likely = class_encoder(model, tokenizer.pad_id)(slices)
+        expected = np.average(likely, axis=0, weights=[len(ids) for ids in slices])
+        np.testing.assert_allclose(list(line["probabilities"].values()), expected, atol=1e-5)
+        assert line["answer"] == result["answers"][line["path"]] == names[expected.argmax()]
+    right = [line["path"].startswith(line["answer"]) for line in lines]
+    assert len(lines) == result["n_scored"] == 10 and result["accuracy"] == np.mean(right)
+    assert main([*arguments[:3], "no such run"]) == 2
+    assert main([*arguments, "--label", "form"]) == 2
+    assert "no file" in capsys.readouterr().err
