@@ -2,12 +2,15 @@
 
 One token at a time, every matrix product is a column of dot products; with each row in one piece
 of memory a CPU reads the smaller matrices half again as fast. Int8 is weight-only: the conversion
-is part of the product where the compiler fuses it (TPU, GPU).
+is part of the product, by the compiler's fusion (TPU, GPU) or by a kernel of ours (CPU). Two fields
+and one product are all that decoding needs of quantisation, so no library is used for it.
 """
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+
+from aria_jax.kernels import int8_cpu
 
 
 @flax.struct.dataclass
@@ -17,10 +20,12 @@ class DecodingMatrix:
     Attributes:
         rows_OxI: float or int8.
         scale_O: float32; the matrix is rows * scale. None for floats.
+        on_cpu: whether int8 rows are multiplied by `kernels.int8_cpu`.
     """
 
     rows_OxI: jax.Array
     scale_O: jax.Array | None = None
+    on_cpu: bool = flax.struct.field(pytree_node=False, default=False)
 
     def astype(self, dtype: jnp.dtype) -> "DecodingMatrix":
         """Itself: the product takes the dtype of its other factor."""
@@ -29,10 +34,17 @@ class DecodingMatrix:
 
     def __rmatmul__(self, x_ZxI: jax.Array) -> jax.Array:
         """x @ matrix, [..., O] in the dtype of x."""
+        rows_OxI, last = self.rows_OxI, x_ZxI.ndim - 1
+        if self.on_cpu and self.scale_O is not None:
+            x_RxI = x_ZxI.reshape(-1, x_ZxI.shape[-1])
+            if len(x_RxI) <= int8_cpu.MOST_ROWS:
+                y_RxO = int8_cpu.int8_matmul(x_RxI, rows_OxI, self.scale_O)
+                return y_RxO.reshape(*x_ZxI.shape[:-1], -1)
+            # Fused into the product, the conversion would be done once for every row of x.
+            rows_OxI = jax.lax.optimization_barrier(rows_OxI.astype(x_ZxI.dtype))
         # Not x @ rows.T: XLA's CPU backend would write the transposed matrix to memory first.
-        last = x_ZxI.ndim - 1
         y_ZxO = jax.lax.dot_general(
-            x_ZxI, self.rows_OxI.astype(x_ZxI.dtype), (((last,), (1,)), ((), ()))
+            x_ZxI, rows_OxI.astype(x_ZxI.dtype), (((last,), (1,)), ((), ()))
         )
         return y_ZxO if self.scale_O is None else (y_ZxO * self.scale_O).astype(x_ZxI.dtype)
 

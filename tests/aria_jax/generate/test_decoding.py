@@ -15,6 +15,7 @@ from aria_jax.generate.decoding import Decoding, decode
 from aria_jax.generate.quantize import DecodingMatrix, quantize
 from aria_jax.generate.sampler import Greedy, MinP, RepetitionPenalty, Temperature
 from aria_jax.generate.weights import decoder_weights
+from aria_jax.kernels import int8_cpu
 from aria_jax.sharding import make_mesh, parameter_shardings
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizer import Kind, Tokenizer
@@ -222,6 +223,29 @@ def test_low_precision_is_close(tiny_model, piano_prompt, precision, tolerance):
     assert float(jnp.abs(low - exact).mean() / exact.std()) < tolerance
     ids = generate(tiny_model, piano_prompt, precision=precision, max_tokens=12)
     assert ids.shape == (1, 12)
+
+
+@pytest.mark.skipif(not int8_cpu.available(), reason="needs the int8 kernel of CPUs")
+def test_int8_of_the_cpu_equals_the_compilers(tiny_model, piano_prompt):
+    """Prefill converts whole matrices, decoding rows in registers: the same numbers."""
+    weights = decoder_weights(tiny_model, "int8")
+    assert weights.blocks[0]["up"].on_cpu
+    plain = jax.tree.map(
+        lambda m: m.replace(on_cpu=False) if isinstance(m, DecodingMatrix) else m,
+        weights,
+        is_leaf=lambda m: isinstance(m, DecodingMatrix),
+    )
+    padded = np.full(256, ARIA.pad_id)
+    padded[: len(piano_prompt)] = piano_prompt
+    found = []
+    for form in (weights, plain):
+        logits, prompt = jax.jit(prefill)(form, jnp.asarray(padded), jnp.int32(len(piano_prompt)))
+        more, _ = jax.jit(decode_step)(
+            form, prompt, empty_cache(form, 2, 8), jnp.array([40, 900]), jnp.int32(0)
+        )
+        found.append((logits, more))
+    for ours, theirs in zip(*found, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)  # logits reach 30
 
 
 def test_int8_rows_are_within_half_a_step():
