@@ -28,7 +28,7 @@ def command(corpus, workdir, *before, settings=()):
 def train(corpus, workdir, *before, settings=()):
     return subprocess.run(
         command(corpus, workdir, *before, settings=settings),
-        env=ENVIRONMENT, capture_output=True, text=True, timeout=150,
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
