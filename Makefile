@@ -5,11 +5,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
+FILES ?= 500000
 # The pins were made with Python 3.11; a newer Python takes the tested ranges of setup.cfg.
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow lint bench bench-data bench-loaders bench-dedup bench-generate bench-train bench-contrastive bench-embed compile-check compile-table smoke-gpu clean
+.PHONY: help setup demo test test-slow fuzz lint bench bench-data bench-loaders bench-dedup bench-generate bench-train bench-contrastive bench-embed compile-check compile-table smoke-gpu clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,8 +40,11 @@ lint: setup ## ruff and mypy
 
 bench: bench-data bench-loaders ## the benchmarks that need no data of yours
 
-bench-data: setup ## reading and tokenising against mido and miditoolkit (MIDI=folder)
+bench-data: setup ## reading, tokenising, augmenting against mido, miditoolkit, reference (MIDI=folder)
 	$(BIN)/python -m benchmarks.bench_data $(MIDI)
+
+fuzz: setup ## reading and tokenising half a million broken MIDI files (FILES=number)
+	ARIA_JAX_FUZZ=$(FILES) $(BIN)/python -m pytest -n 0 -s tests/data_pipeline/test_fuzz.py
 
 bench-loaders: setup ## tokens/s that each loader delivers, with and without augmentation
 	$(BIN)/python -m benchmarks.bench_loaders

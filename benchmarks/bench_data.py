@@ -1,68 +1,181 @@
-"""Reading and tokenising against mido and miditoolkit parsing the same files, in one run.
+"""Reading, tokenising and augmenting, against mido, miditoolkit and the reference.
 
-python -m benchmarks.bench_data [MIDI_DIR] [--files 30]
+    python -m benchmarks.bench_data [MIDI_DIR] [--files 30] [--rounds 3]
+
+Without MIDI_DIR it takes ASAP performances where the development data lies beside the checkout,
+else made-up pieces. One process; the sides are taken in turn, file by file, so that a busy machine
+slows all of them alike, and each file counts with its fastest round.
 """
 
 import argparse
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from data_pipeline.midi import midi_bytes, read_midi
+from data_pipeline import dedup, filters
+from data_pipeline.augment import AugmentConfig, augment
+from data_pipeline.midi import (
+    _chunks,
+    _decode_track,
+    midi_bytes,
+    pedalled_ends,
+    read_midi,
+)
+from data_pipeline.shards import pack_record
 from data_pipeline.tokenizer import Tokenizer
 from tests.corpora import random_performance
+
+DEVELOPMENT_DATA = Path(__file__).parents[2] / "shared" / "data" / "asap"
+# EleutherAI/aria-utils e122d03, Python, one core of another machine, 30 ASAP performances of 3,190
+# notes and 9,631 tokens on average (golden/README of the development data); it cannot be run here.
+REFERENCE_FILES_PER_S, REFERENCE_TOKENS_PER_S = 3.0, 28_700
+REFERENCE_AUGMENTED_PER_S = 248_000
+GOAL_TIMES, AIM_TIMES, GOAL_AUGMENTED_PER_S = 30, 100, 5_000_000
+WINDOW = 2048
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("midi_dir", nargs="?", type=Path, help="default: made-up pieces")
+    parser.add_argument("midi_dir", nargs="?", type=Path, help="default: see above")
     parser.add_argument("--files", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        if args.midi_dir is None:
+    folder = args.midi_dir or (DEVELOPMENT_DATA if DEVELOPMENT_DATA.is_dir() else None)
+    with tempfile.TemporaryDirectory() as scratch:
+        if folder is None:
             rng = np.random.default_rng(0)
             for i in range(args.files):
-                (Path(folder) / f"{i}.mid").write_bytes(midi_bytes(random_performance(rng, 3000)))
-        found = sorted((args.midi_dir or Path(folder)).rglob("*.mid"))
-        measure(found[:: max(len(found) // args.files, 1)][: args.files])
+                made = midi_bytes(random_performance(rng, 3000))
+                (Path(scratch) / f"{i}.mid").write_bytes(made)
+        found = sorted((folder or Path(scratch)).rglob("*.mid"))
+        paths = found[:: max(len(found) // args.files, 1)][: args.files]
+        print(f"{folder or 'made-up pieces'}: every {max(len(found) // args.files, 1)}th file")
+        ids = measure(paths, args.rounds)
+    measure_augmentation(ids)
 
 
-def measure(paths: list[Path]) -> None:
-    """Takes the sides in turn, file by file, so that a busy machine slows all of them alike."""
+def measure(paths: list[Path], rounds: int) -> list[np.ndarray]:
+    """Prints what reading and tokenising take; ids of every file."""
+    tokenizer = Tokenizer.preset("aria")
+    data = [path.read_bytes() for path in paths]
+    performances = [read_midi(content) for content in data]
+    ids = [tokenizer.encode(performance) for performance in performances]
+    sides = {
+        "read and tokenise": lambda i: tokenizer.encode(read_midi(paths[i])),
+        **_baselines(paths),
+        **_parts(paths, data, performances, tokenizer),
+        **_other_steps(data, performances, ids),
+    }
+    ms = _fastest(sides, len(paths), rounds)
+    n_notes, n_tokens = sum(len(p.notes) for p in performances), sum(map(len, ids))
+    print(
+        f"{len(paths)} files, {n_notes:,} notes, {n_tokens:,} tokens; {os.cpu_count()} processors"
+    )
+    ours = ms["read and tokenise"]
+    seconds = ours * len(paths) / 1000
+    print(f"\nread and tokenise  {ours:8.3f} ms a file, one process")
+    print(
+        f"  {len(paths) / seconds:,.0f} files/s, {n_notes / seconds:,.0f} notes/s, "
+        f"{n_tokens / seconds:,.0f} tokens/s"
+    )
+    times = 1000 / ours / REFERENCE_FILES_PER_S
+    print(
+        f"  {times:,.0f} x the reference's {REFERENCE_FILES_PER_S} files/s (goal {GOAL_TIMES}, aim "
+        f"{AIM_TIMES}), {n_tokens / seconds / REFERENCE_TOKENS_PER_S:,.0f} x its tokens/s; "
+        "the reference was measured elsewhere"
+    )
+    for name in _baselines(paths):
+        print(f"  {ms[name] / ours:,.0f} x {name} ({ms[name]:.1f} ms a file), same run")
+    print("\nwhere the time goes (parts measured one by one)")
+    for name in _parts(paths, data, performances, tokenizer):
+        print(f"  {name:<34}{ms[name]:8.3f} ms {100 * ms[name] / ours:5.0f} %")
+    print("\nwhat a build does besides, where asked to")
+    for name in _other_steps(data, performances, ids):
+        print(f"  {name:<34}{ms[name]:8.3f} ms")
+    return ids
+
+
+Step = Callable[[int], Any]
+
+
+def _baselines(paths: list[Path]) -> dict[str, Step]:
     from miditoolkit import MidiFile as ToolkitFile
     from mido import MidiFile
 
-    tokenizer = Tokenizer.preset("aria")
-    tokenizer.encode(read_midi(paths[0]))  # compiles
-    seconds = dict.fromkeys(("read", "tokenise", "mido, parsing only", "miditoolkit"), 0.0)
-    n_notes = n_tokens = 0
-    for path in paths:
-        began = time.perf_counter()
-        performance = read_midi(path)
-        read = time.perf_counter()
-        ids = tokenizer.encode(performance)
-        tokenised = time.perf_counter()
-        MidiFile(path)
-        parsed = time.perf_counter()
-        ToolkitFile(path)
-        seconds["read"] += read - began
-        seconds["tokenise"] += tokenised - read
-        seconds["mido, parsing only"] += parsed - tokenised
-        seconds["miditoolkit"] += time.perf_counter() - parsed
-        n_notes += len(performance.notes)
-        n_tokens += len(ids)
-    ours = seconds["read"] + seconds["tokenise"]
-    print(f"{len(paths)} files, {n_notes:,} notes, {n_tokens:,} tokens")
-    for name, spent in seconds.items():
-        print(f"{name:<20} {1000 * spent / len(paths):8.2f} ms a file")
-    print(
-        f"read and tokenise: {len(paths) / ours:,.0f} files/s, {n_notes / ours:,.0f} notes/s, "
-        f"{n_tokens / ours:,.0f} tokens/s"
-    )
-    for name in ("mido, parsing only", "miditoolkit"):
-        print(f"{seconds[name] / ours:8.1f} × the speed of {name}")
+    return {
+        "mido, parsing only": lambda i: MidiFile(paths[i]),
+        "miditoolkit, parsing only": lambda i: ToolkitFile(paths[i]),
+    }
+
+
+def _parts(
+    paths: list[Path], data: list[bytes], performances: list, tokenizer: Tokenizer
+) -> dict[str, Step]:
+    def decode(i: int) -> None:
+        content = np.frombuffer(data[i], np.uint8)
+        for start, end in _chunks(data[i], "")[1]:
+            _decode_track(content, start, end, "")
+
+    def times(i: int) -> None:
+        performance = performances[i]
+        performance.between_ms(performance.notes["start"], pedalled_ends(performance))
+
+    return {
+        "opening the file": lambda i: paths[i].read_bytes(),
+        "bytes to performance": lambda i: read_midi(data[i]),
+        "  of it decoding events": decode,
+        "performance to ids": lambda i: tokenizer.encode(performances[i]),
+        "  of it pedal and milliseconds": times,
+    }
+
+
+def _other_steps(data: list[bytes], performances: list, ids: list[np.ndarray]) -> dict[str, Step]:
+    import hashlib
+
+    return {
+        "filters light": lambda i: filters.check(performances[i], filters.PRESETS["light"]),
+        "filters heavy": lambda i: filters.check(performances[i], filters.PRESETS["heavy"]),
+        "content hash (--dedup exact)": lambda i: dedup.content_hash(performances[i]),
+        "fingerprint (--dedup near)": lambda i: dedup.fingerprint(performances[i]),
+        "sha256 of the file": lambda i: hashlib.sha256(data[i]).hexdigest(),
+        "packing the record": lambda i: pack_record(ids[i], {}),
+    }
+
+
+def _fastest(sides: dict[str, Step], n_files: int, rounds: int) -> dict[str, float]:
+    """Mean over the files of each one's fastest round, in ms, for each side."""
+    best = np.full((len(sides), n_files), np.inf)
+    for _ in range(rounds):
+        for i in range(n_files):
+            for side, step in enumerate(sides.values()):
+                began = time.perf_counter()
+                step(i)
+                best[side, i] = min(best[side, i], time.perf_counter() - began)
+    return dict(zip(sides, 1000 * best.mean(axis=1), strict=True))
+
+
+def measure_augmentation(ids: list[np.ndarray], seconds: float = 2.0) -> None:
+    """Prints tokens/s of `augment` on windows of the ids, by CPU time of this process."""
+    tokenizer, rng = Tokenizer.preset("aria"), np.random.default_rng(0)
+    joined = np.concatenate(ids)
+    windows = [joined[i : i + WINDOW] for i in range(0, len(joined), WINDOW)]
+    everything = AugmentConfig(rubato=0.2, velocity_curve=2, note_drop=0.05, sustain=0.2)
+    print(f"\naugmentation of windows of {WINDOW} ids, one process")
+    for name, config in (("the reference's", AugmentConfig()), ("with all extras", everything)):
+        augment(windows[0], config, rng, tokenizer)
+        n_tokens, began = 0, time.process_time()
+        while (elapsed := time.process_time() - began) < seconds:
+            for window in windows:
+                n_tokens += len(augment(window, config, rng, tokenizer))
+        rate = n_tokens / elapsed
+        print(
+            f"  {name:<16}{rate:>12,.0f} tokens/s, {rate / REFERENCE_AUGMENTED_PER_S:,.0f} x the "
+            f"reference's {REFERENCE_AUGMENTED_PER_S:,} (goal {GOAL_AUGMENTED_PER_S:,})"
+        )
 
 
 if __name__ == "__main__":
