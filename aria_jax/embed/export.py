@@ -176,19 +176,19 @@ class _Parts:
             return False
         rejected = "".join(self._path(p, "jsonl").read_text() for p in range(self._n_parts))
         tables = [self._path(p, "parquet") for p in range(self._n_parts)]
-        tables = [path.name for path in tables if path.is_file()]
+        names = [path.name for path in tables if path.is_file()]
         if rejected:
             _write(self._rejected, rejected)
         else:
             self._rejected.unlink(missing_ok=True)
-        if not tables:
+        if not names:
             shutil.rmtree(self._folder)
             raise UserError(f"nothing to embed: every file was rejected, see {self._rejected}")
         try:
             self._folder.rename(self._joining)
         except FileNotFoundError:
             return True  # another host was faster
-        paths = [self._joining / name for name in tables]
+        paths = [self._joining / name for name in names]
         join_embeddings(paths, self._out, self._settings, self._origin)
         shutil.rmtree(self._joining)
         return True

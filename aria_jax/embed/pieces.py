@@ -66,7 +66,9 @@ class Slicing:
 class Source(Protocol):
     """A set of files in a fixed order; picklable."""
 
-    paths: Sequence[str]
+    @property
+    def paths(self) -> Sequence[str]:
+        """Name of each file."""
 
     def cut(self, i: int) -> Piece | Rejection:
         """Reads and slices file number i."""

@@ -59,18 +59,19 @@ def retrieval(
         UserError: no query has a right answer.
     """
     one_set = candidates_NxE is None
-    if one_set:
-        candidates_NxE, candidate_keys, candidate_apart = queries_QxE, keys, apart
-    key_q, key_n = _codes(keys, candidate_keys)
-    apart_q, apart_n = (None, None) if apart is None else _codes(apart, candidate_apart)
-    queries, candidates = _unit(queries_QxE), _unit(candidates_NxE)
+    queries = _unit(queries_QxE)
+    candidates = queries if candidates_NxE is None else _unit(candidates_NxE)
+    key_q, key_n = _codes(keys, keys if one_set else candidate_keys or ())
+    apart_q = apart_n = None
+    if apart is not None:
+        apart_q, apart_n = _codes(apart, apart if one_set else candidate_apart or ())
     ranks, chances, n_without = [], [], 0
     for start in range(0, len(queries), CHUNK):
         at = slice(start, start + CHUNK)
         similarity = queries[at] @ candidates.T
         right = (key_q[at, None] == key_n) & (key_q[at, None] >= 0)
         skipped = np.zeros_like(right)
-        if apart_q is not None:
+        if apart_q is not None and apart_n is not None:
             skipped |= apart_q[at, None] == apart_n
         if one_set:
             rows = np.arange(len(similarity))
@@ -113,8 +114,10 @@ def _codes(
     keys: Sequence[str | None], others: Sequence[str | None]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Equal numbers for equal keys, over both; -1 for None."""
-    number = {key: i for i, key in enumerate(sorted({*keys, *others} - {None}))}
-    return tuple(np.array([number.get(key, -1) for key in side]) for side in (keys, others))
+    known = sorted(key for key in {*keys, *others} if key is not None)
+    number: dict[str | None, int] = {key: i for i, key in enumerate(known)}
+    one, other = (np.array([number.get(key, -1) for key in side], int) for side in (keys, others))
+    return one, other
 
 
 def _unit(x_NxE: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from aria_jax.kernels.contrastive.pairs import Implementation, Where, pair_statistics
 from aria_jax.kernels.contrastive.statistics import NOTHING, PADDING_ID, joined
-from aria_jax.sharding import LOGICAL_RULES
+from aria_jax.sharding import named_sharding
 
 UNIFORMITY_ROWS = 1024
 """Rows the uniformity metric is estimated on; it needs all pairs of them."""
@@ -81,9 +81,12 @@ def contrastive_loss(
     def mean(values_B: jax.Array) -> jax.Array:
         return jnp.sum(values_B * present) / jnp.maximum(present.sum(), 1)
 
-    loss = sum(mean(jax.nn.softplus(n - positive_B)) for n in negatives) / 2
+    def of_views(first_B: jax.Array, second_B: jax.Array) -> jax.Array:
+        return (mean(first_B) + mean(second_B)) / 2
+
+    loss = of_views(*(jax.nn.softplus(n - positive_B) for n in negatives))
     metrics = {
-        "retrieval": sum(mean(positive_B > h / (1 + hardness)) for h in hardest) / 2,
+        "retrieval": of_views(*(positive_B > h / (1 + hardness) for h in hardest)),
         "alignment": mean(jnp.square(wide1 - wide2).sum(1)),
         "uniformity": _uniformity(wide1[:UNIFORMITY_ROWS], present[:UNIFORMITY_ROWS]),
     }
@@ -91,10 +94,12 @@ def contrastive_loss(
 
 
 def _where(mesh: Mesh | None, implementation: Implementation, ring: bool) -> Where:
-    axes = LOGICAL_RULES["batch"]
-    if mesh is None or np.prod([mesh.shape[axis] for axis in axes]) == 1:
+    if mesh is None:
         return Where(implementation)
-    return Where(implementation, mesh, tuple(axes), ring)
+    [axes] = named_sharding(mesh, ("batch",)).spec
+    if np.prod([mesh.shape[axis] for axis in axes]) == 1:
+        return Where(implementation)
+    return Where(implementation, mesh, axes, ring)
 
 
 def _negatives(unit1, unit2, ids, scale, variant: Variant, where: Where):
@@ -105,15 +110,16 @@ def _negatives(unit1, unit2, ids, scale, variant: Variant, where: Where):
         for view, unit in enumerate((unit1, unit2)):
             # Within a view the matrix is symmetric: rows say all.
             within = pair_statistics(unit, unit, ids, ids, scale, where)
-            sides[view] = joined(*sides[view], within.row_lse, within.row_max)
+            sides[view] = joined(sides[view], (within.row_lse, within.row_max))
     lse, maxima = zip(*sides, strict=True)
     return list(lse), list(maxima)
 
 
 def _number_of_negatives(ids: jax.Array, variant: Variant, where: Where) -> jax.Array:
     """Of each anchor, float32 [B]."""
-    local = where.mesh is not None and not where.ring
-    parts = int(np.prod([where.mesh.shape[axis] for axis in where.axes])) if local else 1
+    parts = 1
+    if where.mesh is not None and not where.ring:
+        parts = int(np.prod([where.mesh.shape[axis] for axis in where.axes]))
 
     def others(ids: jax.Array) -> jax.Array:
         ordered = jnp.sort(ids)

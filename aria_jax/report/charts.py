@@ -66,7 +66,7 @@ def confusion_matrix(counts_CxC: np.ndarray, classes: Sequence[str], title: str)
     for (row, column), count in np.ndenumerate(counts_CxC):
         if count:
             colour = "white" if share[row, column] > 0.55 else "#333333"
-            axes.text(column, row, int(count), ha="center", va="center", color=colour, fontsize=9)
+            axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize=9)
     axes.set_xticks(range(len(classes)), classes, rotation=40, ha="right")
     axes.set_yticks(range(len(classes)), classes)
     axes.set(xlabel="predicted", ylabel="true", title=title)
@@ -89,7 +89,13 @@ def embedding_map(embedding_NxE: np.ndarray, labels: Sequence[str], title: str) 
         mine = np.array([label == name for label in labels])
         marker = "osD^vP*X"[i // 10 % 8]
         axes.scatter(
-            *x_Nx2[mine].T, s=16, marker=marker, color=f"C{i % 10}", label=name, alpha=0.85
+            x_Nx2[mine, 0],
+            x_Nx2[mine, 1],
+            s=16,
+            marker=marker,
+            color=f"C{i % 10}",
+            label=name,
+            alpha=0.85,
         )
     axes.set(xticks=[], yticks=[], title=title)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
@@ -103,7 +109,7 @@ def histogram(values: Mapping[str, np.ndarray], title: str) -> "Figure":
     figure = Figure(figsize=(6, 3.2), layout="constrained")
     axes = figure.add_subplot()
     largest = max((int(v.max()) for v in values.values() if len(v)), default=1)
-    edges = np.geomspace(1, max(largest, 2), 40)
+    edges = np.geomspace(1, max(largest, 2), 40).tolist()
     axes.hist(list(values.values()), bins=edges, stacked=True, label=list(values))
     axes.set(xscale="log", xlabel=title, ylabel="pieces")
     axes.spines[["top", "right"]].set_visible(False)

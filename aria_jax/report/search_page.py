@@ -33,7 +33,7 @@ def write_search_page(
 ) -> None:
     """Writes a self-contained page: query, table of scores, a picture of each performance found."""
     names = sorted({name for hit in found for name in hit.labels} - {"split", "title"})
-    rows = [
+    rows: list[list[str | float]] = [
         [str(rank), hit.score, _name(hit), *(hit.labels.get(name, "") for name in names)]
         for rank, hit in enumerate(found, start=1)
     ]

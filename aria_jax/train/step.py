@@ -162,9 +162,9 @@ def _weighted(value: jax.Array, aux: Aux):
 
 
 def _averaged(config: RunConfig, ema: Parameters | None, params: Parameters) -> Parameters | None:
-    if ema is None:
-        return None
     decay = config.optimizer.ema_decay
+    if ema is None or decay is None:
+        return None
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 

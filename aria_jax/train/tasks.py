@@ -106,7 +106,7 @@ def resolve(config: RunConfig, data_dir: str | Path) -> RunConfig:
     """`config` with what only the data can say: vocabulary, names of the classes, steps."""
     preset = load_manifest(data_dir)["tokenizer"]["preset"]
     model = dataclasses.replace(config.model, vocab_size=Tokenizer.preset(preset).vocab_size)
-    if config.task == "classify" and not model.class_names:
+    if config.task == "classify" and config.data.label and not model.class_names:
         names = loaders.label_values(data_dir, config.data.label)
         model = dataclasses.replace(model, class_names=names)
     config = dataclasses.replace(config, model=model)
@@ -137,7 +137,7 @@ def build_task(
         "packing": config.data.packing,
         "max_piece_tokens": config.data.max_piece_tokens,
     }
-    make, extra = {
+    loaders_by_task: dict[str, tuple[Callable[..., Batches], dict[str, Any]]] = {
         "pretrain": (loaders.lm_windows, windows),
         "continue": (loaders.lm_windows, {**windows, "add_dim": True}),
         "contrastive": (
@@ -157,9 +157,10 @@ def build_task(
                 "slice_notes": SLICE_NOTES,
             },
         ),
-    }[config.task]
+    }
+    make, extra = loaders_by_task[config.task]
 
-    def batches(split: str, **options: Any) -> Any:
+    def batches(split: str, **options: Any) -> Batches:
         return make(data_dir, split=split, **common, **extra, **options)
 
     augment = AugmentConfig() if config.data.augment else None
@@ -216,9 +217,11 @@ def _language_model(config: RunConfig) -> LossFunction:
             segment_ids=batch["segment_ids"] if packed else None,
             dropout_key=key,
         )
+        if (head := model.head) is None:
+            raise ValueError("next tokens need a model with a head")
         value, aux = next_token_loss(
             hidden,
-            model.head[...],
+            head[...],
             batch["targets"],
             batch["loss_mask"],
             z_loss=config.train.z_loss,

@@ -136,8 +136,8 @@ def _ring_forward(forward: Callable, axes, x, y, x_ids, y_ids, scale) -> Statist
         # Both transfers start here, so that they run while this block is computed.
         coming, arrived = _passed_on((columns, of_columns), axes)
         found = forward(x, columns[0], x_ids, columns[1], scale)
-        of_rows = joined(*of_rows, found.row_lse, found.row_max)
-        of_columns = joined(*arrived, found.column_lse, found.column_max)
+        of_rows = joined(of_rows, (found.row_lse, found.row_max))
+        of_columns = joined(arrived, (found.column_lse, found.column_max))
         return (coming, of_columns, of_rows), None
 
     empty = jnp.full(len(y), NOTHING), jnp.full(len(y), NOTHING)

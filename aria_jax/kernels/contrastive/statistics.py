@@ -31,11 +31,13 @@ def log_of_sum(maximum: jax.Array, total: jax.Array) -> jax.Array:
     return jnp.where(total > 0, maximum + jnp.log(jnp.maximum(total, 1e-37)), NOTHING)
 
 
-def joined(
-    lse: jax.Array, maximum: jax.Array, more_lse: jax.Array, more_maximum: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Log-sum-exp and maximum over two disjoint sets of logits."""
-    return jnp.logaddexp(lse, more_lse), jnp.maximum(maximum, more_maximum)
+Pair = tuple[jax.Array, jax.Array]
+"""Log-sum-exp and maximum."""
+
+
+def joined(one: Pair, other: Pair) -> Pair:
+    """Of the union of two disjoint sets of logits."""
+    return jnp.logaddexp(one[0], other[0]), jnp.maximum(one[1], other[1])
 
 
 def padded(x_NxE: jax.Array, ids_N: jax.Array, rows: int, width: int):

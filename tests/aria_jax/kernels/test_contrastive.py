@@ -109,6 +109,27 @@ def test_tiny_temperatures_neither_overflow_nor_vanish(implementation):
     np.testing.assert_allclose(found.row_lse, [-600.0, -600.0], rtol=1e-5)
 
 
+def test_memory_grows_with_the_batch_and_not_its_square(monkeypatch):
+    """64 k pairs of 512: the matrix alone would be 17 GB, and its gradient as much again."""
+    from aria_jax.losses.contrastive import contrastive_loss
+
+    def loss(z1, z2):
+        return contrastive_loss(z1, z2, temperature=0.1)[0]
+
+    def compiled_bytes(n):
+        z = jax.ShapeDtypeStruct((n, 512), jnp.float32)
+        compiled = jax.jit(jax.value_and_grad(loss, (0, 1))).lower(z, z).compile()
+        sizes = compiled.memory_analysis()
+        return sum(
+            (sizes.temp_size_in_bytes, sizes.argument_size_in_bytes, sizes.output_size_in_bytes)
+        )
+
+    monkeypatch.undo()  # tiles as large as they are
+    few, many = compiled_bytes(32_768), compiled_bytes(65_536)
+    assert many < 2.5e9
+    assert many < 2.1 * few
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lowers_for_an_nvidia_gpu(dtype):
     """No GPU here: the kernels must at least become Triton programs, one per side."""
