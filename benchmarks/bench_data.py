@@ -72,9 +72,7 @@ def measure(paths: list[Path], rounds: int) -> list[np.ndarray]:
     }
     ms = _fastest(sides, len(paths), rounds)
     n_notes, n_tokens = sum(len(p.notes) for p in performances), sum(map(len, ids))
-    print(
-        f"{len(paths)} files, {n_notes:,} notes, {n_tokens:,} tokens; {os.cpu_count()} processors"
-    )
+    print(f"{len(paths)} files, {n_notes:,} notes, {n_tokens:,} tokens")
     ours = ms["read and tokenise"]
     seconds = ours * len(paths) / 1000
     print(f"\nread and tokenise  {ours:8.3f} ms a file, one process")

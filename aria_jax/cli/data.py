@@ -155,25 +155,69 @@ def _inspect(args: argparse.Namespace) -> None:
     from data_pipeline.inspection import inspect
 
     found = inspect(args.data_dir)
-    lines = [f"tokenizer {found.tokenizer}"]
-    for split, counts in found.splits.items():
-        lines.append(
-            f"{split:<6} {counts['n_pieces']:>8,} pieces {counts['hours']:>9,.1f} h "
-            f"{counts['n_notes']:>12,} notes {counts['n_tokens']:>13,} tokens"
-        )
-    lines.append("notes a piece: " + " / ".join(f"{n:,}" for n in found.notes_quantiles))
-    lengths = ", ".join(f"<{bound} {n:,}" for bound, n in found.length_histogram.items())
-    lines.append("pieces by tokens: " + lengths)
-    for label, values in found.labels.items():
-        top = ", ".join(f"{value} {n}" for value, n in list(values.items())[:8])
-        lines.append(f"{label}: {len(values)} values: {top}{' …' if len(values) > 8 else ''}")
-    lines.append("tokens: " + ", ".join(f"{k} {n:,}" for k, n in found.kinds.items() if n))
-    if found.rejected:
-        lines.append("rejected: " + ", ".join(f"{r} {n:,}" for r, n in found.rejected.items()))
-    lines += ["the first piece begins:", *("  " + line for line in found.first_lines)]
+    lines = [
+        *_split_table(found.splits),
+        *_length_table(found.length_histogram, found.notes_quantiles),
+        *(line for label, counts in found.labels.items() for line in _label_table(label, counts)),
+        *_rejection_table(found.rejected),
+        "",
+        "tokens: " + ", ".join(f"{k} {n:,}" for k, n in found.kinds.items() if n),
+        f"the first piece ({found.tokenizer} tokenizer) begins:",
+        *("  " + line for line in found.first_lines),
+    ]
     if args.plot:
         _plot(args.data_dir, Path(args.plot))
     print_result(dataclasses.asdict(found), args.json, "\n".join(lines))
+
+
+_BAR = 40
+_SHOWN_VALUES = 12
+
+
+def _split_table(splits: dict[str, dict[str, float]]) -> list[str]:
+    columns = ("n_pieces", "hours", "n_notes", "n_tokens")
+    total = {name: sum(counts[name] for counts in splits.values()) for name in columns}
+    lines = [f"{'':<8}{'pieces':>12}{'hours':>12}{'notes':>16}{'tokens':>16}"]
+    for split, row in {**splits, "total": total}.items():
+        lines.append(
+            f"{split:<8}{row['n_pieces']:>12,}{row['hours']:>12,.1f}"
+            f"{row['n_notes']:>16,}{row['n_tokens']:>16,}"
+        )
+    return lines
+
+
+def _bars(rows: dict[str, int], total: int) -> list[str]:
+    """A line for each count: name, number, share, and a bar as long as the share of the largest."""
+    width = max((len(name) for name in rows), default=0) + 2
+    largest = max(rows.values(), default=1)
+    return [
+        f"  {name:<{width}}{n:>10,} {100 * n / max(total, 1):5.1f} %  "
+        f"{'#' * -(-_BAR * n // largest)}"
+        for name, n in rows.items()
+    ]
+
+
+def _length_table(histogram: dict[int, int], quantiles: list[int]) -> list[str]:
+    names = ("shortest", "quartile", "median", "quartile", "longest")
+    notes = ", ".join(f"{name} {n:,}" for name, n in zip(names, quantiles, strict=True))
+    rows = {f"{bound // 2:,} to {bound - 1:,}": n for bound, n in histogram.items()}
+    return ["", f"notes a piece: {notes}", "tokens a piece", *_bars(rows, sum(rows.values()))]
+
+
+def _label_table(label: str, counts: dict[str, int]) -> list[str]:
+    total = sum(counts.values())
+    shown = dict(list(counts.items())[:_SHOWN_VALUES])
+    lines = ["", f"{label}: {len(counts):,} values on {total:,} pieces", *_bars(shown, total)]
+    if rest := len(counts) - len(shown):
+        lines.append(f"  and {rest:,} more")
+    return lines
+
+
+def _rejection_table(rejected: dict[str, int]) -> list[str]:
+    if not rejected:
+        return ["", "rejected: nothing"]
+    total = sum(rejected.values())
+    return ["", f"rejected: {total:,} files (named in rejected.jsonl)", *_bars(rejected, total)]
 
 
 def _plot(data_dir: str, path: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aria_jax.cli.main import main
-from data_pipeline.midi import read_midi
+from data_pipeline.midi import NOTE, PROGRAM, Performance, read_midi, write_midi
 from data_pipeline.tokenizer import Kind, Tokenizer
 
 
@@ -23,6 +23,15 @@ def test_one_line_and_json_hold_the_same_ids(piece, capsys):
     assert line.count("\n") == 1 and [int(i) for i in line.split()] == result["ids"]
     assert result["ids"] == Tokenizer.preset("aria").encode(read_midi(piece)).tolist()
     assert result["n_notes"] == 320
+
+
+def test_solo_piano_leaves_other_instruments_out(tmp_path, capsys):
+    notes = np.array([(60, 64, 0, 0, 100), (62, 64, 1, 0, 100), (40, 64, 9, 0, 100)], NOTE)
+    programs = np.array([(0, 0, 0), (0, 40, 1)], PROGRAM)
+    write_midi(Performance(500, notes, programs=programs), tmp_path / "band.mid")
+    for options, n in (([], 3), (["--solo-piano"], 1)):
+        assert main(["tokenize", str(tmp_path / "band.mid"), "--json", *options]) == 0
+        assert json.loads(capsys.readouterr().out)["n_notes"] == n
 
 
 @pytest.mark.parametrize("preset", ["aria", "pedal"])
