@@ -11,9 +11,9 @@ Embed every MIDI file of a folder or .tar (or every piece of token shards): cons
 embedding, n_slices, n_notes, duration_ms, labels. Files that cannot be read are named in
 OUT.rejected.jsonl; the rest goes on. Interrupted and run again, it goes on where it stopped.
 
-Many hosts: run the same command on each with --host-index and --host-count on a shared disk;
-whichever finishes last joins the parts. --baseline embeds by counting instead, to hold a model
-against.
+Many hosts: run the same command on each with --host-index and --host-count on a shared disk
+(processes started by `launch` know theirs); whichever finishes last joins the parts. --baseline
+embeds by counting instead, to hold a model against.
 
 examples:
   aria-jax embed my_midis emb.parquet --checkpoint run2
@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--workers", type=int, default=1, help="tokenising processes (1; 0: none)")
-    parser.add_argument("--host-index", type=int, default=0, help="number of this host (0)")
-    parser.add_argument("--host-count", type=int, default=1, help="hosts at work (1)")
+    parser.add_argument("--host-index", type=int, help="number of this host (0)")
+    parser.add_argument("--host-count", type=int, help="hosts at work (1)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
 
 
@@ -60,8 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
     if args.slice_notes < 1 or args.max_tokens < 2 or args.workers < 0:
         raise UserError("--slice-notes must be at least 1, --max-tokens 2, --workers 0")
-    if not 0 <= args.host_index < args.host_count:
-        raise UserError(f"--host-index must lie in 0..{args.host_count - 1}")
+    host_index, host_count = _host(args)
     if not Path(args.source).exists():
         raise UserError(f"{args.source}: no such folder or archive")
     from aria_jax.embed.export import export
@@ -81,8 +80,8 @@ def run(args: argparse.Namespace) -> None:
             origin=Path(args.source).resolve(),
             per_slice=args.per_slice,
             workers=args.workers,
-            host_index=args.host_index,
-            host_count=args.host_count,
+            host_index=host_index,
+            host_count=host_count,
             progress=progress,
         )
     result = {
@@ -101,6 +100,23 @@ def run(args: argparse.Namespace) -> None:
     if summary.n_rejected:
         text += f"; {summary.n_rejected} files rejected, see {args.out}.rejected.jsonl"
     print_result(result, args.json, text)
+
+
+def _host(args: argparse.Namespace) -> tuple[int, int]:
+    """Number of this host and how many there are: as asked, as `launch` says, or 0 of 1."""
+    import os
+
+    from data_pipeline.errors import UserError
+
+    given = (args.host_index, args.host_count)
+    if given == (None, None):
+        # Hosts share a disk and nothing else: no need to wait for each other as in training.
+        told = [os.environ.get(f"ARIA_JAX_PROCESS_{name}", "") for name in ("INDEX", "COUNT")]
+        given = (int(told[0]), int(told[1])) if all(map(str.isdecimal, told)) else (0, 1)
+    index, count = (0 if given[0] is None else given[0]), (1 if given[1] is None else given[1])
+    if not 0 <= index < count:
+        raise UserError(f"--host-index must lie in 0..{count - 1}")
+    return index, count
 
 
 def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:

@@ -10,7 +10,9 @@ from flax import nnx
 from aria_jax.cli.main import main
 from aria_jax.config import ComputeConfig, ModelConfig
 from aria_jax.embed.encode import class_encoder
+from aria_jax.embed.export import export
 from aria_jax.embed.pieces import Slicing, midi_slices
+from aria_jax.embed.table import read_embeddings
 from aria_jax.models.heads import build_model
 from aria_jax.train.checkpoint import save_model
 from data_pipeline.midi import read_midi
@@ -62,6 +64,20 @@ def test_embedding_again_does_nothing_and_says_the_same(midi_corpus, checkpoint,
     )
     assert (result["n_rows"], result["n_rejected"], result["complete"]) == (10, 0, True)
     assert out.stat().st_mtime_ns == before
+
+
+def test_launched_processes_embed_a_share_each(midi_corpus, capsys, tmp_path, monkeypatch):
+    out = str(tmp_path / "e.parquet")
+    command = ["embed", str(midi_corpus), out, "--baseline", "pitch-class", *SMALL]
+    monkeypatch.setattr("aria_jax.embed.export.export.__kwdefaults__", {
+        **export.__kwdefaults__, "files_per_part": 4})  # fmt: skip
+    monkeypatch.setenv("ARIA_JAX_PROCESS_COUNT", "2")
+    done = []
+    for index in ("1", "0"):
+        monkeypatch.setenv("ARIA_JAX_PROCESS_INDEX", index)
+        done.append(result_of(capsys, *command)["complete"])
+    assert done == [False, True] and len(read_embeddings(out).path) == 10
+    assert main([*command, "--host-index", "2", "--host-count", "2"]) == 2
 
 
 def test_probe_reads_files_and_slices(embedded, capsys, tmp_path):
