@@ -43,7 +43,8 @@ def inspect(data_dir: str | Path, *, sampled_pieces: int = 200) -> Inspection:
     """
     manifest = load_manifest(data_dir)
     tokenizer = Tokenizer.preset(manifest["tokenizer"]["preset"])
-    splits, labels, n_notes, lengths = {}, {}, [], []
+    splits, n_notes, lengths = {}, [], []
+    labels: dict[str, Counter[str]] = {}
     kinds = np.zeros(len(Kind), np.int64)
     first_lines: list[str] = []
     for name in manifest["splits"]:

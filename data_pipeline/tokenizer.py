@@ -254,7 +254,9 @@ class Tokenizer:
         refuse_overlong(onsets_ms, "a performance")
         durations_ms = performance.between_ms(notes["start"], pedalled_ends(performance))
         heads, durations = kernels.note_tokens(
-            *(np.ascontiguousarray(notes[name]) for name in ("pitch", "velocity", "channel")),
+            np.ascontiguousarray(notes["pitch"]),
+            np.ascontiguousarray(notes["velocity"]),
+            np.ascontiguousarray(notes["channel"]),
             durations_ms,
             of_channel,
             (self.first_note_id, self.first_drum_id, self.first_dur_id),

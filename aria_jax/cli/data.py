@@ -36,17 +36,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verbs build, inspect and sample."""
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{build,inspect,sample}")
 
-    def verb(name: str, text: str, **options: str) -> argparse.ArgumentParser:
+    def verb(name: str, text: str, details: str | None = None) -> argparse.ArgumentParser:
         made = verbs.add_parser(
             name,
             description=text,
+            epilog=details,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-            **options,
         )
         made.add_argument("--json", action="store_true", help="print the result as one JSON line")
         return made
 
-    build = verb("build", BUILD, epilog=DETAILS.replace("{table}", _filter_table()))
+    build = verb("build", BUILD, DETAILS.replace("{table}", _filter_table()))
     build.add_argument("midi_dir", help="folder (searched recursively) or .tar, .tar.gz")
     build.add_argument("out_dir", help="folder for the shards")
     build.add_argument("--workers", type=int, help="processes (default: one per core)")

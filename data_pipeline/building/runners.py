@@ -167,7 +167,7 @@ def run_local(
         futures = [pool.submit(serve, worker) for worker in crew]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            errors = [future.exception() for future in done if future.exception() is not None]
+            errors = [error for future in done if (error := future.exception()) is not None]
         finally:
             stopping.set()
             for worker in crew:

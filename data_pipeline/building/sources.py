@@ -171,7 +171,7 @@ class _Listing:
 
 def _members(archive: tarfile.TarFile, tables: Path) -> Iterator[tuple[str, tarfile.TarInfo]]:
     for member in archive:
-        archive.members = []  # tarfile keeps every header it read: a million of them
+        vars(archive)["members"] = []  # tarfile keeps every header it read: a million of them
         path = member.name.removeprefix("./")
         folder, _, name = path.rpartition("/")
         # Sparse members are stored in pieces, so their bytes cannot be read in place.
