@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from aria_jax.kernels import int8_cpu
+from aria_jax.kernels import narrow_cpu
 
 
 @flax.struct.dataclass
@@ -20,7 +20,7 @@ class DecodingMatrix:
     Attributes:
         rows_OxI: float or int8.
         scale_O: float32; the matrix is rows * scale. None for floats.
-        on_cpu: whether int8 rows are multiplied by `kernels.int8_cpu`.
+        on_cpu: whether rows are multiplied by `kernels.narrow_cpu`.
     """
 
     rows_OxI: jax.Array
@@ -35,10 +35,10 @@ class DecodingMatrix:
     def __rmatmul__(self, x_ZxI: jax.Array) -> jax.Array:
         """x @ matrix, [..., O] in the dtype of x."""
         rows_OxI, last = self.rows_OxI, x_ZxI.ndim - 1
-        if self.on_cpu and self.scale_O is not None:
+        if self.on_cpu:
             x_RxI = x_ZxI.reshape(-1, x_ZxI.shape[-1])
-            if len(x_RxI) <= int8_cpu.MOST_ROWS:
-                y_RxO = int8_cpu.int8_matmul(x_RxI, rows_OxI, self.scale_O)
+            if len(x_RxI) <= narrow_cpu.most_rows(rows_OxI.dtype):
+                y_RxO = narrow_cpu.narrow_matmul(x_RxI, rows_OxI, self.scale_O)
                 return y_RxO.reshape(*x_ZxI.shape[:-1], -1)
             # Fused into the product, the conversion would be done once for every row of x.
             rows_OxI = jax.lax.optimization_barrier(rows_OxI.astype(x_ZxI.dtype))

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from aria_jax.generate.quantize import DecodingMatrix, quantize
-from aria_jax.kernels import int8_cpu
+from aria_jax.kernels import narrow_cpu
 from aria_jax.models.heads import Model
 from data_pipeline.errors import UserError
 
@@ -49,9 +49,10 @@ def _rows(
     rows_OxI = matrix_IxO.T
     if sharding is not None:
         rows_OxI = jax.lax.with_sharding_constraint(rows_OxI, sharding)
-    if precision != "int8":
-        return DecodingMatrix(rows_OxI.astype(precision))
-    return quantize(rows_OxI).replace(on_cpu=sharding is None and int8_cpu.available())
+    on_cpu = precision != "float32" and sharding is None and narrow_cpu.available()
+    if precision == "int8":
+        return quantize(rows_OxI).replace(on_cpu=on_cpu)
+    return DecodingMatrix(rows_OxI.astype(precision), on_cpu=on_cpu)
 
 
 def _matrix(array: jax.Array, precision: Precision, index: tuple = ()) -> DecodingMatrix:
@@ -82,8 +83,8 @@ def _block(stacked: dict[str, jax.Array], layer: int, precision: Precision) -> L
 def decoder_weights(model: Model, precision: Precision = "float32") -> DecoderWeights:
     """Copies a language model's parameters, sharded as they are, into `precision`.
 
-    With "int8" the matrices of blocks and head are int8, everything else float32; of a model on one
-    CPU they are multiplied by a kernel that is several times as fast as float32.
+    With "int8" the matrices of blocks and head are int8, everything else float32. Of a model on one
+    CPU, where bfloat16 is slow at everything else, the same is true of "bfloat16".
 
     Raises:
         UserError: the model has no language head.
@@ -94,14 +95,15 @@ def decoder_weights(model: Model, precision: Precision = "float32") -> DecoderWe
             "a language model, as `aria-jax train pretrain` makes"
         )
     stacked = model.backbone.blocks.stacked()
-    activations = "float32" if precision == "int8" else precision
+    head = _matrix(model.head[...], precision)
+    activations = "float32" if precision == "int8" or head.on_cpu else precision
     adapter = None if model.adapter is None else model.adapter[...].astype(activations)
     return DecoderWeights(
         embedding_VxD=model.backbone.embedding[...].astype(activations),
         blocks=tuple(_block(stacked, i, precision) for i in range(model.config.n_layers)),
         norm_scale_D=model.backbone.norm_scale[...],
         norm_bias_D=model.backbone.norm_bias[...],
-        head=_matrix(model.head[...], precision),
+        head=head,
         adapter_ExD=adapter,
         n_heads=model.config.n_heads,
         max_seq_len=model.config.max_seq_len,

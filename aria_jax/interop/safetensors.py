@@ -100,11 +100,19 @@ def _listed(names: str | list[str]) -> list[str]:
 
 def _assembled(shape: tuple[int, ...], names: str | list[str], tensors) -> jax.Array:
     """One of our parameters, float32, from the reference's tensors as they come."""
-    value = np.empty(shape, np.float32)
+    value = _aligned(shape)
     layers = value[None] if isinstance(names, str) else value
     for layer, name, tensor in zip(layers, _listed(names), tensors, strict=True):
         layer[...] = _to_ours(name, np.asarray(tensor))
     return jnp.asarray(value)
+
+
+def _aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """Float32 memory that jax on a CPU takes over without a copy (64-byte boundary)."""
+    count = int(np.prod(shape))
+    memory = np.empty(count + 16, np.float32)
+    skipped = -memory.ctypes.data % 64 // 4
+    return memory[skipped : skipped + count].reshape(shape)
 
 
 def _to_ours(name: str, tensor: np.ndarray) -> np.ndarray:

@@ -58,3 +58,20 @@ def test_all_problems_are_told_together():
 def test_a_setting_of_a_newer_version_is_refused():
     with pytest.raises(UserError, match="newer aria_jax"):
         from_dict(RunConfig, {"colour": "red"})
+
+
+def test_continuing_is_one_epoch_of_short_pieces_unless_told_otherwise():
+    config = for_task("medium", "continue")
+    assert (config.train.epochs, config.data.max_piece_tokens) == (1.0, 8192)
+    assert for_task("medium", "pretrain").train.epochs is None
+    assert with_overrides(config, ["steps=7"]).train.epochs is None
+    both = with_overrides(config, ["epochs=2", "steps=7"])
+    assert both.train.epochs == 2.0
+
+
+def test_adapters_are_settings_like_others():
+    config = with_overrides(RunConfig(), ["lora_rank=8", "lora_targets=qkv,out"]).validate()
+    assert (config.train.lora_rank, config.train.lora_targets) == (8, ("qkv", "out"))
+    for wrong in ("lora_rank=-1", "lora_alpha=0"):
+        with pytest.raises(UserError, match=wrong.partition("=")[0]):
+            with_overrides(RunConfig(), [wrong]).validate()

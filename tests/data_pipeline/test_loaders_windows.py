@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.augment import AugmentConfig
+from data_pipeline.errors import UserError
 from data_pipeline.loaders import lm_windows
 from data_pipeline.loaders.packing import pack_best_fit
 from data_pipeline.shards import TokenShards
@@ -156,3 +157,13 @@ def test_augmented_rows_stay_well_formed(corpus, packing):
     assert (rows["targets"][mask] != TOKENIZER.pad_id).all()
     inside = mask[:, :-1] & (rows["segment_ids"][:, 1:] == rows["segment_ids"][:, :-1])
     np.testing.assert_array_equal(rows["targets"][:, :-1][inside], rows["inputs"][:, 1:][inside])
+
+
+def test_long_pieces_are_left_out(corpus):
+    rows = epoch(corpus, shuffle=False, max_piece_tokens=600)
+    short = [piece for piece in pieces(corpus) if len(piece) <= 600]
+    assert 0 < len(short) < len(pieces(corpus))
+    stream = [token for piece in short for token in piece]
+    assert rows["inputs"][rows["loss_mask"]].tolist() == stream[:-1]
+    with pytest.raises(UserError, match="no piece of split 'train' has 5 tokens or fewer"):
+        epoch(corpus, max_piece_tokens=5)

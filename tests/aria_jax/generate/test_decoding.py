@@ -15,7 +15,7 @@ from aria_jax.generate.decoding import Decoding, decode
 from aria_jax.generate.quantize import DecodingMatrix, quantize
 from aria_jax.generate.sampler import Greedy, MinP, RepetitionPenalty, Temperature
 from aria_jax.generate.weights import decoder_weights
-from aria_jax.kernels import int8_cpu
+from aria_jax.kernels import narrow_cpu
 from aria_jax.sharding import make_mesh, parameter_shardings
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizer import Kind, Tokenizer
@@ -225,10 +225,11 @@ def test_low_precision_is_close(tiny_model, piano_prompt, precision, tolerance):
     assert ids.shape == (1, 12)
 
 
-@pytest.mark.skipif(not int8_cpu.available(), reason="needs the int8 kernel of CPUs")
-def test_int8_of_the_cpu_equals_the_compilers(tiny_model, piano_prompt):
+@pytest.mark.skipif(not narrow_cpu.available(), reason="needs the kernel of CPUs")
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+def test_the_cpus_product_equals_the_compilers(tiny_model, piano_prompt, precision):
     """Prefill converts whole matrices, decoding rows in registers: the same numbers."""
-    weights = decoder_weights(tiny_model, "int8")
+    weights = decoder_weights(tiny_model, precision)
     assert weights.blocks[0]["up"].on_cpu
     plain = jax.tree.map(
         lambda m: m.replace(on_cpu=False) if isinstance(m, DecodingMatrix) else m,

@@ -1,9 +1,10 @@
 """A published medium checkpoint converts in little more memory than the model itself takes."""
 
-import json
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -35,6 +36,20 @@ def write_bfloat16(path, config):
     _write(path, header, (np.resize(noise, size).view(np.uint16) for size in sizes))
 
 
+def peak_memory(arguments):
+    """Greatest memory of `aria-jax ARGUMENTS` in bytes, without what is mapped of files."""
+    process = subprocess.Popen([sys.executable, "-m", "aria_jax.cli.main", *arguments])
+    peak = 0
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        if found := re.search(r"RssAnon:\s+(\d+) kB", status):
+            peak = max(peak, 1024 * int(found.group(1)))
+        time.sleep(0.02)
+    assert process.returncode == 0
+    return peak
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads Linux's /proc")
 def test_medium_converts_there_and_back_without_a_second_copy(tmp_path, record_property):
     config = MODELS["medium"]
     source, checkpoint, back = (tmp_path / n for n in ("in.safetensors", "out", "back.safetensors"))
@@ -44,23 +59,13 @@ def test_medium_converts_there_and_back_without_a_second_copy(tmp_path, record_p
         ["to-safetensors", checkpoint, back],
     ):
         began = time.perf_counter()
-        code = (
-            "import json, resource, sys; from aria_jax.cli.main import main; "
-            "code = main(sys.argv[1:]); "
-            "print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)); sys.exit(code)"
-        )
-        done = subprocess.run(
-            [sys.executable, "-c", code, "convert", *map(str, arguments)],
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        peak = 1024 * json.loads(done.stdout.splitlines()[-1])
+        peak = peak_memory(["convert", *map(str, arguments)])
         record_property(f"{arguments[0]} seconds", time.perf_counter() - began)
         record_property(f"{arguments[0]} peak bytes", peak)
         print(f"{arguments[0]}: {time.perf_counter() - began:.1f} s, peak {peak / 1e9:.2f} GB")
-        # Resident memory counts what is mapped of the files too.
-        assert peak < 2 * 4 * config.n_params
+        # The model, the program, and on the way in the greatest of its parameters (a quarter), on
+        # the way out what Orbax unpacks at once: never two models.
+        assert peak < 1.8 * 4 * config.n_params
     with safe_open(source, framework="flax") as given, safe_open(back, framework="flax") as found:
         assert set(given.keys()) == set(found.keys())
         for name in ("lm_head.weight", "model.encode_layers.7.mixed_qkv.weight"):

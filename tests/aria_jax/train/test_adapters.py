@@ -13,6 +13,7 @@ from aria_jax.interop.safetensors import export_model
 from aria_jax.models.heads import build_model
 from aria_jax.train.checkpoint import load_adapters, load_model, save_model
 from aria_jax.train.loop import run
+from aria_jax.train.tasks import build_task, resolve
 from data_pipeline.errors import UserError
 
 LORA = ("lora_rank=2", "peak_lr=0.02", "eval_every=4")
@@ -67,7 +68,7 @@ def test_stopped_and_resumed_equals_straight(config, corpus, base, tmp_path, rec
     jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
-@pytest.mark.parametrize("task", ["contrastive", "classify"])
+@pytest.mark.parametrize("task", ["contrastive", pytest.param("classify", marks=pytest.mark.slow)])
 def test_a_new_head_is_trained_whole(task, config, corpus, base, tmp_path, weights):
     settings = config(task, *LORA, "grad_accumulation=2")
     run(settings, corpus, tmp_path / "run", init_from=base)
@@ -81,6 +82,7 @@ def test_a_new_head_is_trained_whole(task, config, corpus, base, tmp_path, weigh
         load_adapters(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_on_a_mesh_equals_one_device(
     config, corpus, base, tmp_path, recorder, one_device, monkeypatch, weights
 ):
@@ -156,3 +158,13 @@ def test_the_optimiser_knows_the_adapters_only(config, corpus, base, tmp_path):
     ]
     n_moments = sum(int(np.prod(shape)) for shape in shapes)
     assert n_moments == 2 * load_adapters(tmp_path / "a").n_params
+
+
+def test_one_epoch_of_short_pieces(config, corpus):
+    """As many steps as it takes to see every window of the pieces that are short enough once."""
+    once = config("continue", "epochs=1", "max_piece_tokens=600")
+    few = build_task(once, corpus).train.n_examples
+    assert few < build_task(config("continue"), corpus).train.n_examples
+    assert resolve(once, corpus).train.steps == -(-few // 8)
+    assert resolve(config("continue", "epochs=2.5"), corpus).train.steps > 2 * -(-few // 8)
+    assert resolve(config("continue", "steps=3"), corpus).train.steps == 3
