@@ -236,7 +236,11 @@ def write_midi(performance: Performance, path: str | Path) -> None:
 
 
 def midi_bytes(performance: Performance) -> bytes:
-    """The MIDI file of a performance; overlapping notes of one pitch are separated first."""
+    """The MIDI file of a performance; overlapping notes of one pitch are separated first.
+
+    So of decoded ids, whose durations are rounded to 10 ms, a note that reaches past the next
+    onset of its pitch loses that step: a MIDI file cannot hold such an overlap.
+    """
     from miditoolkit import ControlChange, Instrument, MidiFile, Note, TempoChange
 
     performance = resolve_overlaps(performance)
