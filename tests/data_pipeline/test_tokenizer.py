@@ -48,6 +48,27 @@ def test_decoding_what_was_encoded_gives_it_back(seed, n):
     assert rows(ARIA.decode(ARIA.encode(performance))) == rows(performance)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.integers(1, 200))
+def test_other_values_come_back_up_to_quantisation(seed, n):
+    rng = np.random.default_rng(seed)
+    performance = ensemble(seed, n)
+    notes, drum = performance.notes, performance.notes["channel"] == 9
+    notes["start"][1:] += np.cumsum(rng.integers(0, 30, n - 1))
+    notes["end"] = notes["start"] + rng.choice([1, 4, 15, 333, 4998, 5000, 9000], n)
+    notes["velocity"] = rng.integers(1, 128, n)
+    back = ARIA.decode(ARIA.encode(performance)).notes
+    assert len(back) == n  # in the same order: onsets only move to the nearest step
+    onset_error = np.abs(back["start"] - notes["start"])
+    last_step = notes["start"] % 5000 > 4990  # of a segment, beyond its last onset token
+    assert (onset_error <= np.where(last_step, 9, 5)).all()
+    assert (back["pitch"] == notes["pitch"]).all() and ((back["channel"] == 9) == drum).all()
+    sounding = np.clip(notes["end"] - notes["start"], 10, 5000)
+    assert (np.abs(back["end"] - back["start"] - sounding) <= 5)[~drum].all()
+    touch = np.clip(notes["velocity"].astype(int), 10, 120)
+    assert (np.abs(back["velocity"].astype(int) - touch) <= 5)[~drum].all()
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 200), st.data())
 def test_a_slice_of_ids_is_the_encoded_slice(seed, n, data):
