@@ -50,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--repetition-penalty", type=float, default=1.0, help="over recent notes; 1 is none (1)"
     )
+    how.add_argument(
+        "--repetition-window", type=int, default=96, help="how many tokens are recent (96)"
+    )
     how.add_argument("--no-grammar", action="store_true", help="sample without the grammar")
     how.add_argument("--end", action="store_true", help="ask for an ending within --max-tokens")
     like = parser.add_argument_group("in the manner of another piece")
@@ -135,7 +138,9 @@ def _settings(args: argparse.Namespace) -> "Decoding":
         use_grammar=not args.no_grammar,
         force_end=args.end,
         guidance=args.cfg,
-        repetition=RepetitionPenalty(penalty=args.repetition_penalty),
+        repetition=RepetitionPenalty(
+            penalty=args.repetition_penalty, window=args.repetition_window
+        ),
     )
 
 

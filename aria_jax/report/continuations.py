@@ -106,5 +106,11 @@ def render_wav(midi_path: str | Path, wav_path: str | Path, soundfont: str | Pat
     if not Path(soundfont).is_file():
         raise UserError(f"{soundfont}: no such SoundFont (.sf2 or .sf3 file)")
     synthesizer = symusic.Synthesizer(sf_path=str(soundfont), sample_rate=SAMPLE_RATE)
-    audio = synthesizer.render(symusic.Score(str(midi_path)), stereo=True)
+    try:
+        audio = synthesizer.render(symusic.Score(str(midi_path)), stereo=True)
+    except TypeError:  # symusic 0.6.0 cannot hand its sound over to numpy
+        raise UserError(
+            "this version of symusic cannot render sound: pip install 'aria-jax[audio]' for one "
+            "that can"
+        ) from None
     symusic.dump_wav(str(wav_path), audio, sample_rate=SAMPLE_RATE, use_int16=True)

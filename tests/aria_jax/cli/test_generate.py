@@ -68,6 +68,36 @@ def test_files_for_each_continuation(folder, capsys, tmp_path):
     assert page.count('class="player"') == 2 and "src=" not in page and "http" not in page
 
 
+def parsed_by_others(path):
+    """Sorted (pitch, velocity, onset tick) as mido and miditoolkit read them."""
+    import mido
+    from miditoolkit import MidiFile
+
+    clock, heard = 0, []
+    for message in mido.merge_tracks(mido.MidiFile(path).tracks):
+        clock += message.time
+        if message.type == "note_on" and message.velocity > 0:
+            heard.append((message.note, message.velocity, clock))
+    tracks = MidiFile(str(path)).instruments
+    listed = [(n.pitch, n.velocity, n.start) for track in tracks for n in track.notes]
+    return sorted(heard), sorted(listed)
+
+
+@pytest.mark.parametrize("prompt", ["nocturne.mid", "waltz.mid"])
+def test_prompts_of_the_reference_are_continued(prompt, folder, capsys, tmp_path, real_midi):
+    status, out, _ = run(
+        capsys, "generate", "--checkpoint", folder / "lm",
+        "--prompt", real_midi / "prompts" / prompt, "--notes", 40, "--max-tokens", 60,
+        "--out", tmp_path, "--json",
+    )  # fmt: skip
+    (files,), n_notes = json.loads(out)["files"], json.loads(out)["n_notes"][0]
+    whole, alone = (read_midi(files[kind]).notes for kind in ("midi", "continuation"))
+    assert status == 0 and n_notes == 20 and len(whole) == 40 + 20 and len(alone) == 20
+    for kind, notes in (("midi", whole), ("continuation", alone)):
+        ours = sorted(notes[["pitch", "velocity", "start"]].tolist())
+        assert parsed_by_others(files[kind]) == (ours, ours)
+
+
 def test_json_seeds_and_grammar(folder, capsys, tmp_path):
     def ids(*more):
         status, out, _ = run(
