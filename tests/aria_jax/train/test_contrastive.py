@@ -11,8 +11,9 @@ import pytest
 from aria_jax.config import MeshConfig, with_overrides
 from aria_jax.sharding import batch_sharding, make_mesh
 from aria_jax.train.loop import run
-from aria_jax.train.step import weighted_gradients
-from aria_jax.train.tasks import BatchLoss, in_parts, joined, loss_function
+from aria_jax.train.state import abstract_state
+from aria_jax.train.step import make_train_step, weighted_gradients
+from aria_jax.train.tasks import BatchLoss, batch_shapes, in_parts, joined, loss_function
 from data_pipeline.errors import UserError
 
 TWINS = jnp.array([0, 0, 1, 1, 2, 2, 3, 3])
@@ -82,6 +83,23 @@ def test_a_run_in_parts_trains_and_evaluates_alike(config, corpus, tmp_path, rec
     learned = weights(tmp_path / "parts")["log_temperature"]
     assert abs(learned) > 1e-3
     assert result.metrics["val/temperature"] == pytest.approx(0.1 * np.exp(learned), rel=1e-5)
+
+
+def test_parts_hold_the_activations_of_one_part(config):
+    """4,096 pairs by the compiler's count: a laptop's memory instead of a rack's."""
+
+    def temporary_bytes(parts):
+        settings = config("contrastive", "global_batch=4096", f"grad_accumulation={parts}")
+        mesh = make_mesh(settings.mesh)
+        merge, state = abstract_state(settings, mesh)
+        step = make_train_step(settings, merge, loss_function(settings, mesh))
+        with jax.set_mesh(mesh):
+            number = jax.ShapeDtypeStruct((), np.int32)
+            compiled = step.lower(state, batch_shapes(settings), number).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    whole, parts = temporary_bytes(1), temporary_bytes(256)
+    assert parts < 2e8 and whole > 50 * parts
 
 
 def test_rows_come_back_in_order():
