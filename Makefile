@@ -38,7 +38,7 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: bench-data bench-loaders ## the benchmarks that need no data of yours
+bench: bench-data bench-loaders bench-contrastive bench-generate bench-train ## all benchmarks that need no files of yours (long)
 
 bench-data: setup ## reading, tokenising, augmenting against mido, miditoolkit, reference (MIDI=folder)
 	$(BIN)/python -m benchmarks.bench_data $(MIDI)
