@@ -30,7 +30,7 @@ def _pieces(n, seed=0):
                 "n_notes": len(ids) // 3,
                 "n_tokens": len(ids),
                 "labels": labels,
-                "content": f"{i:064x}",
+                "content": f"{i:032x}" + "0" * 32,
             },
             ids,
         )
