@@ -93,21 +93,15 @@ def fingerprint(performance: Performance) -> np.ndarray:
 
     Pieces of fewer than `MIN_NOTES` notes get a fingerprint that is like no other.
     """
+    from data_pipeline._dedup_kernels import min_hashes
+
     notes = performance.notes[performance.notes["channel"] != DRUM_CHANNEL]
     if len(notes) < MIN_NOTES:
         return np.full(N_HASHES, _EMPTY)
     onset_ms = np.asarray(performance.ms(notes["start"]), dtype=np.int64)
     order = np.lexsort((notes["pitch"], onset_ms))
     shingles = _shingles(notes["pitch"][order], onset_ms[order])
-    return _min_hashes(shingles)
-
-
-def _min_hashes(shingles: np.ndarray) -> np.ndarray:
-    """The least value of each hash function over uint64 [S >= 1], uint32 [N_HASHES]."""
-    values = np.empty(N_HASHES, dtype=np.uint32)
-    for k in range(N_HASHES):  # row by row: [N_HASHES, shingles] at once would leave the cache
-        values[k] = ((shingles * _MULTIPLIERS[k] + _OFFSETS[k]) >> np.uint64(32)).min()
-    return values
+    return min_hashes(shingles, _MULTIPLIERS, _OFFSETS)
 
 
 def _shingles(pitch: np.ndarray, onset_ms: np.ndarray) -> np.ndarray:

@@ -97,6 +97,15 @@ def test_real_copies_are_found_and_other_performers_are_not(real_midi):
         assert recall >= minimum and confused == 0, (kind, recall)
 
 
+def test_a_fingerprint_is_the_least_value_of_each_hash_function():
+    from data_pipeline._dedup_kernels import min_hashes
+
+    rng = np.random.default_rng(0)
+    shingles, factors, offsets = (rng.integers(0, 2**64, n, np.uint64) for n in (300, 96, 96))
+    every = (shingles[:, None] * factors + offsets) >> np.uint64(32)
+    assert min_hashes(shingles, factors, offsets).tolist() == every.min(axis=0).tolist()
+
+
 def test_grouping_does_not_depend_on_the_order_of_files():
     performances = [performance(seed) for seed in range(8)]
     performances += [trimmed(p, 0, 0.7) for p in performances[:4]]
