@@ -61,7 +61,7 @@ def design(
     used = {opponent: Counter[str]() for opponent in opponents}
     ours_first = {opponent: Counter[bool]() for opponent in opponents}
     ids = rng.permutation(n_judges * trials_per_judge)
-    trials = []
+    trials: list[Trial] = []
     for judge in range(n_judges):
         turns = [
             opponents[(judge * trials_per_judge + turn) % len(opponents)]

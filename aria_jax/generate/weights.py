@@ -1,5 +1,6 @@
 """A trained model's parameters in the form that decoding reads fastest."""
 
+import dataclasses
 from functools import partial
 from typing import Any, Literal
 
@@ -51,7 +52,7 @@ def _rows(
         rows_OxI = jax.lax.with_sharding_constraint(rows_OxI, sharding)
     on_cpu = precision != "float32" and sharding is None and narrow_cpu.available()
     if precision == "int8":
-        return quantize(rows_OxI).replace(on_cpu=on_cpu)
+        return dataclasses.replace(quantize(rows_OxI), on_cpu=on_cpu)
     return DecodingMatrix(rows_OxI.astype(precision), on_cpu=on_cpu)
 
 

@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from aria_jax.config import ModelConfig
+from aria_jax.config import Head, ModelConfig
 from data_pipeline.errors import UserError
 
 _LAYER = {
@@ -17,7 +17,11 @@ _LAYER = {
     "norm2_scale": "norm2.weight",
     "norm2_bias": "norm2.bias",
 }
-_HEAD = {"lm": "lm_head.weight", "embedding": "emb_head.weight", "class": "class_head.weight"}
+_HEAD: dict[Head, str] = {
+    "lm": "lm_head.weight",
+    "embedding": "emb_head.weight",
+    "class": "class_head.weight",
+}
 _ADAPTER = "embedding_adapter.weight"
 _BACKBONE = re.compile(r"(?:^|\.)((?:tok_embeddings|encode_layers|out_layer_norm)\..+)$")
 _TOP = re.compile(r"(?:^|\.)((?:lm_head|emb_head|class_head|embedding_adapter)\.weight)$")
@@ -93,7 +97,7 @@ def infer_config(
             f"{path}: no Aria weights (no matrix model.tok_embeddings.weight, or no first layer)"
         ) from None
     layers = [re.match(r"model\.encode_layers\.(\d+)\.", name) for name in shapes]
-    head = next((kind for kind, name in _HEAD.items() if name in shapes), "none")
+    head: Head = next((kind for kind, name in _HEAD.items() if name in shapes), "none")
     emb_size = None
     if head == "embedding":
         emb_size = shapes["emb_head.weight"][0]

@@ -97,12 +97,13 @@ def _compiled() -> Any:
     from numba import carray, cfunc, njit, types
     from numba.extending import intrinsic
 
-    @intrinsic
-    def at(typing_context, address):
+    def pointer(typing_context, address):
         def code(context, builder, signature, arguments):
             return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
 
         return types.voidptr(types.uint64), code
+
+    at: Any = intrinsic(pointer)
 
     @njit(fastmath=True)
     def product(rows, scale, x, start, y):

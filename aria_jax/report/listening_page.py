@@ -73,6 +73,8 @@ def _clip_html(clip: Clip, trial_id: str, side: str, out_dir: Path, seconds: flo
     if clip.performance is not None:
         # One colour: where the prompt ends, and whose the rest is, is not to be seen.
         return player([Part.of(up_to(clip.performance, seconds), "clip")])
+    if clip.sound is None:
+        raise ValueError(f"trial {trial_id}: a clip needs notes or a sound file")
     # A copy under the trial's name: the original's name could tell.
     name = f"{trial_id}-{side}{clip.sound.suffix.lower()}"
     (out_dir / "clips").mkdir(exist_ok=True)

@@ -61,7 +61,7 @@ def draw_piano_roll(axes: "Axes", parts: Sequence[Part]) -> None:
         )
         rgba = np.tile(to_rgba(colour), (len(part.pitch), 1))
         rgba[:, 3] = 0.35 + 0.65 * part.velocity / 127
-        axes.add_collection(PolyCollection(corners, facecolors=rgba, linewidths=0))
+        axes.add_collection(PolyCollection(list(corners), facecolors=rgba, linewidths=0))
     filled = [part for part in parts if len(part.pitch)]
     if filled:
         axes.set_xlim(
