@@ -1,8 +1,9 @@
 """Recall and precision of near-duplicate detection on copies planted among real performances.
 
-    python -m benchmarks.bench_dedup MIDI_DIR [--planted 200]
+    python -m benchmarks.bench_dedup [MIDI_DIR] [--planted 200]
 
-Every file of MIDI_DIR is an original; copies of some are added, changed in one of several ways.
+MIDI_DIR is the ASAP folder of the development data where it lies beside the checkout. Every file
+of it is an original; copies of some are added, changed in one of several ways.
 Recall: share of the copies that are grouped with their original. Confused: originals that are
 grouped with another original (0 unless the folder itself holds copies).
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.bench_data import DEVELOPMENT_DATA
 from data_pipeline import dedup
 from data_pipeline.errors import InvalidMidi
 from data_pipeline.midi import TEMPO, Performance, read_midi
@@ -23,9 +25,11 @@ from data_pipeline.tokenizer import Tokenizer
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("midi_dir", type=Path)
+    parser.add_argument("midi_dir", nargs="?", type=Path, default=DEVELOPMENT_DATA)
     parser.add_argument("--planted", type=int, default=200, help="copies of each kind")
     args = parser.parse_args()
+    if not args.midi_dir.is_dir():
+        parser.error(f"{args.midi_dir}: no such folder; name one with real performances")
     originals = read_all(args.midi_dir)
     began = time.perf_counter()
     prints = np.stack([dedup.fingerprint(p) for p in originals])
