@@ -3,6 +3,10 @@
 import argparse
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from data_pipeline.inspection import Inspection
 
 DESCRIPTION = """\
 Token shards are what training reads: a folder with ArrayRecord shards, an index, manifest.json and
@@ -162,18 +166,22 @@ def _inspect(args: argparse.Namespace) -> None:
         *_length_table(found.length_histogram, found.notes_quantiles),
         *(line for label, counts in found.labels.items() for line in _label_table(label, counts)),
         *_rejection_table(found.rejected),
-        "",
-        "tokens: " + ", ".join(f"{k} {n:,}" for k, n in found.kinds.items() if n),
-        f"the first piece ({found.tokenizer} tokenizer) begins:",
-        *("  " + line for line in found.first_lines),
     ]
+    if found.first_lines:
+        lines += [
+            "",
+            "tokens: " + ", ".join(f"{k} {n:,}" for k, n in found.kinds.items() if n),
+            f"the first piece ({found.tokenizer} tokenizer) begins:",
+            *("  " + line for line in found.first_lines),
+        ]
     if args.plot:
-        _plot(args.data_dir, Path(args.plot))
+        _plot(args.data_dir, found, Path(args.plot))
     print_result(dataclasses.asdict(found), args.json, "\n".join(lines))
 
 
 _BAR = 40
 _SHOWN_VALUES = 12
+_MOST_VALUES = 60
 
 
 def _split_table(splits: dict[str, dict[str, float]]) -> list[str]:
@@ -222,14 +230,20 @@ def _rejection_table(rejected: dict[str, int]) -> list[str]:
     return ["", f"rejected: {total:,} files (named in rejected.jsonl)", *_bars(rejected, total)]
 
 
-def _plot(data_dir: str, path: Path) -> None:
-    from aria_jax.report.charts import histogram
+def _plot(data_dir: str, found: "Inspection", path: Path) -> None:
+    from aria_jax.report.charts import corpus
     from data_pipeline.shards import TokenShards, load_manifest
 
     lengths = {
         split: TokenShards(data_dir, split).n_notes for split in load_manifest(data_dir)["splits"]
     }
-    histogram(lengths, "notes a piece").savefig(path, dpi=130)
+    # A label that is different for every piece, such as a title, would be a wall of bars.
+    top = {
+        label: dict(list(counts.items())[:_SHOWN_VALUES])
+        for label, counts in found.labels.items()
+        if len(counts) <= _MOST_VALUES
+    }
+    corpus(lengths, top, "notes a piece").savefig(path, dpi=130)
 
 
 def _sample(args: argparse.Namespace) -> None:

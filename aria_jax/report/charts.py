@@ -102,16 +102,29 @@ def embedding_map(embedding_NxE: np.ndarray, labels: Sequence[str], title: str) 
     return figure
 
 
-def histogram(values: Mapping[str, np.ndarray], title: str) -> "Figure":
-    """How often each size occurs, one colour per group, on a logarithmic axis."""
+def corpus(
+    lengths: Mapping[str, np.ndarray], labels: Mapping[str, Mapping[str, int]], title: str
+) -> "Figure":
+    """How often each length occurs, and below it the pieces of each label's values.
+
+    Args:
+        lengths: of the pieces of each split.
+        labels: per label, pieces of each of the values to show, most frequent first.
+        title: what the lengths are.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3.2), layout="constrained")
-    axes = figure.add_subplot()
-    largest = max((int(v.max()) for v in values.values() if len(v)), default=1)
+    figure = Figure(figsize=(6, 3.2 + 2.6 * len(labels)), layout="constrained")
+    axes, *others = figure.subplots(1 + len(labels), squeeze=False)[:, 0]
+    largest = max((int(v.max()) for v in lengths.values() if len(v)), default=1)
     edges = np.geomspace(1, max(largest, 2), 40).tolist()
-    axes.hist(list(values.values()), bins=edges, stacked=True, label=list(values))
+    axes.hist(list(lengths.values()), bins=edges, stacked=True, label=list(lengths))
     axes.set(xscale="log", xlabel=title, ylabel="pieces")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend()
+    for below, (label, counts) in zip(others, labels.items(), strict=True):
+        below.barh(list(counts), list(counts.values()), color="#9db2d6")
+        below.invert_yaxis()
+        below.set(xlabel="pieces", title=label)
+    for each in (axes, *others):
+        each.spines[["top", "right"]].set_visible(False)
     return figure
