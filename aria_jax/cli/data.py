@@ -35,7 +35,10 @@ and compared:
                   takes 400 bytes of memory a file
   --max-per-composition N   the N performances of a composition whose content hash is smallest
 Aria-MIDI's "pruned" subset was made like --filters light --max-per-composition 10, its "deduped"
-subset like --filters heavy --max-per-composition 1."""
+subset like --filters heavy --max-per-composition 1.
+--runner ray (pip install 'aria-jax[ray]') does the work on the Ray cluster of RAY_ADDRESS, else on
+a Ray of this machine. Every node must see the MIDI files under the same path; only this machine
+needs the output folder. The corpus has the same bytes, also where a node dies under way."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
