@@ -11,7 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from functools import lru_cache
+from functools import lru_cache, partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -196,17 +196,28 @@ def run_ray(
         raise UserError(
             "--runner ray needs the package ray: pip install 'aria-jax[ray]'"
         ) from error
-    if not ray.is_initialized():
+    started_here = not ray.is_initialized()
+    if started_here:
         local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
         ray.init(log_to_driver=False, logging_level="ERROR", **local)
-    task = ray.remote(num_cpus=1, max_retries=-1)(_ray_task)
-    shared = ray.put((settings, limits))
+    try:
+        task = ray.remote(num_cpus=1, max_retries=-1)(_ray_task)
+        _submit(jobs, partial(task.remote, ray.put((settings, limits))), store, tick)
+    finally:
+        if started_here:
+            ray.shutdown()
+
+
+def _submit(jobs: Iterator[Job], submit: Callable[[Job], Any], store: Store, tick: Tick) -> None:
+    """Keeps two tasks per processor under way: no node waits, and results do not pile up."""
+    import ray
+
     running: dict[Any, Job] = {}
     job = next(jobs, None)
     while job is not None or running:
         capacity = 2 * max(1, int(ray.cluster_resources().get("CPU", 1)))
         while job is not None and len(running) < capacity:
-            running[task.remote(shared, job)] = job
+            running[submit(job)] = job
             job = next(jobs, None)
         finished, _ = ray.wait(list(running), num_returns=1)
         for reference in finished:
