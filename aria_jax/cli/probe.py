@@ -88,9 +88,8 @@ def run(args: argparse.Namespace) -> None:
     shown = {
         "label": args.label,
         "readout": args.readout,
-        **asdict(result),
+        **result.summary(),
         "per_class_f1": result.per_class_f1,
-        "confusion": result.confusion.tolist(),
         "few_shot": [asdict(point) for point in curve],
     }
     print_result(shown, args.json, _text(result, curve, args))

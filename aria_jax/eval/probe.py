@@ -2,7 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -27,6 +28,9 @@ class ProbeResult:
         n_train, n_test: files; with folds every file is a test file once.
         left_out: classes with too few files, and how many they have.
         shared_groups: compositions that a given split has on both sides; 0 with folds.
+        right: whether each held-out file was answered right, bool [n_test]; the order depends on
+            labels and splits alone, so that results of different features can be paired.
+        group: number of the composition of each of these files, int [n_test].
     """
 
     classes: tuple[str, ...]
@@ -41,11 +45,18 @@ class ProbeResult:
     n_test: int
     left_out: dict[str, int]
     shared_groups: int
+    right: np.ndarray
+    group: np.ndarray
 
     @property
     def per_class_f1(self) -> dict[str, float]:
         """F1 by class."""
         return {name: row["f1"] for name, row in self.per_class.items()}
+
+    def summary(self) -> dict[str, Any]:
+        """Everything but the files, as plain JSON types."""
+        found = {name: v for name, v in asdict(self).items() if name not in ("right", "group")}
+        return {**found, "confusion": self.confusion.tolist()}
 
 
 @dataclass(frozen=True)
@@ -233,6 +244,7 @@ def _result(
         return float(low), float(high)
 
     train, test = problem.sides[0]
+    tested = np.concatenate([test for _, test in problem.sides])
     group = problem.group[problem.first_row]
     return ProbeResult(
         classes=problem.classes,
@@ -247,7 +259,30 @@ def _result(
         n_test=len(truth),
         left_out=problem.left_out,
         shared_groups=len(set(group[train]) & set(group[test])),
+        right=truth == answer,
+        group=np.unique(group[tested], return_inverse=True)[1],
     )
+
+
+def paired_difference(
+    one: ProbeResult, other: ProbeResult, *, seed: int = 0
+) -> tuple[float, float, float]:
+    """How much higher the accuracy of `one` is, and its 95 % interval.
+
+    Bootstrapped over compositions: performances of one are not independent of each other.
+
+    Raises:
+        ValueError: the two judged different files.
+    """
+    if len(one.right) != len(other.right) or (one.group != other.group).any():
+        raise ValueError("results of different files cannot be paired")
+    gain = one.right.astype(float) - other.right
+    n_groups = int(one.group.max()) + 1
+    total_G = np.bincount(one.group, gain, n_groups)
+    size_G = np.bincount(one.group, minlength=n_groups)
+    drawn = np.random.default_rng(seed).integers(0, n_groups, (BOOTSTRAPS, n_groups))
+    low, high = np.quantile(total_G[drawn].sum(1) / size_G[drawn].sum(1), [0.025, 0.975])
+    return float(gain.mean()), float(low), float(high)
 
 
 def _per_class(classes: Sequence[str], counts: np.ndarray) -> dict[str, dict[str, float]]:

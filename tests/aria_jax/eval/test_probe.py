@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from aria_jax.eval.probe import few_shot, probe
+from aria_jax.eval.probe import few_shot, paired_difference, probe
 from data_pipeline.errors import UserError
 
 
@@ -112,3 +112,40 @@ def test_per_class_rows_agree_with_the_confusion():
         row = result.per_class[name]
         assert row["n"] == labels.count(name) == result.confusion[i].sum()
         assert row["recall"] == pytest.approx(result.confusion[i, i] / row["n"])
+
+
+def test_results_on_the_same_files_are_paired():
+    x, labels = made(signal=1.5)
+    works = [f"work {i // 6}" for i in range(90)]
+    better, worse = (probe(f, labels, groups=works, readout="knn") for f in (x, 0.3 * x))
+    noise = probe(
+        np.random.default_rng(2).normal(size=x.shape), labels, groups=works, readout="knn"
+    )
+    gain, low, high = paired_difference(better, noise)
+    assert gain == pytest.approx(better.accuracy - noise.accuracy) and 0 < low < gain < high
+    assert paired_difference(better, worse)[0] == 0  # scaled only
+    assert paired_difference(better, better) == (0, 0, 0)
+    with pytest.raises(ValueError, match="different files"):
+        paired_difference(better, probe(x[:60], labels[:60], groups=works[:60], readout="knn"))
+
+
+def test_performances_of_one_composition_widen_the_interval():
+    """Ten times the same file is no more evidence than one."""
+    x, labels = made(n=45, signal=1.0)
+    noise = np.random.default_rng(1).normal(size=x.shape)
+
+    def width(repeats):
+        works = [f"work {i}" for i in range(45) for _ in range(repeats)]
+        both = [
+            probe(
+                np.repeat(f, repeats, 0),
+                np.repeat(labels, repeats).tolist(),
+                groups=works,
+                readout="knn",
+            )
+            for f in (x, noise)
+        ]
+        _, low, high = paired_difference(*both)
+        return high - low
+
+    assert width(10) > 0.8 * width(1)
