@@ -50,7 +50,7 @@ def _rows(
     rows_OxI = matrix_IxO.T
     if sharding is not None:
         rows_OxI = jax.lax.with_sharding_constraint(rows_OxI, sharding)
-    on_cpu = precision != "float32" and sharding is None and narrow_cpu.available()
+    on_cpu = precision != "float32" and sharding is None and narrow_cpu.on_cpu()
     if precision == "int8":
         return dataclasses.replace(quantize(rows_OxI), on_cpu=on_cpu)
     return DecodingMatrix(rows_OxI.astype(precision), on_cpu=on_cpu)

@@ -28,11 +28,14 @@ _TARGET = "aria_jax_int8_rows"
 _KNOWN_INTERFACE = ("0", "3")  # version of the structures read below
 
 
+def on_cpu() -> bool:
+    """Whether programs run on a CPU here."""
+    return jax.default_backend() == "cpu"
+
+
 @functools.cache
 def available() -> bool:
-    """Whether the product can be used here: on CPUs, with numba, and an interface it knows."""
-    if jax.default_backend() != "cpu":
-        return False
+    """Whether the compiled product can be used: with numba, and an interface it knows."""
     try:
         import jaxlib
         import numba  # noqa: F401
@@ -56,10 +59,10 @@ def narrow_matmul(
         rows_OxI: int8 or bfloat16.
         scale_O: float32, for int8.
     """
-    if scale_O is None:
+    if scale_O is None or not available():
         # Fused into one pass over the matrix for each row of x.
         sums = [jnp.sum(rows_OxI.astype(jnp.float32) * x_I, axis=1) for x_I in x_BxI]
-        return jnp.stack(sums)
+        return jnp.stack(sums) * (1.0 if scale_O is None else scale_O)
     _register()
     n_rows, n_outputs = x_BxI.shape[0], rows_OxI.shape[0]
     cuts = np.linspace(0, n_outputs, min(_n_threads(), n_outputs) + 1).astype(np.int32)

@@ -225,7 +225,7 @@ def test_low_precision_is_close(tiny_model, piano_prompt, precision, tolerance):
     assert ids.shape == (1, 12)
 
 
-@pytest.mark.skipif(not narrow_cpu.available(), reason="needs the kernel of CPUs")
+@pytest.mark.skipif(not narrow_cpu.on_cpu(), reason="needs a CPU as default device")
 @pytest.mark.parametrize("precision", ["int8", "bfloat16"])
 def test_the_cpus_product_equals_the_compilers(tiny_model, piano_prompt, precision):
     """Prefill converts whole matrices, decoding rows in registers: the same numbers."""

@@ -45,8 +45,11 @@ def test_inside_a_loop():
     np.testing.assert_array_equal(found, 8 * x[:, ::-1])
 
 
-def test_an_unknown_interface_is_left_alone(monkeypatch):
+def test_without_the_compiled_product_int8_is_a_sum(monkeypatch):
     monkeypatch.setattr(narrow_cpu, "_KNOWN_INTERFACE", ("1", "0"))
     assert not narrow_cpu.available.__wrapped__()
-    monkeypatch.setattr(narrow_cpu.jax, "default_backend", lambda: "gpu")
-    assert not narrow_cpu.available.__wrapped__()
+    monkeypatch.setattr(narrow_cpu, "available", lambda: False)
+    rows = jnp.arange(-6, 6, dtype=jnp.int8).reshape(4, 3)
+    x, scale = jnp.array([[1.0, 2, 3], [0, 1, 0]]), jnp.array([1.0, 2, 4, 8])
+    found = narrow_cpu.narrow_matmul(x, rows, scale)
+    np.testing.assert_array_equal(found, (x @ rows.T.astype(jnp.float32)) * scale)
