@@ -5,6 +5,7 @@ Wrappers put prefixes before them (`_orig_mod.`, `module.`); a bare backbone lac
 A PyTorch linear weight is [out, in]; ours [in, out].
 """
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,14 +141,14 @@ def export_model(model: Model, path: str | Path) -> None:
     The config goes into the file's metadata, so that nothing is lost on the way back.
     """
     config, flat = model.config, dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
+    # The temperature of a contrastive loss is no part of the published layout.
+    kept = dataclasses.replace(config, learned_temperature=False)
     places = [
         (name, key, None if isinstance(names, str) else layer)
         for key, names in reference_names(config).items()
         for layer, name in enumerate(_listed(names))
     ]
-    header: dict[str, Any] = {
-        "__metadata__": {"format": "pt", METADATA: json.dumps(to_dict(config))}
-    }
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", METADATA: json.dumps(to_dict(kept))}}
     end = 0
     for name, _, _ in places:
         shape = reference_shape(name, config)

@@ -154,3 +154,13 @@ def test_heads_and_names_that_do_not_fit_are_explained(exported, tmp_path):
     export_model(model, tmp_path / "class.safetensors")
     with pytest.raises(UserError, match="3 class names for 2 classes"):
         import_model(tmp_path / "class.safetensors", class_names=("a", "b", "c"))
+
+
+def test_a_learned_temperature_stays_behind(tmp_path):
+    config = ModelConfig(d_model=8, n_heads=2, n_layers=1, vocab_size=64, head="embedding",
+                         emb_size=4, learned_temperature=True)  # fmt: skip
+    model = build_model(config, ComputeConfig(), rngs=nnx.Rngs(params=0))
+    export_model(model, tmp_path / "e.safetensors")
+    back = import_model(tmp_path / "e.safetensors", n_heads=2)
+    assert back.log_temperature is None and not back.config.learned_temperature
+    np.testing.assert_array_equal(back.head[...], model.head[...])
