@@ -168,6 +168,13 @@ def test_baselines_are_finite_and_tell_music_apart(name):
     assert np.isfinite(BASELINES[name](nothing, TOKENIZER)).all()
 
 
+def test_statistics_are_finite_where_a_slice_has_lost_its_first_time_token():
+    ids = TOKENIZER.encode(random_performance(np.random.default_rng(0), 80)).astype(np.int64)
+    first = int(np.flatnonzero(ids == TOKENIZER.time_id)[0])
+    assert (np.diff(TOKENIZER.events(np.delete(ids, first))[1]) < -1).any(), "onsets must go back"
+    assert np.isfinite(BASELINES["statistics"](np.delete(ids, first), TOKENIZER)).all()
+
+
 # --- the export ---
 
 
