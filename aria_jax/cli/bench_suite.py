@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metadata", help="labels (default: metadata files beside the MIDI files)")
     add_slicing(parser)
     parser.add_argument(
-        "--pooling", choices=("eos", "mean"), default="eos", help="as trained (default: eos)"
+        "--pooling", choices=("eos", "mean"), help="default: as the model was trained"
     )
     parser.add_argument(
         "--min-per-class", type=int, default=10, help="leave smaller classes out (10)"
@@ -116,10 +116,11 @@ def _networks(args: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
 
     loaded = load_model(args.checkpoint)
     pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
+    pooling = args.pooling or loaded.pooling
     settings = {
         "tokenizer": loaded.tokenizer,
         "max_tokens": min(args.max_tokens, loaded.config.max_seq_len),
-        "pooling": args.pooling,
+        "pooling": pooling,
     }
     untrained = build_model(loaded.config, ComputeConfig(), rngs=nnx.Rngs(params=args.seed))
     made = {
@@ -127,7 +128,7 @@ def _networks(args: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
         "aria_jax": (loaded.model, loaded.fingerprint),
     }
     return {
-        name: (model_encoder(model, pad_id, args.pooling), {"fingerprint": fingerprint, **settings})
+        name: (model_encoder(model, pad_id, pooling), {"fingerprint": fingerprint, **settings})
         for name, (model, fingerprint) in made.items()
     }
 

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metadata", help="labels (default: metadata.json beside the files)")
     add_slicing(parser)
     parser.add_argument(
-        "--pooling", choices=("eos", "mean"), default="eos", help="as trained (default: eos)"
+        "--pooling", choices=("eos", "mean"), help="default: as the model was trained"
     )
     parser.add_argument("--workers", type=int, default=1, help="tokenising processes (1; 0: none)")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
@@ -84,7 +84,8 @@ def _answers(args: argparse.Namespace) -> tuple[tuple[str, ...], list[Any]]:
     from data_pipeline.tokenizer import Tokenizer
 
     loaded = load_model(args.checkpoint)
-    encode = class_encoder(loaded.model, Tokenizer.preset(loaded.tokenizer).pad_id, args.pooling)
+    pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
+    encode = class_encoder(loaded.model, pad_id, args.pooling or loaded.pooling)
     max_tokens = min(args.max_tokens, loaded.config.max_seq_len)
     slicing = Slicing(loaded.tokenizer, args.slice_notes, max_tokens)
     with TemporaryDirectory() as folder, progress_bar("classify", "file") as progress:

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--metadata", help="labels (default: metadata.json beside the files)")
     parser.add_argument("--per-slice", action="store_true", help="one row per slice")
     parser.add_argument(
-        "--pooling", choices=("eos", "mean"), default="eos", help="as trained (default: eos)"
+        "--pooling", choices=("eos", "mean"), help="default: as the model was trained"
     )
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--workers", type=int, default=1, help="tokenising processes (1; 0: none)")
@@ -140,13 +140,14 @@ def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     mesh = make_mesh(MeshConfig(), devices) if len(devices) > 1 else None
     compute = ComputeConfig(dtype="bfloat16" if args.bf16 else "float32")
     loaded = load_model(args.checkpoint, mesh=mesh, compute=compute)
+    pooling = args.pooling or loaded.pooling
     encode = model_encoder(
-        loaded.model, Tokenizer.preset(loaded.tokenizer).pad_id, args.pooling, mesh=mesh
+        loaded.model, Tokenizer.preset(loaded.tokenizer).pad_id, pooling, mesh=mesh
     )
     return encode, {
         "fingerprint": loaded.fingerprint,
         "tokenizer": loaded.tokenizer,
         "max_tokens": min(args.max_tokens, loaded.config.max_seq_len),
-        "pooling": args.pooling,
+        "pooling": pooling,
         "dtype": compute.dtype,
     }

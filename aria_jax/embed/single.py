@@ -35,14 +35,18 @@ def performance_encoder(
     *,
     slice_notes: int = SLICE_NOTES,
     max_tokens: int = SLICE_TOKENS,
-    pooling: str = "eos",
+    pooling: str | None = None,
 ) -> PerformanceEncoder:
     """The encoder of a trained model.
+
+    Args:
+        pooling: "eos" or "mean"; None as it was trained.
 
     Raises:
         UserError: no checkpoint with an embedding head there.
     """
     loaded = load_model(checkpoint)
     slicing = Slicing(loaded.tokenizer, slice_notes, min(max_tokens, loaded.config.max_seq_len))
-    encode = model_encoder(loaded.model, Tokenizer.preset(loaded.tokenizer).pad_id, pooling)
+    pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
+    encode = model_encoder(loaded.model, pad_id, pooling or loaded.pooling)
     return PerformanceEncoder(encode, slicing, loaded.fingerprint)

@@ -43,6 +43,7 @@ class LoadedModel:
         tokenizer: preset of the tokenizer it was trained with.
         step: optimiser steps it was trained for.
         path: where it was read from.
+        pooling: where the head was trained to read: "eos" or "mean".
     """
 
     model: Model
@@ -50,6 +51,7 @@ class LoadedModel:
     tokenizer: str
     step: int
     path: str
+    pooling: str = "eos"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -232,7 +234,8 @@ def load_model(
             restored = merged_with_base(
                 saved, params, restore=restore, read_base=read_base, mesh=mesh, base=base
             )
-        return LoadedModel(merge(restored), config, preset, step, str(path))
+        pooling = record.get("config", {}).get("train", {}).get("pooling", "eos")
+        return LoadedModel(merge(restored), config, preset, step, str(path), pooling)
 
     try:
         return checkpointer.newest(read)[1]

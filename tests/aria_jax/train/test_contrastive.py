@@ -10,6 +10,7 @@ import pytest
 
 from aria_jax.config import MeshConfig, with_overrides
 from aria_jax.sharding import batch_sharding, make_mesh
+from aria_jax.train.checkpoint import load_model
 from aria_jax.train.loop import run
 from aria_jax.train.state import abstract_state
 from aria_jax.train.step import make_train_step, weighted_gradients
@@ -80,6 +81,7 @@ def test_a_run_in_parts_trains_and_evaluates_alike(config, corpus, tmp_path, rec
     for split in ("train", "val"):
         for step, loss in whole.losses(split).items():
             assert parts.losses(split)[step] == pytest.approx(loss, rel=1e-3)  # Adam on rounding
+    assert load_model(tmp_path / "parts").pooling == "mean"
     learned = weights(tmp_path / "parts")["log_temperature"]
     assert abs(learned) > 1e-3
     assert result.metrics["val/temperature"] == pytest.approx(0.1 * np.exp(learned), rel=1e-5)
