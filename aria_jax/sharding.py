@@ -101,7 +101,9 @@ def _device_grid(shape: tuple[int, ...], devices: list) -> np.ndarray:
     )
 
 
-def named_sharding(mesh: Mesh, logical_axes: tuple[str | None, ...]) -> NamedSharding:
+def named_sharding(
+    mesh: Mesh | AbstractMesh, logical_axes: tuple[str | None, ...]
+) -> NamedSharding:
     """The sharding of an array whose axes have these logical names.
 
     Raises:
@@ -170,7 +172,7 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, fitting_spec(mesh, logical_axes, x.shape))
 
 
-def parameter_shardings(tree, mesh: Mesh):
+def parameter_shardings(tree, mesh: Mesh | AbstractMesh):
     """A tree of shardings for parameters, or anything that mirrors them (optimiser state).
 
     Leaves are recognised by the last name of their path that is in `PARAMETER_AXES`; norms,

@@ -4,7 +4,6 @@ They are the very functions that run later, on shape structs with shardings: no 
 """
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -38,7 +37,7 @@ class Program:
         training: has a backward pass.
     """
 
-    function: Callable
+    function: Any  # jitted
     arguments: tuple
     tokens: int
     training: bool
@@ -67,6 +66,11 @@ def with_layers(config: RunConfig, n_layers: int) -> RunConfig:
         model=dataclasses.replace(config.model, n_layers=n_layers),
         compute=dataclasses.replace(config.compute, scan_layers=False),
     )
+
+
+def _array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+    """The shape of an array, typed as one: the decoder's containers hold arrays."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
 def _on(mesh: Mesh, shape: jax.ShapeDtypeStruct, spec: NamedSharding) -> jax.ShapeDtypeStruct:
@@ -120,13 +124,13 @@ def _decoding(config: RunConfig, mesh: Mesh) -> Program:
 
     def caches(rows: int) -> tuple[LayerCache, ...]:
         shape = (rows, m.n_heads, slots, m.d_head)
-        one = jax.ShapeDtypeStruct(shape, dtype, sharding=cache_sharding(mesh, rows, m.n_heads))
+        one = _array(shape, dtype, cache_sharding(mesh, rows, m.n_heads))
         return (LayerCache(one, one),) * m.n_layers
 
-    number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    visible = jax.ShapeDtypeStruct((1, slots), jnp.bool_, sharding=whole)
+    number = _array((), jnp.int32, whole)
+    visible = _array((1, slots), jnp.bool_, whole)
     prompt = PromptCache(layers=caches(1), visible_PxT=visible, next_position=number)
-    token = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=whole)
+    token = _array((rows,), jnp.int32, whole)
     arguments = (_decoder_weights(config, mesh), prompt, caches(rows), token, number)
     # The generated cache is updated in place, as the sampling loop does.
     return Program(jax.jit(decode_step, donate_argnums=2), arguments, rows, training=False)
@@ -139,10 +143,10 @@ def _decoder_weights(config: RunConfig, mesh: Mesh) -> DecoderWeights:
 
     def matrix(outputs: int, inputs: int, *cut: str | None) -> DecodingMatrix:
         sharding = NamedSharding(mesh, PartitionSpec(*cut))
-        return DecodingMatrix(jax.ShapeDtypeStruct((outputs, inputs), dtype, sharding=sharding))
+        return DecodingMatrix(_array((outputs, inputs), dtype, sharding))
 
-    def vector() -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((d,), jnp.float32, sharding=replicated(mesh))
+    def vector() -> Any:
+        return _array((d,), jnp.float32, replicated(mesh))
 
     block: dict[str, Any] = {
         **{name: matrix(d, d, "tensor", None) for name in ("query", "key", "value")},
@@ -151,7 +155,7 @@ def _decoder_weights(config: RunConfig, mesh: Mesh) -> DecoderWeights:
         "down": matrix(d, ff, None, "tensor"),
         **{f"norm{i}_{part}": vector() for i in (1, 2) for part in ("scale", "bias")},
     }
-    table = jax.ShapeDtypeStruct((m.vocab_size, d), dtype, sharding=replicated(mesh))
+    table = _array((m.vocab_size, d), dtype, replicated(mesh))
     return DecoderWeights(
         embedding_VxD=table,
         blocks=(block,) * m.n_layers,

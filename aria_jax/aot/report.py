@@ -235,7 +235,9 @@ def _counted(
     if not read_collectives:
         return cost, None
     texts = _texts(few_layers, cut, task, topology, on_compile)
-    return cost, texts and _collectives(*texts, config.model.n_layers, accumulation)
+    if texts is None:
+        return cost, None
+    return cost, _collectives(texts[0], texts[1], config.model.n_layers, accumulation)
 
 
 def _one_part(config: RunConfig, accumulation: int) -> RunConfig:

@@ -211,7 +211,8 @@ def _dry_run(args: argparse.Namespace, preset: "RunConfig") -> int:
             raise UserError(
                 f"--on {args.on}: expected CHIP:COUNT with a chip of {', '.join(CHIPS)}"
             )
-        chip, n_devices = CHIPS[name], int(count)
+        chip: Chip | None = CHIPS[name]
+        n_devices = int(count)
     else:
         chip, n_devices = chip_of(jax.devices()[0].device_kind), jax.device_count()
     config = resolve(_on_chips(args, preset, chip, n_devices), args.data)

@@ -11,6 +11,7 @@ divides; padded columns have no probability.
 Sizes: B batch, L length, T tokens (B × L), D d_model, V vocabulary, C tokens of one chunk.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -164,15 +165,16 @@ def _over_devices(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, **options):
         if entry is not None
         for axis in ((entry,) if isinstance(entry, str) else entry)
     )
-    cut = LOGICAL_RULES["vocab"]
+    cut = str(LOGICAL_RULES["vocab"])
     head_DxV = jnp.pad(head_DxV, ((0, 0), (0, -vocab_size % mesh.shape[cut])))
     whole, of_hidden, of_head = (
         PartitionSpec(),
         PartitionSpec(*rows, None),
         PartitionSpec(None, cut),
     )
+    here: Callable = partial(_on_one_device, part=_Part(vocab_size, cut), over=over, **options)
     out = jax.shard_map(
-        partial(_on_one_device, part=_Part(vocab_size, cut), over=over, **options),
+        here,
         mesh=mesh,
         in_specs=(of_hidden, of_head, rows, rows),
         out_specs=(whole, whole, of_hidden, of_head) if options["gradients"] else (whole, whole),

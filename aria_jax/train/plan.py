@@ -132,7 +132,9 @@ def _activations(config: RunConfig, sizes: dict[str, int]) -> int:
     rows_over = sizes["data"] * sizes["fsdp"] * sizes["sequence"]
     tokens = tokens_per_step(config) / config.train.grad_accumulation / rows_over
     wide = (4 * d + 3 * ff) / sizes["tensor"]
-    kept = {"none": 6 * d + 2 * wide, "dots": d + wide, "full": d, "offload": 0}
+    # Of a block's input, queries, keys, values, attention and its projection; gate and up.
+    products = d + (5 * d + 2 * ff) / sizes["tensor"]
+    kept = {"none": 6 * d + 2 * wide, "dots": products, "full": d, "offload": 0}
     held = m.n_layers * tokens * kept[config.compute.remat] * itemsize
     at_work = tokens * (6 * d + 2 * wide) * itemsize
     logits = min(CHUNK_TOKENS, tokens) * m.vocab_size * 4 * 2 if m.head == "lm" else 0

@@ -10,6 +10,7 @@ from flax import nnx
 
 from aria_jax.config import ComputeConfig, ModelConfig
 from aria_jax.losses.language_model import next_token_loss
+from aria_jax.models import transformer
 from aria_jax.models.heads import build_model, split_model
 from aria_jax.models.transformer import (
     LayerWeights,
@@ -64,9 +65,10 @@ def test_ways_to_compute_agree(tokens, compute, dropout):
     key = jax.random.key(1) if dropout else None
     value, grads = loss_and_grads(tokens, key, config)
     other, other_grads = loss_and_grads(tokens, key, config, **compute)
-    assert other == pytest.approx(value, rel=1e-6)
+    assert float(other) == pytest.approx(float(value), rel=1e-6)
     for ours, theirs in zip(jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
+        # Entries near zero carry the rounding of the terms they are sums of, up to 0.2.
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("policy, kept", [("full", 0), ("dots", 1), ("none", 2)])
@@ -89,7 +91,7 @@ def test_what_remat_saves(policy, kept):
 def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters(tokens):
     value, grads = loss_and_grads(tokens)
     half, half_grads = loss_and_grads(tokens, dtype="bfloat16")
-    assert half == pytest.approx(value, rel=1e-2)
+    assert float(half) == pytest.approx(float(value), rel=1e-2)
     assert {leaf.dtype for leaf in jax.tree.leaves(half_grads)} == {jnp.dtype("float32")}
     for ours, theirs in zip(jax.tree.leaves(half_grads), jax.tree.leaves(grads), strict=True):
         similarity = jnp.vdot(ours, theirs) / (jnp.linalg.norm(ours) * jnp.linalg.norm(theirs))
@@ -150,7 +152,7 @@ def test_dropout_drops_the_share_it_is_asked_for_and_keeps_the_mean():
     attended = jnp.ones((4, 128, 4, d // 4))
     out = finish_block(weights, jnp.zeros((4, 128, d)), attended, drop)
     assert np.mean(out == 0) == pytest.approx(0.25, abs=0.01)
-    assert out.mean() == pytest.approx(1.0, abs=0.02)
+    assert float(out.mean()) == pytest.approx(1.0, abs=0.02)
 
 
 def test_queries_keys_and_values_lie_as_the_docstring_says():
@@ -172,3 +174,50 @@ def test_pooling_reads_the_end_or_averages_up_to_it(tokens):
     np.testing.assert_allclose(m.pooled(tokens, eos)[0], hidden[0, 3], rtol=1e-5, atol=1e-6)
     mean = m.pooled(tokens, eos, "mean")
     np.testing.assert_allclose(mean[0], hidden[0, :4].mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_heads_taken_apart_as_a_tpu_likes_it(monkeypatch):
+    """Same queries, keys and values, and gradients, from products instead of slices."""
+    rng, d, heads = np.random.default_rng(0), 32, 4
+    weights = {
+        "qkv": jnp.asarray(rng.normal(size=(d, 3, d)) * d**-0.5, jnp.float32),
+        "norm1_scale": jnp.ones(d),
+        "norm1_bias": jnp.zeros(d),
+    }
+    x = jnp.asarray(rng.normal(size=(2, 5, d)), jnp.float32)
+    cos, sin = rope_tables(jnp.arange(5)[None], d // heads)
+
+    def run(x, weights):
+        q, k, v = project_qkv(weights, x, cos, sin, heads)
+        return (q * jnp.cos(k) + v).sum(), (q, k, v)
+
+    found = {}
+    for name in ("cpu", "tpu"):
+        monkeypatch.setattr(transformer, "platform", lambda name=name: name)
+        found[name] = jax.value_and_grad(run, (0, 1), has_aux=True)(x, weights)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),  # order of sums
+        found["cpu"],
+        found["tpu"],
+    )
+
+
+def test_exchanging_halves_by_a_product_is_exact_in_bfloat16(monkeypatch):
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 2, 8)), jnp.bfloat16)
+    cos, sin = rope_tables(jnp.arange(3)[None], 8)
+    plain = apply_rope(x, cos, sin)
+    monkeypatch.setattr(transformer, "platform", lambda: "tpu")
+    np.testing.assert_array_equal(
+        np.asarray(plain, np.float32), np.asarray(apply_rope(x, cos, sin), np.float32)
+    )
+
+
+def test_only_full_remat_multiplies_again(tokens):
+    flops = {}
+    for remat in ("none", "dots", "full"):
+        merge, params = split_model(model(remat=remat, scan_layers=False))
+        grad = jax.grad(lambda params, merge=merge: merge(params).hidden(tokens).sum())
+        flops[remat] = jax.jit(grad).lower(params).compile().cost_analysis()["flops"]
+    forward = flops["none"] / 3
+    assert flops["dots"] - flops["none"] < forward / 4, "norms, rotation and gating only"
+    assert flops["full"] - flops["none"] > forward / 2
