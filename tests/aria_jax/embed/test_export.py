@@ -130,6 +130,14 @@ def test_batches_cover_each_slice_once_and_waste_under_a_tenth():
     assert lengths.sum() / computed > 0.9
 
 
+def test_real_performances_waste_under_a_tenth(real_midi, tmp_path):
+    source = opened(real_midi / "asap", tmp_path, Slicing())
+    chosen = range(0, len(source.paths), len(source.paths) // 64)
+    slices = [ids for piece in map(source.cut, chosen) for ids in piece.slices]
+    computed = sum(tokens.size for _, tokens, _ in like_length(slices, TOKENIZER.pad_id))
+    assert sum(map(len, slices)) / computed > 0.9
+
+
 def test_labels_never_reach_the_network(corpus, tmp_path):
     composer = {TOKENIZER.id_of(("prefix", "composer", c)) for c in ("bach", "chopin", "liszt")}
     for piece in pieces_of(opened(corpus, tmp_path)):
