@@ -81,7 +81,8 @@ def decode_seconds(
     weights: DecoderWeights, prompt: np.ndarray, n_tokens: int, repeats: int, **settings
 ) -> float:
     """Seconds a token within the loop: the chunk after the first (prefill, compilation) one."""
-    decoding = Decoding(max_tokens=2 * n_tokens, chunk=n_tokens, sampler=MinP(), **settings)
+    # Some room is left: at its end no note can begin, and the piece might end.
+    decoding = Decoding(max_tokens=2 * n_tokens + 8, chunk=n_tokens, sampler=MinP(), **settings)
 
     def second_chunk() -> float:
         chunks = decode(
