@@ -90,10 +90,12 @@ def like_length(
     """
     lengths = np.array([len(ids) for ids in slices])
     order = np.argsort(-lengths, kind="stable")
-    at = 0
+    # A single file fills no batch: fewer rows then, by powers of two for the compiler's sake.
+    most, at = 1 << max(len(order) - 1, 0).bit_length(), 0
     while at < len(order):
         length = -(-int(lengths[order[at]]) // BUCKET) * BUCKET
-        rows = -(-max(BATCH_TOKENS // length, 1) // ways) * ways
+        rows = min(max(BATCH_TOKENS // length, 1), most)
+        rows = -(-rows // ways) * ways
         chosen = order[at : at + rows]
         tokens = np.full((rows, length), pad_id, np.int32)
         eos = np.zeros(rows, np.int32)

@@ -127,6 +127,8 @@ def test_batches_cover_each_slice_once_and_waste_under_a_tenth():
         assert all(eos[row] == lengths[i] - 1 for row, i in enumerate(chosen))
         assert len(tokens) % 4 == 0
     assert sorted(seen) == list(range(1500))
+    [(_, tokens, _)] = like_length(slices[:5], TOKENIZER.pad_id)
+    assert len(tokens) == 8, "one file does not pay for a whole batch"
     assert lengths.sum() / computed > 0.9
 
 
