@@ -1,6 +1,20 @@
 """Fixtures every room's tests may use."""
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.corpora import corpus, midi_corpus  # noqa: F401  fixtures for every room
+
+# Many tests, and the programs they start, compile the same functions: they are kept for the
+# session. Its workers find the folder in their environment.
+_MADE_HERE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if _MADE_HERE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="aria-jax-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 # Before jax is imported anywhere: eight virtual CPU devices, so that sharding is tested everywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -8,12 +22,6 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
-
-from pathlib import Path
-
-import pytest
-
-from tests.corpora import corpus, midi_corpus  # noqa: F401  fixtures for every room
 
 _SHARED = Path(os.environ.get("ARIA_JAX_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -32,3 +40,9 @@ def real_midi() -> Path:
     if not (_SHARED / "data").is_dir():
         pytest.skip("needs the development performances (shared/data beside the checkout)")
     return _SHARED / "data"
+
+
+def pytest_unconfigure():
+    """Removes what this process made."""
+    if _MADE_HERE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -16,20 +16,6 @@ COMMON = (
 )
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Most runs here compile the same programs: keep them for the session."""
-    before = {
-        name: getattr(jax.config, name)
-        for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    }
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
     """Runs use one device unless a test asks for more: compiling for eight takes longer."""
@@ -56,7 +42,9 @@ def config():
         made = dataclasses.replace(made, model=model, mesh=mesh or MeshConfig(1, 1, 1))
         if task == "classify":
             settings = ("label=composer", *settings)
-        return with_overrides(made, [*COMMON.split(), *settings])
+        # A rate of their own: the preset's may change.
+        rate = "peak_lr=1e-3" if task in ("pretrain", "continue") else "peak_lr=3e-4"
+        return with_overrides(made, [*COMMON.split(), rate, *settings])
 
     return make
 
