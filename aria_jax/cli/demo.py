@@ -21,7 +21,7 @@ example:
   aria-jax demo demo-out"""
 
 # Small enough for two CPU cores and a few minutes.
-PRETRAIN = "steps=200 warmup_steps=20 eval_every=50 checkpoint_every=50 peak_lr=2e-3"
+PRETRAIN = "steps=200 warmup_steps=20 eval_every=50 checkpoint_every=50 seq_len=256 global_batch=8"
 # Scores carry no touch: all notes are equally loud, and a change of velocity moves a slice further
 # than another piece is away. Augmented, so short a run collapses to one point.
 _SLICES = (
