@@ -16,11 +16,12 @@ import jax
 import numpy as np
 from flax import nnx
 
-from aria_jax.config import ComputeConfig, for_task
+from aria_jax.config import ComputeConfig
 from aria_jax.embed.encode import like_length, model_encoder
 from aria_jax.embed.export import export
 from aria_jax.embed.pieces import Piece, Rejection, Slicing, open_source
 from aria_jax.models.heads import Model, build_model
+from aria_jax.presets import for_task
 from data_pipeline.tokenizer import Tokenizer
 
 PAD = Tokenizer.preset("aria").pad_id

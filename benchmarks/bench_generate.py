@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from aria_jax.config import MODELS, ComputeConfig
+from aria_jax.config import ComputeConfig
 from aria_jax.generate.cache import decode_step, empty_cache, prefill
 from aria_jax.generate.decoding import Decoding, decode
 from aria_jax.generate.grammar import make_grammar, state_after
 from aria_jax.generate.sampler import MinP, step_keys
 from aria_jax.generate.weights import DecoderWeights, decoder_weights
 from aria_jax.models.heads import build_model
+from aria_jax.presets import MODELS
 from data_pipeline.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.preset("aria")

@@ -19,7 +19,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aria_jax.config import MeshConfig, RunConfig, for_task, with_overrides
+from aria_jax.config import MeshConfig, RunConfig, with_overrides
+from aria_jax.presets import for_task
 from aria_jax.sharding import batch_sharding, make_mesh
 from aria_jax.train.start import Start
 from aria_jax.train.state import first_state

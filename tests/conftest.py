@@ -1,6 +1,11 @@
 """Fixtures every room's tests may use."""
 
 import os
+
+# Before numpy is imported: tests run side by side, and each would start a thread per core.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import shutil
 import tempfile
 from pathlib import Path

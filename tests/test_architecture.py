@@ -11,12 +11,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("aria_jax", "data_pipeline", "launch")
 
 # Room -> rooms of the same project it may import from, besides itself. A dotted name allows one
-# module only. `config` and `sharding` are vocabulary, open to all of aria_jax.
-COMMON = {"data_pipeline", "aria_jax.config", "aria_jax.sharding"}
+# module only. `config`, `presets` and `sharding` are vocabulary, open to all of aria_jax.
+COMMON = {"data_pipeline", "aria_jax.config", "aria_jax.presets", "aria_jax.sharding"}
 ALLOWED = {
     "data_pipeline": set(),
     "launch": {"data_pipeline", "aria_jax"},
     "aria_jax.config": {"data_pipeline.errors"},
+    "aria_jax.presets": {"aria_jax.config", "data_pipeline.errors"},
     "aria_jax.sharding": COMMON,
     "aria_jax.kernels": COMMON,
     "aria_jax.losses": COMMON | {"aria_jax.kernels"},

@@ -7,7 +7,8 @@ many parts a batch is worked through. What is learned is the preset's.
 import dataclasses
 import math
 
-from aria_jax.config import ComputeConfig, MeshConfig, RunConfig, for_task
+from aria_jax.config import ComputeConfig, MeshConfig, RunConfig
+from aria_jax.presets import for_task
 from data_pipeline.errors import UserError
 
 TOKENS_AT_ONCE = {"v5p": 65_536, "v6e": 16_384, "v5e": 8_192}

@@ -92,7 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the training; 0 when done, 1 when it was interrupted."""
-    from aria_jax.config import for_task, with_overrides
+    from aria_jax.config import with_overrides
+    from aria_jax.presets import for_task
     from data_pipeline.shards import load_manifest
 
     preset = for_task(args.preset, args.task)

@@ -2,7 +2,8 @@
 
 import pytest
 
-from aria_jax.config import RunConfig, for_task, from_dict, to_dict, with_overrides
+from aria_jax.config import RunConfig, from_dict, to_dict, with_overrides
+from aria_jax.presets import for_task
 from data_pipeline.errors import UserError
 
 

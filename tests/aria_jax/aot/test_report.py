@@ -15,8 +15,9 @@ from aria_jax.aot.report import (
     attention_efficiency,
 )
 from aria_jax.cli.main import main
-from aria_jax.config import DataConfig, MeshConfig, for_task, with_overrides
+from aria_jax.config import DataConfig, MeshConfig, with_overrides
 from aria_jax.losses.language_model import CHUNK_TOKENS
+from aria_jax.presets import for_task
 from aria_jax.sharding import make_mesh
 from aria_jax.train.cost import CHIPS
 from data_pipeline.errors import UserError

@@ -36,8 +36,8 @@ def quick(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(
         demo, "CONTRASTIVE",
-        "steps=60 d_model=16 n_heads=2 n_layers=1 seq_len=128 global_batch=8 mesh.data=8 "
-        "min_slice_notes=20 max_slice_notes=30".replace("steps=60", "steps=2"),
+        "steps=2 d_model=16 n_heads=2 n_layers=1 emb_size=16 seq_len=128 global_batch=8 "
+        "mesh.data=8 min_slice_notes=20 max_slice_notes=30",
     )  # fmt: skip
     monkeypatch.setattr(demo, "UNTRAINED", demo.CONTRASTIVE.replace("steps=2", "steps=0", 1))
     monkeypatch.setattr(demo, "GENERATE", "--seconds 2 --n 1 --max-tokens 32")

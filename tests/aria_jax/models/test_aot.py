@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from aria_jax.config import MODELS, ComputeConfig, MeshConfig
+from aria_jax.config import ComputeConfig, MeshConfig
 from aria_jax.losses.language_model import next_token_loss
 from aria_jax.models.heads import abstract_model, split_model
+from aria_jax.presets import MODELS
 from aria_jax.sharding import batch_sharding, make_mesh, parameter_shardings
 
 pytestmark = pytest.mark.aot

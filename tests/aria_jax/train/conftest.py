@@ -6,8 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from aria_jax.config import MeshConfig, RunConfig, for_task, with_overrides
+from aria_jax.config import MeshConfig, RunConfig, with_overrides
 from aria_jax.models.heads import split_model
+from aria_jax.presets import for_task
 from aria_jax.train.checkpoint import load_model
 
 COMMON = (

@@ -1,0 +1,96 @@
+"""The named presets: which run `aria-jax train TASK --preset PRESET` starts."""
+
+import dataclasses
+import difflib
+from typing import Any
+
+from aria_jax.config import (
+    SLICE_TOKENS,
+    DataConfig,
+    Head,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    Task,
+    TrainConfig,
+)
+from data_pipeline.errors import UserError
+
+_MEDIUM = ModelConfig()
+
+MODELS: dict[str, ModelConfig] = {
+    # For a laptop: an hour on two CPU cores. Settings, commands and scores of `pretrain` and
+    # `contrastive` on 1,400 real performances are in docs/results.md (composer 61.6 % of 10, above
+    # handcrafted statistics by 13 points). `make demo` and the tests use smaller batches of it.
+    "tiny": ModelConfig(d_model=128, n_heads=4, n_layers=4, max_seq_len=2048, emb_size=None),
+    # For one GPU or a patient CPU: the paper's shape at a tenth of the size.
+    "small": ModelConfig(d_model=512, n_heads=8, n_layers=8, max_seq_len=4096),
+    # The paper's model, 0.65B parameters (section 3; reference: config/models/medium.json), with
+    # the reference's settings of each stage. docs/tpu.md says what it takes on TPU pods.
+    "medium": _MEDIUM,
+}
+
+RECIPES: dict[tuple[str, Task], dict[str, Any]] = {
+    # Rates that suit so small a network, and slices that fill their rows.
+    ("tiny", "pretrain"): {
+        "data": DataConfig(seq_len=512, global_batch=16),
+        "optimizer": OptimizerConfig(peak_lr=2e-3, warmup_steps=50),
+    },
+    ("tiny", "contrastive"): {
+        "data": DataConfig(seq_len=384, global_batch=32, min_slice_notes=100, max_slice_notes=127),
+        "optimizer": OptimizerConfig(peak_lr=5e-4, warmup_steps=20),
+    },
+}
+"""Sections of a run that a preset sets otherwise than the reference."""
+
+
+def for_task(preset: str, task: Task) -> RunConfig:
+    """The run that `aria-jax train TASK --preset PRESET` starts, before overrides.
+
+    Model sizes are in `MODELS`; everything that depends on the task (head, peak learning rate,
+    warm-up, sequence length) follows the reference's training scripts, or `RECIPES`.
+    """
+    if preset not in MODELS:
+        near = difflib.get_close_matches(preset, MODELS, n=1)
+        raise UserError(
+            f"no preset {preset!r}"
+            + (f", did you mean {near[0]!r}?" if near else "")
+            + f" The presets are {', '.join(MODELS)}."
+        )
+    run = _as_the_reference(preset, task)
+    return dataclasses.replace(run, **RECIPES.get((preset, task), {}))
+
+
+def _as_the_reference(preset: str, task: Task) -> RunConfig:
+    model = MODELS[preset]
+    small_batch = preset in ("tiny", "small")
+    run = RunConfig(task=task, model=model)
+    if task in ("pretrain", "continue"):
+        seq_len = {"tiny": 256, "small": 1024}.get(preset, model.max_seq_len)
+        # As in the paper: one epoch of pieces short enough to be seen with their end.
+        finetuned = task == "continue"
+        return dataclasses.replace(
+            run,
+            data=DataConfig(
+                seq_len=seq_len,
+                global_batch=8 if small_batch else 512,
+                max_piece_tokens=model.max_seq_len if finetuned else None,
+            ),
+            optimizer=OptimizerConfig(peak_lr=1e-3 if preset == "tiny" else 3e-4),
+            train=TrainConfig(epochs=1.0 if finetuned else None),
+        )
+    head: Head = "embedding" if task == "contrastive" else "class"
+    return dataclasses.replace(
+        run,
+        model=dataclasses.replace(
+            model,
+            head=head,
+            emb_size=512 if head == "embedding" else None,
+            resid_dropout=0.2 if head == "class" else 0.0,
+        ),
+        data=DataConfig(
+            seq_len=512 if preset == "tiny" else SLICE_TOKENS,
+            global_batch=16 if small_batch else 128,
+        ),
+        optimizer=OptimizerConfig(peak_lr=3e-4 if preset == "tiny" else 1e-5, warmup_steps=100),
+    )
