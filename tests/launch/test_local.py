@@ -111,6 +111,7 @@ def test_one_process_is_killed_and_the_run_goes_on(corpus, tmp_path, alone):
         assert row["loss"] == pytest.approx(first.get(row["step"], row["loss"]), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_step_that_all_agree_on(corpus, tmp_path):
     launcher = started(corpus, tmp_path)
     launcher.send_signal(signal.SIGINT)

@@ -71,6 +71,7 @@ def test_ways_to_compute_agree(tokens, compute, dropout):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy, kept", [("full", 0), ("dots", 1), ("none", 2)])
 def test_what_remat_saves(policy, kept):
     """The more is recomputed, the less memory the step takes."""
@@ -212,6 +213,7 @@ def test_exchanging_halves_by_a_product_is_exact_in_bfloat16(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_only_full_remat_multiplies_again(tokens):
     flops = {}
     for remat in ("none", "dots", "full"):

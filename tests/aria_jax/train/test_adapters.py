@@ -118,6 +118,7 @@ def test_merged_and_alone(config, corpus, base, tmp_path, capsys, weights):
     assert "--base" in err and "has no adapters" in err
 
 
+@pytest.mark.slow
 def test_a_base_that_moved_or_changed(config, corpus, base, tmp_path, weights):
     published = tmp_path / "lm.safetensors"
     export_model(load_model(base).model, published)

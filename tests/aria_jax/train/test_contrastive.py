@@ -71,6 +71,7 @@ def test_parts_give_the_gradient_of_one_pass(config, options, one_device):
     assert np.abs(gradient["w"]).max() > 0.1 and abs(gradient["log_t"]) > 0.1
 
 
+@pytest.mark.slow
 def test_a_run_in_parts_trains_and_evaluates_alike(config, corpus, tmp_path, recorder, weights):
     """The real network, with every setting that is not the default."""
     whole, parts = recorder(), recorder()
@@ -87,6 +88,7 @@ def test_a_run_in_parts_trains_and_evaluates_alike(config, corpus, tmp_path, rec
     assert result.metrics["val/temperature"] == pytest.approx(0.1 * np.exp(learned), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_parts_hold_the_activations_of_one_part(config):
     """4,096 pairs by the compiler's count: a laptop's memory instead of a rack's."""
 
