@@ -19,8 +19,8 @@ from data_pipeline.errors import UserError
 _MEDIUM = ModelConfig()
 
 MODELS: dict[str, ModelConfig] = {
-    # For a laptop: an hour on two CPU cores. Settings, commands and scores of `pretrain` and
-    # `contrastive` on 1,400 real performances are in docs/results.md (composer 61.6 % of 10, above
+    # For a laptop: half an hour and more on two CPU cores. Commands and scores of `pretrain` and
+    # `contrastive` on 1,400 real performances are in docs/results.md (10 composers: 61.6 %, above
     # handcrafted statistics by 13 points). `make demo` and the tests use smaller batches of it.
     "tiny": ModelConfig(d_model=128, n_heads=4, n_layers=4, max_seq_len=2048, emb_size=None),
     # For one GPU or a patient CPU: the paper's shape at a tenth of the size.
