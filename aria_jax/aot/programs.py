@@ -123,9 +123,10 @@ def _decoding(config: RunConfig, mesh: Mesh) -> Program:
     m, dtype = config.model, config.compute.dtype
 
     def caches(rows: int) -> tuple[LayerCache, ...]:
-        shape = (rows, m.n_heads, slots, m.d_head)
-        one = _array(shape, dtype, cache_sharding(mesh, rows, m.n_heads))
-        return (LayerCache(one, one),) * m.n_layers
+        cut = cache_sharding(mesh, rows, m.n_heads)
+        keys = _array((rows, m.n_heads, slots, m.d_head), dtype, cut)
+        values = _array((rows, m.n_heads, m.d_head, slots), dtype, cut)
+        return (LayerCache(keys, values),) * m.n_layers
 
     number = _array((), jnp.int32, whole)
     visible = _array((1, slots), jnp.bool_, whole)

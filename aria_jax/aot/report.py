@@ -280,16 +280,25 @@ def _loss_flops_not_counted(config: RunConfig, task: Task, made: Program, mesh: 
 
 def _attention_flops(config: RunConfig, task: Task, made: Program, mesh: Mesh) -> float:
     """Of the splash kernel, which the compiler does not count; per chip and call."""
-    from aria_jax.kernels.attention.choice import SHORTEST_SPLASH
-
-    uses_kernel = config.compute.attention in ("auto", "splash")
-    if task in ("prefill", "decode") or not uses_kernel or config.data.seq_len < SHORTEST_SPLASH:
+    if not _uses_splash(config, task, mesh):
         return 0.0
     forward = forward_flops_per_token(config.model, config.data.seq_len)["attention"]
     again = 1.0 if config.compute.remat in ("full", "offload") else 0.0
     passes = 1.0 + again + BACKWARD_ATTENTION if made.training else 1.0
     again_cached = _cached_flops(config, task, made, mesh)["attention"]
     return forward * passes * made.tokens / mesh.size + again_cached
+
+
+def _uses_splash(config: RunConfig, task: Task, mesh: Mesh) -> bool:
+    from aria_jax.kernels.attention.choice import SHORTEST_SPLASH, suits_packed
+
+    if task in ("prefill", "decode") or config.data.seq_len < SHORTEST_SPLASH:
+        return False
+    shape = config.data.global_batch, config.data.seq_len, config.model.d_model
+    with jax.set_mesh(mesh):
+        packed = suits_packed(shape, config.model.n_heads)
+    chosen = config.compute.attention
+    return chosen == "splash" or (chosen == "auto" and not packed)
 
 
 def _cached_flops(config: RunConfig, task: Task, made: Program, mesh: Mesh) -> dict[str, float]:

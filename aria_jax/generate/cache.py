@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aria_jax.generate.weights import DecoderWeights, LayerWeights
-from aria_jax.models.transformer import finish_block, layer_norm, rope_tables, split_heads
+from aria_jax.kernels.attention import apply_rope, rope_tables, split_heads
+from aria_jax.models.transformer import finish_block, layer_norm
 from aria_jax.sharding import LOGICAL_RULES
 
 QUERY_CHUNK = 256
@@ -23,7 +24,11 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)  # a row that sees nothing must stay
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, [rows, H, slots, K] each."""
+    """Keys [rows, H, slots, K] and values [rows, H, K, slots] of one layer.
+
+    Either product of attention sums over the last axis of both factors: the one form of batched
+    product that XLA's CPU backend runs at the speed of memory.
+    """
 
     keys: jax.Array
     values: jax.Array
@@ -34,7 +39,7 @@ class PromptCache:
     """What every continuation of one prompt shares.
 
     Attributes:
-        layers: [P, H, T, K] per layer.
+        layers: of P rows and T slots each.
         visible_PxT: bool; slots that hold a token this branch may see.
         next_position: rotary position of the first generated token, int32.
     """
@@ -47,10 +52,10 @@ class PromptCache:
 def _queries_keys_values(
     block: LayerWeights, x_RxLxD: jax.Array, cos: jax.Array, sin: jax.Array, n_heads: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[R, L, H, K] each; as `models.transformer.project_qkv`, of three separate matrices."""
+    """[R, L, H, K] each; as in `models.transformer`, of three separate matrices."""
     y_RxLxD = layer_norm(x_RxLxD, block["norm1_scale"], block["norm1_bias"])
-    mixed = [y_RxLxD @ block[name] for name in ("query", "key", "value")]
-    return split_heads(jnp.stack(mixed, axis=2), cos, sin, n_heads)
+    q, k, v = (split_heads(y_RxLxD @ block[name], n_heads) for name in ("query", "key", "value"))
+    return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
 
 def _causal_attention(
@@ -67,7 +72,7 @@ def _causal_attention(
         seen = (slot_T <= start + jnp.arange(chunk)[:, None]) & visible_PxT[:, None, None, :]
         scores = jnp.where(seen, scores * width**-0.5, _LOWEST)
         weights = jax.nn.softmax(scores, axis=-1).astype(shared.values.dtype)
-        return jnp.einsum("phqt,phtk->pqhk", weights, shared.values)
+        return jnp.einsum("phqt,phkt->pqhk", weights, shared.values)
 
     chunks = jax.lax.map(attend, jnp.arange(0, length, chunk))
     return jnp.moveaxis(chunks, 0, 1).reshape(q_PxTxHxK.shape)
@@ -111,8 +116,10 @@ def prefill(
     layers = []
     for block in weights.blocks:
         q, k, v = _queries_keys_values(block, x_PxTxD, cos, sin, weights.n_heads)
-        shared = LayerCache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
-        x_PxTxD = finish_block(block, x_PxTxD, _causal_attention(q, shared, visible_PxT))
+        shared = LayerCache(jnp.swapaxes(k, 1, 2), jnp.moveaxis(v, 1, 3))
+        x_PxTxD = finish_block(
+            block, x_PxTxD, _causal_attention(q, shared, visible_PxT).reshape(x_PxTxD.shape)
+        )
         layers.append(shared)
     last_PxD = jax.lax.dynamic_index_in_dim(x_PxTxD, length - 1, axis=1, keepdims=False)
     return _logits(weights, last_PxD), PromptCache(
@@ -123,24 +130,24 @@ def prefill(
 def empty_cache(
     weights: DecoderWeights, rows: int, slots: int, mesh: Mesh | None = None
 ) -> tuple[LayerCache, ...]:
-    """Zeros for the keys and values of generated tokens, [R, H, G, K] per layer.
+    """Zeros for the keys and values of generated tokens.
 
     On a mesh rows spread as batches do and heads as attention's weights do, where they divide.
     """
     d_model = weights.embedding_VxD.shape[1]
-    shape = (rows, weights.n_heads, slots, d_model // weights.n_heads)
+    dtype, width = weights.embedding_VxD.dtype, d_model // weights.n_heads
     placement = None if mesh is None else cache_sharding(mesh, rows, weights.n_heads)
     return tuple(
         LayerCache(
-            jnp.zeros(shape, weights.embedding_VxD.dtype, device=placement),
-            jnp.zeros(shape, weights.embedding_VxD.dtype, device=placement),
+            jnp.zeros((rows, weights.n_heads, slots, width), dtype, device=placement),
+            jnp.zeros((rows, weights.n_heads, width, slots), dtype, device=placement),
         )
         for _ in weights.blocks
     )
 
 
 def cache_sharding(mesh: Mesh, rows: int, n_heads: int) -> NamedSharding:
-    """Of the cache of generated tokens, [R, H, G, K]."""
+    """Of the cache of generated tokens: rows and heads, its first two axes."""
 
     def dividing(logical: str, size: int) -> tuple[str, ...] | None:
         rule = LOGICAL_RULES[logical]
@@ -153,14 +160,20 @@ def cache_sharding(mesh: Mesh, rows: int, n_heads: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(dividing("batch", rows), dividing("heads", n_heads)))
 
 
-def _two_part_attention(
+def _cached_attention(
     q_RxHxK: jax.Array,
+    k_RxHxK: jax.Array,
+    v_RxHxK: jax.Array,
     shared: LayerCache,
-    own: LayerCache,
+    past: LayerCache,
     visible_PxT: jax.Array,
     filled: jax.Array,
 ) -> jax.Array:
-    """[R, H, K]: one softmax over the branch's prompt and the row's own past."""
+    """[R, H, K]: one softmax over the branch's prompt, the row's own past, and its new token.
+
+    The new token's key and value come apart from the cache, which is only read here: a cache that
+    is written and then read in one step would be copied, all of it, at every token.
+    """
     rows, heads, width = q_RxHxK.shape
     branches, _, prompt_slots, _ = shared.keys.shape
     q_RxHxK = q_RxHxK * jnp.asarray(width**-0.5, q_RxHxK.dtype)
@@ -170,15 +183,18 @@ def _two_part_attention(
         "pshk,phtk->psht", q_PxSxHxK, shared.keys, preferred_element_type=jnp.float32
     )
     of_prompt = jnp.where(visible_PxT[:, None, None, :], of_prompt, _LOWEST)
-    of_own = jnp.einsum("rhk,rhgk->rhg", q_RxHxK, own.keys, preferred_element_type=jnp.float32)
-    of_own = jnp.where(jnp.arange(own.keys.shape[2]) <= filled, of_own, _LOWEST)
-    scores = jnp.concatenate([of_prompt.reshape(rows, heads, prompt_slots), of_own], axis=-1)
+    of_past = jnp.einsum("rhk,rhgk->rhg", q_RxHxK, past.keys, preferred_element_type=jnp.float32)
+    of_past = jnp.where(jnp.arange(past.keys.shape[2]) < filled, of_past, _LOWEST)
+    of_new = jnp.sum(q_RxHxK * k_RxHxK, axis=-1, keepdims=True, dtype=jnp.float32)
+    scores = jnp.concatenate(
+        [of_prompt.reshape(rows, heads, prompt_slots), of_past, of_new], axis=-1
+    )
     weights = jax.nn.softmax(scores, axis=-1).astype(shared.values.dtype)
-    to_prompt, to_own = jnp.split(weights, [prompt_slots], axis=-1)
+    to_prompt, to_past, to_new = jnp.split(weights, [prompt_slots, scores.shape[-1] - 1], axis=-1)
     to_prompt = to_prompt.reshape(branches, -1, heads, prompt_slots)
-    from_prompt = jnp.einsum("psht,phtk->pshk", to_prompt, shared.values)
-    from_own = jnp.einsum("rhg,rhgk->rhk", to_own, own.values)
-    return from_prompt.reshape(rows, heads, width) + from_own
+    from_prompt = jnp.einsum("psht,phkt->pshk", to_prompt, shared.values)
+    from_past = jnp.einsum("rhg,rhkg->rhk", to_past, past.values)
+    return from_prompt.reshape(rows, heads, width) + from_past + to_new * v_RxHxK
 
 
 def decode_step(
@@ -202,11 +218,15 @@ def decode_step(
     layers = []
     for block, shared, past in zip(weights.blocks, prompt.layers, own, strict=True):
         q, k, v = _queries_keys_values(block, x_Rx1xD, cos, sin, weights.n_heads)
-        past = LayerCache(
-            jax.lax.dynamic_update_slice_in_dim(past.keys, k[:, 0, :, None], filled, axis=2),
-            jax.lax.dynamic_update_slice_in_dim(past.values, v[:, 0, :, None], filled, axis=2),
+        q, k, v = q[:, 0], k[:, 0], v[:, 0]
+        attended = _cached_attention(q, k, v, shared, past, prompt.visible_PxT, filled)
+        # What is written depends on what was read, so that the compiler writes later and in place.
+        k, v = k + 0 * attended, v + 0 * attended
+        x_Rx1xD = finish_block(block, x_Rx1xD, attended.reshape(x_Rx1xD.shape))
+        layers.append(
+            LayerCache(
+                jax.lax.dynamic_update_slice_in_dim(past.keys, k[:, :, None], filled, axis=2),
+                jax.lax.dynamic_update_slice_in_dim(past.values, v[..., None], filled, axis=3),
+            )
         )
-        attended = _two_part_attention(q[:, 0], shared, past, prompt.visible_PxT, filled)
-        x_Rx1xD = finish_block(block, x_Rx1xD, attended)
-        layers.append(past)
     return _logits(weights, x_Rx1xD[:, 0]), tuple(layers)

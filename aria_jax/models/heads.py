@@ -44,8 +44,10 @@ class Model(nnx.Module):
         segment_ids: jax.Array | None = None,
         condition_BxE: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
+        read_B: jax.Array | None = None,
     ) -> jax.Array:
-        """What the head reads, [B, L, D] in the compute dtype; with a condition [B, L - 1, D].
+        """What the head reads, [B, L, D] in the compute dtype; with a condition [B, L - 1, D], with
+        `read_B` [B, 1, D] (see `Transformer`).
 
         The conditioning vector stands before the first token; the last token makes room for it,
         and its own position is dropped from the output (reference: TransformerLM_CND).
@@ -59,6 +61,7 @@ class Model(nnx.Module):
             segment_ids=segment_ids,
             prefix_BxD=prefix,
             dropout_key=dropout_key,
+            read_B=read_B,
         )
         return hidden if prefix is None else hidden[:, 1:]
 
@@ -75,10 +78,10 @@ class Model(nnx.Module):
             eos_B: position of each sequence's `<E>`; what follows is padding.
             pooling: "eos" reads there (the reference), "mean" averages all positions up to it.
         """
-        hidden = self.hidden(tokens_BxL, **inputs)
         if pooling == "eos":
-            pooled_BxD = jnp.take_along_axis(hidden, eos_B[:, None, None], axis=1)[:, 0]
+            pooled_BxD = self.hidden(tokens_BxL, read_B=eos_B, **inputs)[:, 0]
         else:
+            hidden = self.hidden(tokens_BxL, **inputs)
             used_BxL = jnp.arange(hidden.shape[1])[None] <= eos_B[:, None]
             total_BxD = jnp.sum(hidden * used_BxL[..., None], axis=1, dtype=jnp.float32)
             pooled_BxD = total_BxD / (eos_B[:, None] + 1)

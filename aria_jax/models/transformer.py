@@ -7,26 +7,31 @@ layer's weights (`project_qkv`, `finish_block`), whose parts the KV-cache decode
 Sizes: B batch, L length, D d_model, H heads, K head width, F feed-forward, V vocabulary, N layers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from aria_jax.config import ComputeConfig, ModelConfig
-from aria_jax.kernels.attention import ATTENTION_RESIDUALS, attention
-from aria_jax.sharding import constrain, platform
+from aria_jax.kernels.attention import (
+    ATTENTION_RESIDUALS,
+    apply_rope,
+    attend_once,
+    rope_tables,
+    rotary_attention,
+    split_heads,
+)
+from aria_jax.sharding import constrain
 
-ROPE_BASE = 500_000.0
 NORM_EPSILON = 1e-5
 ACTIVATIONS = ("batch", "length", None)
 """Logical axes of hidden states [B, L, D]."""
 BLOCK_INPUT = "block_input"
 """Checkpoint name of what a layer reads."""
 PROJECTION = "projection"
-"""Checkpoint name of what a layer's large matrix products give (queries and keys: rotated)."""
+"""Checkpoint name of what a layer's large matrix products give."""
 
 LayerWeights = Mapping[str, jax.Array]
 """Weights of one layer: qkv [D, 3, D], out [D, D], gate and up [D, F], down [F, D], and
@@ -78,6 +83,7 @@ class Transformer(nnx.Module):
         segment_ids: jax.Array | None = None,
         prefix_BxD: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
+        read_B: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states after the last norm, [B, L, D] in the compute dtype.
 
@@ -87,6 +93,8 @@ class Transformer(nnx.Module):
             segment_ids: int [B, L]; attention stays within a segment.
             prefix_BxD: a vector put before the first token; the last token is dropped for it.
             dropout_key: switches residual dropout on.
+            read_B: the only position of each row that is wanted: [B, 1, D] is returned, and the
+                last layer computes no more than keys and values of the others.
         """
         # The table is looked up in float32, so that its gradient is summed in float32.
         x_BxLxD = self.embedding[...][tokens_BxL].astype(self.compute.dtype)
@@ -102,13 +110,15 @@ class Transformer(nnx.Module):
             x_BxLxD = checkpoint_name(constrain(x_BxLxD, *ACTIVATIONS), BLOCK_INPUT)
             q, k, v = (
                 checkpoint_name(projected, PROJECTION)
-                for projected in project_qkv(weights, x_BxLxD, cos, sin, self.config.n_heads)
+                for projected in project_qkv(weights, x_BxLxD)
             )
-            attended = attention(
-                q, k, v, segment_ids=segment_ids, implementation=self.compute.attention
-            )
-            keys = (None, None) if key is None else jax.random.split(key)
-            drop = tuple(None if k is None else (k, drop_rate) for k in keys)
+            attended = rotary_attention(
+                q, k, v, cos, sin,
+                n_heads=self.config.n_heads,
+                segment_ids=segment_ids,
+                implementation=self.compute.attention,
+            )  # fmt: skip
+            drop = _dropouts(key, drop_rate)
             return constrain(finish_block(weights, x_BxLxD, attended, drop), *ACTIVATIONS)
 
         n = self.config.n_layers
@@ -116,8 +126,24 @@ class Transformer(nnx.Module):
         keys = None
         if dropout_key is not None and self.config.resid_dropout > 0:
             keys = jax.random.split(dropout_key, n)
-        x_BxLxD = _through(layer, x_BxLxD, (self.blocks.stacked(), drop_rates, keys), self.compute)
+        stacked = self.blocks.stacked(), drop_rates, keys
+        if read_B is None:
+            x_BxLxD = _through(layer, x_BxLxD, stacked, self.compute)
+        else:
+            stacked, last = _split(stacked, [n - 1, 1])
+            x_BxLxD = _through(layer, x_BxLxD, stacked, self.compute)
+            turn = [jnp.broadcast_to(t, (len(x_BxLxD), *t.shape[1:])) for t in (cos, sin)]
+            x_BxLxD = _last_layer(x_BxLxD, last, read_B, turn, segment_ids, self.config.n_heads)
         return layer_norm(x_BxLxD, self.norm_scale[...], self.norm_bias[...])
+
+
+def _split(stacked: tuple, sizes: Sequence[int]) -> list[tuple]:
+    """Runs of so many layers each; one pass over the weights, and over their gradients on the way
+    back.
+    """
+    leaves, structure = jax.tree.flatten(stacked)
+    parts = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
+    return [jax.tree.unflatten(structure, part) for part in parts]
 
 
 def _through(layer, x_BxLxD: jax.Array, stacked: tuple, compute: ComputeConfig) -> jax.Array:
@@ -126,12 +152,43 @@ def _through(layer, x_BxLxD: jax.Array, stacked: tuple, compute: ComputeConfig) 
     layer = _rematerialised(layer, compute.remat, prevent_cse=not compute.scan_layers)
     if compute.scan_layers:
         return jax.lax.scan(lambda x, one: (layer(x, one), None), x_BxLxD, stacked)[0]
-    # `split` is one pass over the weights, and over their gradients on the way back.
-    leaves, structure = jax.tree.flatten(stacked)
-    n = len(leaves[0])
-    for one in zip(*(jax.lax.split(leaf, [1] * n) for leaf in leaves), strict=True):
-        x_BxLxD = layer(x_BxLxD, jax.tree.unflatten(structure, [leaf[0] for leaf in one]))
+    n = len(jax.tree.leaves(stacked)[0])
+    for one in _split(stacked, [1] * n):
+        x_BxLxD = layer(x_BxLxD, jax.tree.map(lambda leaf: leaf[0], one))
     return x_BxLxD
+
+
+def _last_layer(
+    x_BxLxD: jax.Array,
+    last: tuple,
+    read_B: jax.Array,
+    turn: Sequence[jax.Array],
+    segment_ids: jax.Array | None,
+    n_heads: int,
+) -> jax.Array:
+    """The output of the last layer at one position of each row, [B, 1, D].
+
+    Args:
+        last: the layer's slice of every leaf, [1, ...].
+        turn: cosines and sines, [B, L, 1, K/2].
+    """
+    weights, drop_rate, key = jax.tree.map(lambda leaf: leaf[0], last)
+
+    def read(array: jax.Array) -> jax.Array:
+        index = read_B.reshape(-1, *[1] * (array.ndim - 1))
+        return jnp.take_along_axis(array, index, axis=1)
+
+    y = layer_norm(x_BxLxD, weights["norm1_scale"], weights["norm1_bias"])
+    matrices = weights["qkv"].astype(y.dtype)
+    q_Bx1xHxK = split_heads(read(y) @ matrices[:, 0], n_heads)
+    k, v = (split_heads(y @ matrices[:, part], n_heads) for part in (1, 2))
+    visible_BxL = jnp.arange(x_BxLxD.shape[1]) <= read_B[:, None]
+    if segment_ids is not None:
+        visible_BxL &= segment_ids == read(segment_ids)
+    q_Bx1xHxK = apply_rope(q_Bx1xHxK, *(read(table) for table in turn))
+    attended_BxHxK = attend_once(q_Bx1xHxK[:, 0], apply_rope(k, *turn), v, visible_BxL)
+    attended_Bx1xD = attended_BxHxK.reshape(len(x_BxLxD), 1, -1)
+    return finish_block(weights, read(x_BxLxD), attended_Bx1xD, _dropouts(key, drop_rate))
 
 
 def _rematerialised(layer, policy: str, *, prevent_cse: bool):
@@ -152,42 +209,6 @@ def _rematerialised(layer, policy: str, *, prevent_cse: bool):
     return jax.checkpoint(layer, policy=kept, prevent_cse=prevent_cse)
 
 
-def rope_tables(positions_BxL: jax.Array, d_head: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotary angles, float32 [B, L, 1, K/2] each."""
-    frequencies = ROPE_BASE ** (-jnp.arange(0, d_head, 2, dtype=jnp.float32) / d_head)
-    angles = positions_BxL[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def apply_rope(x_BxLxHxK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates the pairs (k, k + K/2) in float32; keeps the dtype."""
-    if platform() == "tpu":
-        return _rope_by_product(x_BxLxHxK, cos, sin)
-    first, second = jnp.split(x_BxLxHxK.astype(jnp.float32), 2, axis=-1)
-    rotated = [first * cos - second * sin, second * cos + first * sin]
-    return jnp.concatenate(rotated, axis=-1).astype(x_BxLxHxK.dtype)
-
-
-def _rope_by_product(x_BxLxHxK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """The same with the halves exchanged by a matrix of 0, 1 and -1, which is exact.
-
-    A half of 32 numbers fills a quarter of a TPU's 128 lanes: taking heads apart and putting them
-    together took more time in the compiler's estimate than the output projection.
-    """
-    half = x_BxLxHxK.shape[-1] // 2
-    one = np.eye(half, dtype=np.float32)
-    exchange_KxK = np.block([[0 * one, one], [-one, 0 * one]])
-    exchanged = jnp.einsum(
-        "blhk,kj->blhj",
-        x_BxLxHxK,
-        exchange_KxK.astype(x_BxLxHxK.dtype),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    cos, sin = (jnp.concatenate([table, table], axis=-1) for table in (cos, sin))
-    return (x_BxLxHxK.astype(jnp.float32) * cos + exchanged * sin).astype(x_BxLxHxK.dtype)
-
-
 def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
     """Normalises the last axis in float32; keeps the dtype of `x`."""
     x32 = x.astype(jnp.float32)
@@ -198,35 +219,18 @@ def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array
 
 
 def project_qkv(
-    weights: LayerWeights, x_BxLxD: jax.Array, cos: jax.Array, sin: jax.Array, n_heads: int
+    weights: LayerWeights, x_BxLxD: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """First norm, then queries and keys (rotated) and values, each [B, L, H, K]."""
+    """First norm, then queries, keys and values, each [B, L, D]: heads side by side."""
     y = layer_norm(x_BxLxD, weights["norm1_scale"], weights["norm1_bias"])
-    if platform() == "tpu":  # heads taken apart in the weights, so that no activation is copied
-        by_head = weights["qkv"].astype(y.dtype).reshape(len(weights["qkv"]), 3, n_heads, -1)
-        q, k, v = jnp.einsum("bld,dchk->cblhk", y, by_head)
-        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
-    qkv = jnp.einsum("bld,dce->blce", y, weights["qkv"].astype(y.dtype))
-    return split_heads(qkv, cos, sin, n_heads)
-
-
-def split_heads(
-    qkv_BxLx3xD: jax.Array, cos: jax.Array, sin: jax.Array, n_heads: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Queries and keys, rotated, and values, each [B, L, H, K]."""
-    batch, length, _, d_model = qkv_BxLx3xD.shape
-    qkv = qkv_BxLx3xD.reshape(batch, length, 3, n_heads, d_model // n_heads)
-    return (
-        apply_rope(qkv[:, :, 0], cos, sin),
-        apply_rope(qkv[:, :, 1], cos, sin),
-        qkv[:, :, 2],
-    )
+    q, k, v = jnp.einsum("bld,dce->cble", y, weights["qkv"].astype(y.dtype))
+    return q, k, v
 
 
 def finish_block(
     weights: LayerWeights,
     x_BxLxD: jax.Array,
-    attended_BxLxHxK: jax.Array,
+    attended_BxLxD: jax.Array,
     dropout: tuple = (None, None),
 ) -> jax.Array:
     """Output projection, residual, second norm, SwiGLU, residual; [B, L, D].
@@ -239,11 +243,15 @@ def finish_block(
     def product(a: jax.Array, name: str) -> jax.Array:
         return checkpoint_name(a @ weights[name].astype(dtype), PROJECTION)
 
-    merged = attended_BxLxHxK.reshape(x_BxLxD.shape)
-    x_BxLxD = x_BxLxD + _dropped(product(merged, "out"), dropout[0])
+    x_BxLxD = x_BxLxD + _dropped(product(attended_BxLxD, "out"), dropout[0])
     y = layer_norm(x_BxLxD, weights["norm2_scale"], weights["norm2_bias"])
     gated = jax.nn.silu(product(y, "gate")) * product(y, "up")
     return x_BxLxD + _dropped(gated @ weights["down"].astype(dtype), dropout[1])
+
+
+def _dropouts(key: jax.Array | None, rate: jax.Array) -> tuple:
+    """For the two residuals of a layer; see `finish_block`."""
+    return (None, None) if key is None else tuple((k, rate) for k in jax.random.split(key))
 
 
 def _dropped(x: jax.Array, dropout: tuple | None) -> jax.Array:

@@ -55,14 +55,17 @@ def forward_flops_per_token(model: ModelConfig, seq_len: int) -> dict[str, float
 
     A multiplication and an addition are two. Attention counts the visible half of the scores
     (2 · L/2 for the scores and as much for the values, times d_model). The vocabulary head works
-    on every token, other heads on one position of a sequence.
+    on every token; other heads on one position of a sequence, for which the last layer needs no
+    more than keys and values of the others.
     """
     d, ff, n = model.d_model, model.d_model * model.ff_mult, model.n_layers
-    head = 2.0 * d * head_width(model)
+    block, head = 2.0 * (4 * d * d + 3 * d * ff), 2.0 * d * head_width(model)
+    if model.head == "lm":
+        return {"blocks": n * block, "attention": 2.0 * n * seq_len * d, "head": head}
     return {
-        "blocks": 2.0 * n * (4 * d * d + 3 * d * ff),
-        "attention": 2.0 * n * seq_len * d,
-        "head": head if model.head == "lm" else head / seq_len,
+        "blocks": (n - 1) * block + 2.0 * 2 * d * d,
+        "attention": 2.0 * (n - 1) * seq_len * d,
+        "head": head / seq_len,
     }
 
 

@@ -9,12 +9,70 @@ from jax.sharding import PartitionSpec
 from aria_jax.kernels.attention.blockwise import attend as blockwise
 from aria_jax.kernels.attention.cudnn import attend as cudnn
 from aria_jax.kernels.attention.plain import attend as plain
+from aria_jax.kernels.attention.rotary import apply_rope, split_heads
 from aria_jax.sharding import active_mesh, fitting_spec, platform
 
-Implementation = Literal["auto", "splash", "cudnn", "blockwise", "plain"]
+Implementation = Literal["auto", "packed", "splash", "cudnn", "blockwise", "plain"]
 
 SHORTEST_SPLASH = 128
 """Below this length splash attention would compute mostly padding."""
+
+
+def rotary_attention(
+    q_BxLxD: jax.Array,
+    k_BxLxD: jax.Array,
+    v_BxLxD: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    n_heads: int,
+    segment_ids: jax.Array | None = None,
+    implementation: Implementation = "auto",
+) -> jax.Array:
+    """`attention` of projections side by side, queries and keys rotated first; [B, L, D].
+
+    Args:
+        cos, sin: of `rope_tables`.
+    """
+    if implementation == "auto" and suits_packed(q_BxLxD.shape, n_heads):
+        implementation = "packed"
+    if implementation == "packed":
+        return _packed(q_BxLxD, k_BxLxD, v_BxLxD, cos[:, :, 0], sin[:, :, 0], segment_ids)
+    q, k, v = (split_heads(x, n_heads) for x in (q_BxLxD, k_BxLxD, v_BxLxD))
+    q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    out = attention(q, k, v, segment_ids=segment_ids, implementation=implementation)
+    return out.reshape(q_BxLxD.shape)
+
+
+def suits_packed(shape: tuple[int, ...], n_heads: int) -> bool:
+    """Whether the packed kernel can run: on TPUs, on whole sequences and blocks of heads."""
+    if platform() != "tpu":
+        return False
+    from aria_jax.kernels.attention import packed
+
+    mesh = active_mesh()
+    cut, sequences = (1, 1) if mesh is None else (mesh.shape["tensor"], mesh.shape["sequence"])
+    _, length, columns = shape
+    whole_heads = n_heads % cut == 0 and sequences == 1
+    return whole_heads and packed.suits(length, columns // cut, columns // n_heads)
+
+
+def _packed(q, k, v, cos, sin, segment_ids) -> jax.Array:
+    from aria_jax.kernels.attention import packed  # Pallas takes a second to import
+
+    mesh = active_mesh()
+    if mesh is None:
+        return packed.attend(q, k, v, cos, sin, segment_ids)
+    spec = fitting_spec(mesh, ("batch", None, "heads"), q.shape)
+    table = PartitionSpec(spec[0] if len(cos) > 1 else None)
+    run = jax.shard_map(
+        packed.attend,
+        mesh=mesh,
+        in_specs=(spec, spec, spec, table, table, PartitionSpec(spec[0])),
+        out_specs=spec,
+        check_vma=False,
+    )
+    return run(q, k, v, cos, sin, segment_ids)
 
 
 def attention(

@@ -21,6 +21,19 @@ def attend(
     return jnp.einsum("bhlm,bmhk->blhk", weights, v_BxLxHxK)
 
 
+def attend_once(
+    q_BxHxK: jax.Array, k_BxLxHxK: jax.Array, v_BxLxHxK: jax.Array, visible_BxL: jax.Array
+) -> jax.Array:
+    """Attention of one position of each row to those of its positions that it sees, [B, H, K]."""
+    scores_BxHxL = jnp.einsum(
+        "bhk,blhk->bhl", q_BxHxK, k_BxLxHxK, preferred_element_type=jnp.float32
+    )
+    scores_BxHxL *= q_BxHxK.shape[-1] ** -0.5
+    scores_BxHxL = jnp.where(visible_BxL[:, None], scores_BxHxL, -jnp.inf)
+    weights = jax.nn.softmax(scores_BxHxL, axis=-1).astype(v_BxLxHxK.dtype)
+    return jnp.einsum("bhl,blhk->bhk", weights, v_BxLxHxK)
+
+
 def causal_mask(length: int, segment_ids_BxL: jax.Array | None = None) -> jax.Array:
     """bool [1 or B, L, L]: each position sees itself and what precedes it in its own segment."""
     mask = jnp.tril(jnp.ones((1, length, length), bool))

@@ -10,14 +10,11 @@ from flax import nnx
 
 from aria_jax.config import ComputeConfig, ModelConfig
 from aria_jax.losses.language_model import next_token_loss
-from aria_jax.models import transformer
 from aria_jax.models.heads import build_model, split_model
 from aria_jax.models.transformer import (
     LayerWeights,
-    apply_rope,
     finish_block,
     project_qkv,
-    rope_tables,
 )
 
 CONFIG = ModelConfig(d_model=32, n_heads=4, n_layers=3, max_seq_len=32, vocab_size=61)
@@ -116,17 +113,6 @@ def test_the_future_does_not_change_the_past(tokens):
     np.testing.assert_allclose(m(tokens)[:, :12], m(changed)[:, :12], rtol=1e-5, atol=1e-6)
 
 
-def test_rotation_depends_on_distance_only():
-    q, k = jax.random.normal(jax.random.key(0), (2, 1, 1, 1, 8))
-    scores = []
-    for shift in (0, 5, 900):
-        cos, sin = rope_tables(jnp.array([[3 + shift, 7 + shift]]), 8)
-        rotated_q = apply_rope(q, cos[:, :1], sin[:, :1])
-        rotated_k = apply_rope(k, cos[:, 1:], sin[:, 1:])
-        scores.append(float((rotated_q * rotated_k).sum()))
-    np.testing.assert_allclose(scores, scores[0], rtol=1e-4)
-
-
 def test_dropout_ramps_up_from_nothing(tokens):
     """Reference: layer i of n drops with resid_dropout * i / (n - 1)."""
     config = dataclasses.replace(CONFIG, n_layers=1, resid_dropout=0.9)
@@ -150,22 +136,51 @@ def test_dropout_drops_the_share_it_is_asked_for_and_keeps_the_mean():
         "norm2_bias": jnp.zeros(d),
     }
     drop = ((jax.random.key(0), 0.25), None)
-    attended = jnp.ones((4, 128, 4, d // 4))
+    attended = jnp.ones((4, 128, d))
     out = finish_block(weights, jnp.zeros((4, 128, d)), attended, drop)
     assert np.mean(out == 0) == pytest.approx(0.25, abs=0.01)
     assert float(out.mean()) == pytest.approx(1.0, abs=0.02)
 
 
 def test_queries_keys_and_values_lie_as_the_docstring_says():
-    d, heads = 16, 2
+    d = 16
     qkv = jax.random.normal(jax.random.key(0), (d, 3, d))
     weights = {"qkv": qkv, "norm1_scale": jnp.zeros(d), "norm1_bias": jnp.arange(d) / d}
-    cos, sin = rope_tables(jnp.zeros((1, 1)), d // heads)
-    found = project_qkv(weights, jnp.ones((1, 1, d)), cos, sin, heads)
-    for part, ours in enumerate(found):
+    for part, ours in enumerate(project_qkv(weights, jnp.ones((1, 1, d)))):
         np.testing.assert_allclose(
             ours.reshape(d), (jnp.arange(d) / d) @ qkv[:, part], rtol=1e-5, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_reading_one_position_is_the_same_for_less(tokens, scan_layers):
+    """Values and gradients of what an embedding needs, with segments and positions of its own."""
+    config = dataclasses.replace(CONFIG, n_layers=3, head="embedding", emb_size=8)
+    merge, params = split_model(model(config, scan_layers=scan_layers))
+    length = tokens.shape[1]
+    eos = jnp.array([3, length - 1])
+    inputs = {
+        "segment_ids": jnp.asarray(np.arange(length)[None] // jnp.array([[2], [9]])),
+        "positions": jnp.asarray([np.arange(length), 5 + np.arange(length)]),
+    }
+
+    def embed(params, whole):
+        if whole:
+            return merge(params)(tokens, **inputs)[jnp.arange(2), eos]
+        return merge(params).pooled(tokens, eos, **inputs)
+
+    def scalar(params, whole):
+        return jnp.sum(jnp.sin(jnp.arange(16).reshape(2, 8)) * embed(params, whole))
+
+    np.testing.assert_allclose(embed(params, False), embed(params, True), rtol=1e-5, atol=1e-6)
+    grads = [jax.grad(scalar)(params, whole) for whole in (False, True)]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), *grads)
+    flops = [
+        jax.jit(embed, static_argnums=1).lower(params, whole).compile().cost_analysis()["flops"]
+        for whole in (False, True)
+    ]
+    if not scan_layers:
+        assert flops[0] < 0.85 * flops[1], "a third of the layers does a fifth of its work"
 
 
 def test_pooling_reads_the_end_or_averages_up_to_it(tokens):
@@ -175,42 +190,6 @@ def test_pooling_reads_the_end_or_averages_up_to_it(tokens):
     np.testing.assert_allclose(m.pooled(tokens, eos)[0], hidden[0, 3], rtol=1e-5, atol=1e-6)
     mean = m.pooled(tokens, eos, "mean")
     np.testing.assert_allclose(mean[0], hidden[0, :4].mean(0), rtol=1e-5, atol=1e-6)
-
-
-def test_heads_taken_apart_as_a_tpu_likes_it(monkeypatch):
-    """Same queries, keys and values, and gradients, from products instead of slices."""
-    rng, d, heads = np.random.default_rng(0), 32, 4
-    weights = {
-        "qkv": jnp.asarray(rng.normal(size=(d, 3, d)) * d**-0.5, jnp.float32),
-        "norm1_scale": jnp.ones(d),
-        "norm1_bias": jnp.zeros(d),
-    }
-    x = jnp.asarray(rng.normal(size=(2, 5, d)), jnp.float32)
-    cos, sin = rope_tables(jnp.arange(5)[None], d // heads)
-
-    def run(x, weights):
-        q, k, v = project_qkv(weights, x, cos, sin, heads)
-        return (q * jnp.cos(k) + v).sum(), (q, k, v)
-
-    found = {}
-    for name in ("cpu", "tpu"):
-        monkeypatch.setattr(transformer, "platform", lambda name=name: name)
-        found[name] = jax.value_and_grad(run, (0, 1), has_aux=True)(x, weights)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),  # order of sums
-        found["cpu"],
-        found["tpu"],
-    )
-
-
-def test_exchanging_halves_by_a_product_is_exact_in_bfloat16(monkeypatch):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 2, 8)), jnp.bfloat16)
-    cos, sin = rope_tables(jnp.arange(3)[None], 8)
-    plain = apply_rope(x, cos, sin)
-    monkeypatch.setattr(transformer, "platform", lambda: "tpu")
-    np.testing.assert_array_equal(
-        np.asarray(plain, np.float32), np.asarray(apply_rope(x, cos, sin), np.float32)
-    )
 
 
 @pytest.mark.slow

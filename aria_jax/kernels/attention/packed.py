@@ -1,0 +1,439 @@
+"""Flash attention for TPU on projections as they come, with the rotation inside (Pallas, Mosaic).
+
+A head of 64 fills half of a TPU's 128 lanes. Arrays with heads as an axis are therefore padded to
+twice their size in memory, and taking heads apart, rotating them and putting them together costs
+more than the output projection. Here a block is 128 columns of the projections, which hold G whole
+heads; a head's scores come from a product in which the other heads' columns are zero, which costs
+the matrix unit nothing: it would have padded them with zeros anyway. Where values of the other
+heads would stand, the forward pass puts ones, so that the product with the softmax weights also
+gives their sum.
+
+The backward pass computes every tile of scores once: gradients of keys and values add up while
+tiles of queries pass, those of all queries stay in VMEM (Dao et al. 2023, arXiv 2307.08691, gives
+the recurrences; both passes here work in powers of two).
+
+Sizes: B batch, L length, D columns of all heads, K head width, C = 128 columns of a block, G = C/K
+heads in it, N = D/C blocks, T tile.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from aria_jax.kernels.attention.blockwise import RESIDUALS
+from aria_jax.sharding import platform
+
+LANES = 128
+TILES = (1024, 512, 256, 128)
+"""Lengths of tiles, of queries and of keys."""
+SUBTILE = 512
+"""Most keys whose scores exist at once."""
+LONGEST = 16_384
+"""Queries whose gradients fit into VMEM."""
+VMEM_BYTES = 64 * 2**20
+BUSY = 0.9
+"""Share of the time that the matrix units work, by the compiler's schedule of both kernels for
+8,192 tokens (`python -m launch.schedule`)."""
+LOG2_E = float(np.log2(np.e))
+_NOTHING = -1e30
+
+
+class Rotation(NamedTuple):
+    """Rotary angles of a block's columns, float32 [1 or B, L, C]; sines of a pair's first half are
+    negative.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rotation(cos_PxLxK2: jax.Array, sin_PxLxK2: jax.Array) -> Rotation:
+    """From the cosines and sines of one head's pairs."""
+    heads = LANES // (2 * cos_PxLxK2.shape[-1])
+    cos = jnp.concatenate([cos_PxLxK2, cos_PxLxK2], axis=-1)
+    sin = jnp.concatenate([-sin_PxLxK2, sin_PxLxK2], axis=-1)
+    return Rotation(jnp.tile(cos, heads), jnp.tile(sin, heads))
+
+
+def suits(length: int, n_columns: int, d_head: int) -> bool:
+    """Whether blocks of 128 columns hold whole heads, and all queries fit."""
+    several = d_head < LANES and LANES % d_head == 0 and n_columns % LANES == 0
+    return several and TILES[-1] <= length <= LONGEST
+
+
+def attend(
+    q_BxLxD: jax.Array,
+    k_BxLxD: jax.Array,
+    v_BxLxD: jax.Array,
+    cos_PxLxK2: jax.Array,
+    sin_PxLxK2: jax.Array,
+    segment_ids_BxL: jax.Array | None,
+) -> jax.Array:
+    """Rotates queries and keys and attends, [B, L, D]; on one device."""
+    length = q_BxLxD.shape[1]
+    padded = min(-(-length // tile) * tile for tile in TILES)
+    tile = next(tile for tile in TILES if padded % tile == 0)
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, padded - length)] + [(0, 0)] * (x.ndim - 2))
+
+    # Padding comes last, so causality hides it from all that counts.
+    turn = jax.tree.map(pad, rotation(cos_PxLxK2, sin_PxLxK2))
+    segments = None if segment_ids_BxL is None else pad(segment_ids_BxL)[:, None]
+    q, k, v = (pad(x) for x in (q_BxLxD, k_BxLxD, v_BxLxD))
+    return _attend(q, k, v, turn, segments, 2 * cos_PxLxK2.shape[-1], tile)[:, :length]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attend(q, k, v, turn, segments, d_head, tile):
+    return _forward(q, k, v, turn, segments, d_head, tile)[0]
+
+
+def _lanes(shape: tuple[int, ...]) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+
+
+def _exchanged(x_TxC: jax.Array, d_head: int) -> jax.Array:
+    """Every head's halves in each other's place."""
+    half = d_head // 2
+    first = _lanes(x_TxC.shape) % d_head < half
+    return jnp.where(first, pltpu.roll(x_TxC, LANES - half, 1), pltpu.roll(x_TxC, half, 1))
+
+
+def _rotated(x_TxC: jax.Array, cos: jax.Array, sin: jax.Array, d_head: int) -> jax.Array:
+    """float32."""
+    x_TxC = x_TxC.astype(jnp.float32)
+    return x_TxC * cos + _exchanged(x_TxC, d_head) * sin
+
+
+def _rotated_back(x_TxC: jax.Array, cos: jax.Array, sin: jax.Array, d_head: int) -> jax.Array:
+    """The gradient of `_rotated`."""
+    return x_TxC * cos + _exchanged(x_TxC * sin, d_head)
+
+
+def _of_head(x_TxC: jax.Array, head: int, d_head: int, elsewhere: float = 0.0) -> jax.Array:
+    """One head's columns, and a constant in those of the others."""
+    mine = _lanes(x_TxC.shape) // d_head == head
+    return jnp.where(mine, x_TxC, jnp.asarray(elsewhere, x_TxC.dtype))
+
+
+def _by_head(parts_TxC: list[jax.Array], d_head: int) -> jax.Array:
+    """Each head's columns from its own part."""
+    head, out = _lanes(parts_TxC[0].shape) // d_head, parts_TxC[0]
+    for i, part in enumerate(parts_TxC[1:], 1):
+        out = jnp.where(head == i, part, out)
+    return out
+
+
+def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+    """Sums over axis `contract[0]` of `a` and `contract[1]` of `b`, in float32."""
+    # One bfloat16 pass would leave float32 inputs with three digits.
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def _forward_kernel(
+    i_of, j_of, q, k, v, cos_q, sin_q, cos_k, sin_k, segments_q, segments_k,
+    out, lse, q_heads, largest, total, *, d_head: int,
+):  # fmt: skip
+    step = pl.program_id(2)
+    i, j = i_of[step], j_of[step]
+    tile, heads = q.shape[1], LANES // d_head
+    sub = min(tile, SUBTILE)
+
+    @pl.when(j == 0)
+    def _():
+        rotated = _rotated(q[0], cos_q[0], sin_q[0], d_head) * (d_head**-0.5 * LOG2_E)
+        for head in range(heads):
+            q_heads[head] = _of_head(rotated.astype(q.dtype), head, d_head)
+        largest[...] = jnp.full(largest.shape, _NOTHING, jnp.float32)
+        total[...] = jnp.zeros(total.shape, jnp.float32)
+
+    def attend_to(start: int, diagonal: bool) -> None:
+        keys = pl.ds(start, sub)
+        rows = pl.ds(start, tile - start) if diagonal else pl.ds(0, tile)
+        rotated = _rotated(k[0, keys], cos_k[0, keys], sin_k[0, keys], d_head).astype(k.dtype)
+        visible = None
+        if segments_q is not None:
+            visible = segments_k[0, :, keys] == segments_q[0, :, rows].T
+        if diagonal:
+            row = jax.lax.broadcasted_iota(jnp.int32, (rows.size, sub), 0)
+            causal = row >= _lanes((rows.size, sub))
+            visible = causal if visible is None else visible & causal
+        for head in range(heads):
+            scores = _product(q_heads[head, rows], rotated, (1, 1))
+            if visible is not None:
+                scores = jnp.where(visible, scores, _NOTHING)
+            before = largest[head, rows]
+            now = jnp.maximum(before, scores.max(1, keepdims=True))
+            largest[head, rows] = now
+            weights = jnp.exp2(scores - jnp.tile(now, (1, sub // LANES))).astype(v.dtype)
+            values = _of_head(v[0, keys], head, d_head, elsewhere=1.0)
+            total[head, rows] = total[head, rows] * jnp.exp2(before - now) + _product(
+                weights, values, (1, 0)
+            )
+
+    for diagonal in (False, True):
+
+        @pl.when(i == j if diagonal else i > j)
+        def _(diagonal=diagonal):
+            for start in range(0, tile, sub):
+                attend_to(start, diagonal)
+
+    @pl.when(i == j)
+    def _():
+        # The sum of weights stands in the columns of the other heads.
+        sums = [pltpu.roll(total[head], d_head, 1) for head in range(heads)]
+        sum_ = _by_head(sums, d_head)
+        out[0] = (_by_head([total[head] for head in range(heads)], d_head) / sum_).astype(out.dtype)
+        logs = (_by_head([largest[head] for head in range(heads)], d_head) + jnp.log2(sum_)).T
+        for head in range(heads):
+            lse[0, 0, head] = logs[head * d_head]
+
+
+def _forward(q, k, v, turn, segments, d_head, tile):
+    batch, length, columns = q.shape
+    heads = LANES // d_head
+    segmented = [] if segments is None else [segments, segments]
+    kernel = partial(_forward_kernel, d_head=d_head)
+    of = _Blocks(tile, len(turn.cos) > 1)
+    out, lse = _call(
+        kernel if segmented else partial(_without_segments, kernel, 9),
+        q,
+        tile,
+        [(i, j) for i in range(length // tile) for j in range(i + 1)],
+        in_specs=[
+            *[of.columns(_QUERY), of.columns(_KEY), of.columns(_KEY)],
+            *[of.turning(_QUERY)] * 2,
+            *[of.turning(_KEY)] * 2,
+            *[of.segments(_QUERY), of.segments(_KEY)][: len(segmented)],
+        ],
+        out_specs=[of.columns(_QUERY), of.heads(heads)],
+        out_shape=[
+            jax.ShapeDtypeStruct(q.shape, v.dtype),
+            jax.ShapeDtypeStruct((batch, columns // LANES, heads, length), jnp.float32),
+        ],
+        scratch_shapes=[
+            pltpu.VMEM((heads, tile, LANES), q.dtype),
+            pltpu.VMEM((heads, tile, LANES), jnp.float32),
+            pltpu.VMEM((heads, tile, LANES), jnp.float32),
+        ],
+        cost_estimate=_cost(q, d_head, tile, products=2),
+        name="rotary_attention",
+    )(q, k, v, turn.cos, turn.sin, turn.cos, turn.sin, *segmented)
+    out, lse = checkpoint_name(out, RESIDUALS), checkpoint_name(lse, RESIDUALS)
+    return out, (q, k, v, turn, segments, out, lse)
+
+
+_QUERY, _KEY = 0, 1
+"""Which of a pair of tiles, (of queries, of keys), a block belongs to."""
+
+
+class _Blocks(NamedTuple):
+    """Which part of an array a step sees: that of the pair of tiles whose turn it is."""
+
+    tile: int
+    turning_by_row: bool
+
+    def columns(self, which: int) -> pl.BlockSpec:
+        """Of [B, L, D]."""
+        return pl.BlockSpec((1, self.tile, LANES), lambda b, n, t, *pair: (b, pair[which][t], n))
+
+    def turning(self, which: int) -> pl.BlockSpec:
+        """Of cosines and sines."""
+        own = int(self.turning_by_row)
+        return pl.BlockSpec(
+            (1, self.tile, LANES), lambda b, n, t, *pair: (b * own, pair[which][t], 0)
+        )
+
+    def segments(self, which: int) -> pl.BlockSpec:
+        """Of [B, 1, L]."""
+        return pl.BlockSpec((1, 1, self.tile), lambda b, n, t, *pair: (b, 0, pair[which][t]))
+
+    def heads(self, heads: int) -> pl.BlockSpec:
+        """Of [B, N, G, L], for queries."""
+        return pl.BlockSpec(
+            (1, 1, heads, self.tile), lambda b, n, t, *pair: (b, n, 0, pair[_QUERY][t])
+        )
+
+
+def _call(kernel, q, tile: int, pairs: list[tuple[int, int]], *, in_specs, out_specs,
+          scratch_shapes, **settings):  # fmt: skip
+    """A kernel over every pair of a tile of queries and one of keys that it sees, in this order."""
+    i_of, j_of = np.array(pairs, np.int32).T
+    grid = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=2,
+        grid=(q.shape[0], q.shape[2] // LANES, len(pairs)),
+        in_specs=in_specs,
+        out_specs=out_specs,
+        scratch_shapes=scratch_shapes,
+    )
+    call = pl.pallas_call(
+        kernel,
+        grid_spec=grid,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=VMEM_BYTES,
+        ),
+        interpret=platform() != "tpu",
+        **settings,
+    )
+    return partial(call, jnp.asarray(i_of), jnp.asarray(j_of))
+
+
+def _without_segments(kernel, at: int, *refs) -> None:
+    """Calls a kernel that takes segments with none."""
+    kernel(*refs[:at], None, None, *refs[at:])
+
+
+def _matrix_unit() -> int:
+    """Rows and columns of the systolic array of the chip compiled for."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    return 256 if "v6" in kind or "v7" in kind else 128
+
+
+def _cost(q_BxLxD: jax.Array, d_head: int, tile: int, products: int) -> pl.CostEstimate:
+    """What the matrix unit works through, zeros and hidden scores included, over its share of the
+    time: the compiler divides these FLOPs by the chip's peak.
+    """
+    batch, length, columns = q_BxLxD.shape
+    tiles, subtiles = length // tile, max(tile // SUBTILE, 1)
+    hidden = tiles * tile**2 * (subtiles - 1) / subtiles / 2  # of tiles on the diagonal
+    scores = tiles * (tiles + 1) / 2 * tile**2 - hidden
+    worked = 2 * products * scores * _matrix_unit() * (columns // d_head) * batch
+    return pl.CostEstimate(
+        flops=int(worked / BUSY),
+        transcendentals=int(scores * batch * columns // d_head),
+        bytes_accessed=2 * products * q_BxLxD.size * q_BxLxD.dtype.itemsize,
+    )
+
+
+def _backward_kernel(
+    i_of, j_of, q, k, v, out, d_out, lse, cos_q, sin_q, cos_k, sin_k, segments_q, segments_k,
+    d_q, d_k, d_v, q_turned, delta, q_total, k_heads, v_heads, k_total, v_total, *, d_head: int,
+):  # fmt: skip
+    step = pl.program_id(2)
+    i, j = i_of[step], j_of[step]
+    tile, heads = q.shape[1], LANES // d_head
+    sub = min(tile, SUBTILE)
+    scale = d_head**-0.5
+
+    @pl.when(j == 0)
+    def _():  # once for every tile of queries
+        rotated = _rotated(q[0], cos_q[0], sin_q[0], d_head) * (scale * LOG2_E)
+        q_turned[i] = rotated.astype(q.dtype)
+        q_total[i] = jnp.zeros(q_total.shape[1:], jnp.float32)
+        # The softmax's own gradient needs Σ_m p_m dp_m, which is out · d_out.
+        both = out[0].astype(jnp.float32) * d_out[0].astype(jnp.float32)
+        which = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 0)
+        mine = (_lanes((8, LANES)) // d_head == which).astype(jnp.float32)
+        delta[i] = _product(mine, both, (1, 1))
+
+    @pl.when(i == j)
+    def _():  # once for every tile of keys
+        rotated = _rotated(k[0], cos_k[0], sin_k[0], d_head).astype(k.dtype)
+        for head in range(heads):
+            k_heads[head] = _of_head(rotated, head, d_head)
+            v_heads[head] = _of_head(v[0], head, d_head)
+        k_total[...] = jnp.zeros(k_total.shape, jnp.float32)
+        v_total[...] = jnp.zeros(v_total.shape, jnp.float32)
+
+    def attended_from(start: int, diagonal: bool) -> None:
+        keys = pl.ds(start, sub)
+        rows = pl.ds(start, tile - start) if diagonal else pl.ds(0, tile)
+        queries, d_outs = q_turned[i, rows], d_out[0, rows]
+        visible = None
+        if segments_q is not None:
+            visible = segments_q[0, :, rows] == segments_k[0, :, keys].T
+        if diagonal:
+            row = jax.lax.broadcasted_iota(jnp.int32, (sub, rows.size), 0)
+            causal = row <= _lanes((sub, rows.size))
+            visible = causal if visible is None else visible & causal
+        of_keys, of_values, of_queries = [], [], 0.0
+        for head in range(heads):
+            k_head = k_heads[head, keys]
+            scores_t = _product(k_head, queries, (1, 1))
+            weights_t = jnp.exp2(scores_t - lse[0, 0, head, rows][None])
+            if visible is not None:
+                weights_t = jnp.where(visible, weights_t, 0.0)
+            d_weights_t = _product(v_heads[head, keys], d_outs, (1, 1))
+            d_scores_t = (weights_t * (d_weights_t - delta[i, head, rows][None])).astype(k.dtype)
+            of_values.append(_product(weights_t.astype(v.dtype), d_outs, (1, 0)))
+            of_keys.append(_product(d_scores_t, queries, (1, 0)))
+            of_queries += _product(d_scores_t, k_head, (0, 0))
+        k_total[keys] += _by_head(of_keys, d_head)
+        v_total[keys] += _by_head(of_values, d_head)
+        q_total[i, rows] += of_queries
+
+    for diagonal in (False, True):
+
+        @pl.when(i == j if diagonal else i > j)
+        def _(diagonal=diagonal):
+            for start in range(0, tile, sub):
+                attended_from(start, diagonal)
+
+    @pl.when(i == j)
+    def _():  # no later tile of keys is visible from these queries
+        rows = pl.ds(pl.multiple_of(i * tile, tile), tile)
+        d_q[0, rows] = _rotated_back(q_total[i] * scale, cos_q[0], sin_q[0], d_head).astype(
+            d_q.dtype
+        )
+
+    @pl.when(i == q_turned.shape[0] - 1)
+    def _():
+        turned = k_total[...] * (1 / LOG2_E)
+        d_k[0] = _rotated_back(turned, cos_k[0], sin_k[0], d_head).astype(d_k.dtype)
+        d_v[0] = v_total[...].astype(d_v.dtype)
+
+
+def _backward(d_head, tile, residuals, d_out):
+    q, k, v, turn, segments, out, lse = residuals
+    _, length, _ = q.shape
+    tiles, heads = length // tile, LANES // d_head
+    segmented = [] if segments is None else [segments, segments]
+    kernel = partial(_backward_kernel, d_head=d_head)
+    of = _Blocks(tile, len(turn.cos) > 1)
+    gradients = _call(
+        kernel if segmented else partial(_without_segments, kernel, 12),
+        q,
+        tile,
+        [(i, j) for j in range(tiles) for i in range(j, tiles)],
+        in_specs=[
+            *[of.columns(which) for which in (_QUERY, _KEY, _KEY, _QUERY, _QUERY)],
+            of.heads(heads),
+            *[of.turning(_QUERY)] * 2,
+            *[of.turning(_KEY)] * 2,
+            *[of.segments(_QUERY), of.segments(_KEY)][: len(segmented)],
+        ],
+        out_specs=[
+            pl.BlockSpec((1, length, LANES), lambda b, n, t, *pair: (b, 0, n)),
+            of.columns(_KEY),
+            of.columns(_KEY),
+        ],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)],
+        scratch_shapes=[
+            pltpu.VMEM((tiles, tile, LANES), q.dtype),
+            pltpu.VMEM((tiles, 8, tile), jnp.float32),
+            pltpu.VMEM((tiles, tile, LANES), jnp.float32),
+            pltpu.VMEM((heads, tile, LANES), k.dtype),
+            pltpu.VMEM((heads, tile, LANES), v.dtype),
+            pltpu.VMEM((tile, LANES), jnp.float32),
+            pltpu.VMEM((tile, LANES), jnp.float32),
+        ],
+        cost_estimate=_cost(q, d_head, tile, products=5),
+        name="rotary_attention_gradient",
+    )(q, k, v, out, d_out, lse, turn.cos, turn.sin, turn.cos, turn.sin, *segmented)
+    return *gradients, None, None
+
+
+_attend.defvjp(_forward, _backward)
