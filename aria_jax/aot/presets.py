@@ -11,7 +11,7 @@ from aria_jax.config import ComputeConfig, MeshConfig, RunConfig
 from aria_jax.presets import for_task
 from data_pipeline.errors import UserError
 
-TOKENS_AT_ONCE = {"v5p": 65_536, "v6e": 16_384, "v5e": 8_192}
+TOKENS_AT_ONCE = {"v5p": 65_536, "v6e": 32_768, "v5e": 16_384}
 """Tokens of `medium` whose activations fit into a chip with remat "dots", the fastest that fits;
 a power of two of the rows of 8,192."""
 MOST_SHARDED = 64

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -26,14 +25,6 @@ examples:
 
 PARSE = argparse.ArgumentParser.parse_intermixed_args
 TASKS = ("pretrain", "continue", "contrastive", "classify", "embed", "prefill", "decode")
-# No search for chips or for other hosts of a pod, and several compilers at once.
-QUIET_COMPILER = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5p-128",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_STDERR_LOG_LEVEL": "3",
-}
 # Config of the task that has the same head.
 LIKE = {"embed": "contrastive", "prefill": "pretrain", "decode": "pretrain"}
 
@@ -59,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report; 1 where the program does not fit into the chips' memory."""
+    from aria_jax.aot.environment import prepare
     from aria_jax.aot.presets import accelerator_run
     from aria_jax.config import with_overrides
 
@@ -72,10 +64,7 @@ def run(args: argparse.Namespace) -> int:
         )
     config = with_overrides(start, settings).validate()
 
-    # Before jax is imported.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    for name, value in QUIET_COMPILER.items():
-        os.environ.setdefault(name, value)
+    prepare()
     from aria_jax.aot.report import compile_report
     from aria_jax.cli.console import print_result
 
