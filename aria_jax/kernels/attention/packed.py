@@ -160,14 +160,15 @@ def _forward_kernel(
 
     def attend_to(start: int, diagonal: bool) -> None:
         keys = pl.ds(start, sub)
-        rows = pl.ds(start, tile - start) if diagonal else pl.ds(0, tile)
+        first = start if diagonal else 0
+        rows, n_rows = pl.ds(first, tile - first), tile - first
         rotated = _rotated(k[0, keys], cos_k[0, keys], sin_k[0, keys], d_head).astype(k.dtype)
         visible = None
         if segments_q is not None:
             visible = segments_k[0, :, keys] == segments_q[0, :, rows].T
         if diagonal:
-            row = jax.lax.broadcasted_iota(jnp.int32, (rows.size, sub), 0)
-            causal = row >= _lanes((rows.size, sub))
+            row = jax.lax.broadcasted_iota(jnp.int32, (n_rows, sub), 0)
+            causal = row >= _lanes((n_rows, sub))
             visible = causal if visible is None else visible & causal
         for head in range(heads):
             scores = _product(q_heads[head, rows], rotated, (1, 1))
@@ -350,16 +351,18 @@ def _backward_kernel(
 
     def attended_from(start: int, diagonal: bool) -> None:
         keys = pl.ds(start, sub)
-        rows = pl.ds(start, tile - start) if diagonal else pl.ds(0, tile)
+        first = start if diagonal else 0
+        rows, n_rows = pl.ds(first, tile - first), tile - first
         queries, d_outs = q_turned[i, rows], d_out[0, rows]
         visible = None
         if segments_q is not None:
             visible = segments_q[0, :, rows] == segments_k[0, :, keys].T
         if diagonal:
-            row = jax.lax.broadcasted_iota(jnp.int32, (sub, rows.size), 0)
-            causal = row <= _lanes((sub, rows.size))
+            row = jax.lax.broadcasted_iota(jnp.int32, (sub, n_rows), 0)
+            causal = row <= _lanes((sub, n_rows))
             visible = causal if visible is None else visible & causal
-        of_keys, of_values, of_queries = [], [], 0.0
+        of_keys, of_values = [], []
+        of_queries = jnp.zeros((n_rows, LANES), jnp.float32)
         for head in range(heads):
             k_head = k_heads[head, keys]
             scores_t = _product(k_head, queries, (1, 1))

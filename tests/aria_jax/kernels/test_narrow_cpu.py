@@ -1,5 +1,7 @@
 """The CPU's product is exact, for any number of rows and any cut over threads."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,6 +34,19 @@ def test_bfloat16_equals_the_product_in_float64(shape):
     x = np.random.default_rng(1).normal(size=(n_rows, n_inputs)).astype(np.float32)
     found = jax.jit(lambda *a: narrow_cpu.narrow_matmul(*a))(x, rows)
     np.testing.assert_allclose(found, x @ np.asarray(rows, np.float64).T, rtol=1e-5, atol=1e-5)
+
+
+def test_many_calls_at_once(monkeypatch):
+    """More threads than the pool has, programs side by side: no part lost, none done twice."""
+    monkeypatch.setattr(narrow_cpu, "_n_threads", lambda: 9)
+    rng = np.random.default_rng(0)
+    rows = jnp.asarray(rng.integers(-128, 128, (50, 300)), jnp.int8)
+    scale, x = jnp.ones(50), jnp.asarray(rng.integers(-3, 4, (2, 300)), jnp.float32)
+    expected = np.asarray(x, np.int64) @ np.asarray(rows, np.int64).T
+    run = jax.jit(narrow_cpu.narrow_matmul)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: np.asarray(run(x, rows, scale)), range(400)):
+            np.testing.assert_array_equal(found, expected)  # sums of small integers are exact
 
 
 def test_inside_a_loop():

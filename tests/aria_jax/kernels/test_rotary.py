@@ -97,8 +97,6 @@ def test_rotation_depends_on_distance_only():
     products = []
     for shift in (0, 5):
         cos, sin = rope_tables(jnp.array([[3 + shift, 7 + shift]]), 8)
-        turned_q, turned_k = (
-            apply_rope(x, cos[:, [i]], sin[:, [i]]) for i, x in enumerate((q, k))
-        )
+        turned_q, turned_k = (apply_rope(x, cos[:, [i]], sin[:, [i]]) for i, x in enumerate((q, k)))
         products.append(float((turned_q * turned_k).sum()))
     assert products[0] == pytest.approx(products[1], rel=1e-5)
