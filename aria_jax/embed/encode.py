@@ -1,6 +1,8 @@
 """Slices to vectors, in batches of like length."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -15,6 +17,9 @@ Encode = Callable[[Sequence[np.ndarray]], np.ndarray]
 
 BUCKET = 64  # batches are padded to a multiple of this: few compilations, little waste
 BATCH_TOKENS = 16_384
+CPU_BATCH_TOKENS = 4096
+"""On a CPU two small batches side by side are half again as fast as a large one on all cores: they
+stay in the cores' caches, and one computes while the other waits for its last thread."""
 
 
 def model_encoder(
@@ -67,26 +72,35 @@ def _encoder(
 
     cut = None if mesh is None else batch_sharding(mesh)
     ways = 1 if mesh is None else mesh.size
+    batch_tokens, side_by_side = BATCH_TOKENS, 1
+    if mesh is None and jax.default_backend() == "cpu":
+        batch_tokens, side_by_side = CPU_BATCH_TOKENS, os.cpu_count() or 1
+
+    def encode_batch(batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple:
+        chosen, tokens_BxL, eos_B = batch
+        tokens, eos = jax.device_put((tokens_BxL, eos_B), cut)
+        return chosen, np.asarray(embed(state, tokens, eos))[: len(chosen)]
 
     def encode(slices: Sequence[np.ndarray]) -> np.ndarray:
         out = np.empty((len(slices), head_width(model.config)), np.float32)
-        for chosen, tokens_BxL, eos_B in like_length(slices, pad_id, ways):
-            tokens, eos = jax.device_put((tokens_BxL, eos_B), cut)
-            out[chosen] = embed(state, tokens, eos)[: len(chosen)]
+        batches = like_length(slices, pad_id, ways, batch_tokens)
+        with ThreadPoolExecutor(side_by_side) as pool:
+            for chosen, rows in pool.map(encode_batch, batches):
+                out[chosen] = rows
         return out
 
     return encode
 
 
 def like_length(
-    slices: Sequence[np.ndarray], pad_id: int, ways: int = 1
+    slices: Sequence[np.ndarray], pad_id: int, ways: int = 1, batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batches of slices next to each other in length, the longest first: a batch is as long as its
     first row, and the last of them is the only one that may lack rows.
 
     Yields:
         Positions in `slices`, int [n]; tokens int32 [B, L] and `<E>` positions int32 [B], of which
-        the first n rows count. B divides by `ways`.
+        the first n rows count. B divides by `ways`; a batch has about `batch_tokens`.
     """
     lengths = np.array([len(ids) for ids in slices])
     order = np.argsort(-lengths, kind="stable")
@@ -94,7 +108,7 @@ def like_length(
     most, at = 1 << max(len(order) - 1, 0).bit_length(), 0
     while at < len(order):
         length = -(-int(lengths[order[at]]) // BUCKET) * BUCKET
-        rows = min(max(BATCH_TOKENS // length, 1), most)
+        rows = min(max(batch_tokens // length, 1), most)
         rows = -(-rows // ways) * ways
         chosen = order[at : at + rows]
         tokens = np.full((rows, length), pad_id, np.int32)
