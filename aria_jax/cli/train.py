@@ -135,10 +135,17 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     sinks: list[MetricSink] = []
     if first:
+        steps, warmup = resolve(config, args.data).train.steps, config.optimizer.warmup_steps
+        if warmup >= steps:
+            print(
+                f"note: a warm-up of {warmup} steps is as long as the whole run of {steps}; "
+                f"the learning rate stays low (warmup_steps={max(steps // 10, 1)} would not)",
+                file=sys.stderr,
+            )
         sinks = [
             JsonlSink(workdir / "metrics.jsonl"),
             TensorBoardSink(workdir / "tensorboard"),
-            ProgressSink(resolve(config, args.data).train.steps, args.task),
+            ProgressSink(steps, args.task),
         ]
     try:
         result = train(

@@ -34,12 +34,23 @@ def test_stopped_and_resumed_equals_straight_bit_for_bit(
     jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
+SLOW_LAYOUTS = [(1, 2, 1, 1), (2, 1, 1, 1), (1, 1, 2, 1), (1, 2, 2, 1), (4, 1, 1, 1), (1, 2, 1, 2)]
+
+
 @pytest.mark.parametrize("task", ["pretrain", "contrastive"])
-def test_eight_devices_equal_one(task, config, corpus, tmp_path, recorder, one_device, monkeypatch):
+@pytest.mark.parametrize(
+    "layout",
+    [(2, 2, 2, 1), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in SLOW_LAYOUTS)],
+    ids=str,
+)
+def test_a_run_learns_the_same_on_any_layout(
+    layout, task, config, corpus, tmp_path, recorder, one_device, monkeypatch
+):
     single, sharded = recorder(), recorder()
     run(config(task), corpus, tmp_path / "one", sinks=[single])
-    monkeypatch.setattr("aria_jax.sharding.jax.devices", lambda: one_device)
-    run(config(task, mesh=MeshConfig(2, 2, 2)), corpus, tmp_path / "eight", sinks=[sharded])
+    devices = one_device[: np.prod(layout)]
+    monkeypatch.setattr("aria_jax.sharding.jax.devices", lambda: devices)
+    run(config(task, mesh=MeshConfig(*layout)), corpus, tmp_path / "several", sinks=[sharded])
     for step, loss in single.losses().items():
         assert sharded.losses()[step] == pytest.approx(loss, rel=1e-4)  # order of reductions
 
