@@ -74,7 +74,7 @@ class ComputeConfig:
     everything; "offload" is "full" with the layers' inputs waiting in the host's memory."""
     scan_layers: bool = True
     """One compiled block for all layers compiles fast; False unrolls them: faster on CPU."""
-    attention: Literal["auto", "splash", "cudnn", "blockwise", "plain"] = "auto"
+    attention: Literal["auto", "packed", "splash", "cudnn", "blockwise", "plain"] = "auto"
     """Kernel of attention; "auto" takes the fastest for platform, dtype and length."""
 
 

@@ -10,6 +10,7 @@ Code inside finds it by `active_mesh()`: activations are pinned by `constrain`, 
 the compiler cannot cut by itself run under `shard_map`. Without a mesh all of it does nothing.
 """
 
+import os
 from collections.abc import Sequence
 
 import jax
@@ -139,6 +140,13 @@ def active_mesh() -> AbstractMesh | None:
     if mesh.empty or mesh.size == 1 or mesh.axis_names != MESH_AXES:
         return None
     return mesh if all(kind == AxisType.Auto for kind in mesh.axis_types) else None
+
+
+def usable_cpus() -> int:
+    """Processors that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def platform() -> str:

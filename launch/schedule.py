@@ -13,6 +13,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from data_pipeline.errors import UserError
+
 
 def compile_kernels(topology: str, length: int, folder: Path) -> None:
     """Writes the schedules of both passes for heads of 64 into a folder."""
@@ -46,15 +48,18 @@ def compile_kernels(topology: str, length: int, folder: Path) -> None:
 def table(topology: str, length: int) -> list[str]:
     """Rows of Markdown, from a compiler of its own."""
     from aria_jax.aot.schedule import KERNELS, kernel_time
-    from aria_jax.kernels.attention.packed import TILES
+    from aria_jax.kernels.attention.packed import tile_of
 
-    tile = next(tile for tile in TILES if length % tile == 0)
+    tile = tile_of(length)
     rows, family = [], topology.partition(":")[0]
     with tempfile.TemporaryDirectory() as folder:
         one = [sys.executable, "-m", "launch.schedule", topology, "--length", str(length)]
-        subprocess.run([*one, "--dump", folder], check=True, capture_output=True)
+        done = subprocess.run([*one, "--dump", folder], capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+            raise UserError(f"{topology}: {reason[:200]}")
         for kernel in KERNELS:
-            time = kernel_time(Path(folder), family, kernel, length // tile)
+            time = kernel_time(Path(folder), family, kernel, -(-length // tile))
             rows.append(f"| {topology} | {kernel} | {time.total:,.0f} | {time.busy:.1%} |")
     return rows
 
@@ -73,9 +78,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.dump is not None:
         compile_kernels(args.topologies[0], args.length, args.dump)
         return 0
+    try:
+        return _print_table(args.topologies, args.length)
+    except UserError as error:
+        print(f"launch.schedule: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _print_table(topologies: Sequence[str], length: int) -> int:
     print("| topology | pass | cycles a block of heads | matrix units busy |\n|---|---|---|---|")
-    for topology in args.topologies:
-        print("\n".join(table(topology, args.length)), flush=True)
+    for topology in topologies:
+        print("\n".join(table(topology, length)), flush=True)
     return 0
 
 

@@ -23,4 +23,6 @@ def prepare(dump: Path | None = None) -> None:
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     if dump is not None:
-        os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+        given = os.environ.get("LIBTPU_INIT_ARGS", "")
+        dumping = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+        os.environ["LIBTPU_INIT_ARGS"] = f"{given} {dumping}".strip()

@@ -5,9 +5,11 @@ Three kinds of figures, never mixed up (`Report.sources` says which is which):
 - compiler: memory of the whole program; FLOPs, bytes and time of unrolled programs of one and two
   layers. Their difference is one layer, and `n_layers` of those and the rest of the first program
   are the whole, since the compiler counts the body of a loop once, whatever its trip count.
+  The packed attention kernel is among them by its own cost estimate, which counts what the matrix
+  unit works through (`kernels.attention.packed`).
 - formula: FLOPs of the splash attention kernel, which carries no cost estimate, and of all chunks
   of the vocabulary loss but the first, since they are a loop too.
-- assumption: the share of the peak that this kernel reaches, and, where the compiler gives no
+- assumption: the share of the peak that the splash kernel reaches, and, where the compiler gives no
   time, that a program takes the longer of computing, moving memory, and talking to other chips.
 """
 
@@ -22,19 +24,23 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from aria_jax.aot.formulas import (
+    attention_efficiency,
+    attention_flops,
+    cached_flops,
+    loss_flops_not_counted,
+    needed_flops,
+    uses_splash,
+    worked,
+)
 from aria_jax.aot.hlo import collectives
 from aria_jax.aot.presets import TOKENS_AT_ONCE, chip_count, wrong_topology
 from aria_jax.aot.programs import TRAINING, Program, Task, program, with_layers
 from aria_jax.config import RunConfig
-from aria_jax.losses.language_model import CHUNK_TOKENS
 from aria_jax.sharding import make_mesh
-from aria_jax.train.cost import CHIPS, Chip, forward_flops_per_token
+from aria_jax.train.cost import CHIPS, Chip
 from data_pipeline.errors import UserError
 
-ATTENTION_EFFICIENCY = 0.7
-"""Assumed share of the time that splash attention keeps the matrix units busy."""
-BACKWARD_ATTENTION = 2.5
-"""FLOPs of the flash backward pass over the forward's: five matrix products instead of two."""
 _WANTED = re.compile(r"Used ([0-9.]+)([KMG]) of [0-9.]+[KMG]i? hbm")
 """In the words of a compiler that found too little memory."""
 READABLE = "v5e"
@@ -97,9 +103,9 @@ class Report:
         memory: bytes of arguments, temporaries and code; `total` is their peak together, or what
             the compiler asked for where it gave up.
         hbm: bytes there are.
-        cost: without the attention kernel; None, with all that follows from it, where the program
+        cost: without the splash kernel; None, with all that follows from it, where the program
             does not fit.
-        attention_flops: of that kernel, 0 where attention is ordinary operations.
+        attention_flops: of the splash kernel, 0 where it is not used.
         collectives: kind -> (number, bytes); None where they could not be read.
         seconds: estimate of one call. model_flops: what the mathematics needs, over all chips.
         mfu: model_flops in that time as a share of all chips' peak.
@@ -179,16 +185,20 @@ def compile_report(
     made = program(config, task, mesh)
     on_compile("the whole program")
     memory = _memory(made, mesh)
-    attention = _attention_flops(config, task, made, mesh)
+    splash = uses_splash(config, task, mesh)
+    attention = attention_flops(config, made, mesh) if splash else 0.0
+    cached = cached_flops(config, task, made, mesh)
     cost, talk = None, None
     if memory["total"] <= chip.hbm:
         cost, talk = _counted(config, task, topology, read_collectives, on_compile)
         cost = cost.with_flops(
-            _loss_flops_not_counted(config, task, made, mesh)
-            + _cached_flops(config, task, made, mesh)["blocks"]
+            loss_flops_not_counted(config, task, made, mesh)
+            + cached["blocks"]
+            + (0.0 if splash else worked(cached["attention"], config.model.d_head, chip))
         )
+    attention += cached["attention"] if splash else 0.0
     seconds, source = _estimate(cost, attention, talk, config.model.d_head, chip)
-    model_flops = _model_flops(config, made)
+    model_flops = needed_flops(config, made)
     return Report(
         task=task,
         topology=topology,
@@ -208,7 +218,10 @@ def compile_report(
             "memory": "compiler, whole program",
             "flops, bytes": "compiler, from unrolled programs of 1 and 2 layers; formula for all "
             "chunks of the vocabulary loss but one",
-            "attention": "formula" if attention else "in the compiler's figures",
+            "attention": "formula"
+            if splash
+            else "in the compiler's figures; a packed kernel by "
+            "its cost estimate, zeros and hidden scores included",
             "collectives": _collectives_source(topology, talk),
             "seconds": source,
         },
@@ -268,53 +281,6 @@ def _memory(made: Program, mesh: Mesh) -> dict[str, int]:
     return {**parts, "total": sum(parts.values())}
 
 
-def _loss_flops_not_counted(config: RunConfig, task: Task, made: Program, mesh: Mesh) -> float:
-    """Of the chunks after the first of the vocabulary loss; per chip and call."""
-    if task not in ("pretrain", "continue"):
-        return 0.0
-    ways = mesh.size // mesh.shape["tensor"]
-    chunks = -(-made.tokens // (config.train.grad_accumulation * ways * CHUNK_TOKENS))
-    head = 3 * forward_flops_per_token(config.model, config.data.seq_len)["head"]
-    return head * made.tokens / mesh.size * (1 - 1 / max(chunks, 1))
-
-
-def _attention_flops(config: RunConfig, task: Task, made: Program, mesh: Mesh) -> float:
-    """Of the splash kernel, which the compiler does not count; per chip and call."""
-    if not _uses_splash(config, task, mesh):
-        return 0.0
-    forward = forward_flops_per_token(config.model, config.data.seq_len)["attention"]
-    again = 1.0 if config.compute.remat in ("full", "offload") else 0.0
-    passes = 1.0 + again + BACKWARD_ATTENTION if made.training else 1.0
-    again_cached = _cached_flops(config, task, made, mesh)["attention"]
-    return forward * passes * made.tokens / mesh.size + again_cached
-
-
-def _uses_splash(config: RunConfig, task: Task, mesh: Mesh) -> bool:
-    from aria_jax.kernels.attention.choice import SHORTEST_SPLASH, suits_packed
-
-    if task in ("prefill", "decode") or config.data.seq_len < SHORTEST_SPLASH:
-        return False
-    shape = config.data.global_batch, config.data.seq_len, config.model.d_model
-    with jax.set_mesh(mesh):
-        packed = suits_packed(shape, config.model.n_heads)
-    chosen = config.compute.attention
-    return chosen == "splash" or (chosen == "auto" and not packed)
-
-
-def _cached_flops(config: RunConfig, task: Task, made: Program, mesh: Mesh) -> dict[str, float]:
-    """Of gradient caching, which embeds a contrastive batch once more before it goes through the
-    parts; per chip and call.
-    """
-    again = task == "contrastive" and config.train.grad_accumulation > 1
-    parts = forward_flops_per_token(config.model, config.data.seq_len)
-    return {name: again * flops * made.tokens / mesh.size for name, flops in parts.items()}
-
-
-def _model_flops(config: RunConfig, made: Program) -> float:
-    parts = forward_flops_per_token(config.model, config.data.seq_len)
-    return (3 if made.training else 1) * sum(parts.values()) * made.tokens
-
-
 def _texts(
     few_layers: Sequence[Any],
     cut: Sequence[RunConfig],
@@ -354,15 +320,6 @@ def _collectives_source(topology: str, talk: dict | None) -> str:
     if topology.startswith(READABLE):
         return "compiler"
     return f"compiler, from the same program for {READABLE} chips"
-
-
-def attention_efficiency(d_head: int, chip: Chip) -> float:
-    """Assumed share of the peak that splash attention reaches on the scores it must compute.
-
-    Products of queries and keys sum over the width of a head, those of weights and values have
-    that many columns: heads narrower than the matrix unit leave the rest of it idle.
-    """
-    return ATTENTION_EFFICIENCY * min(d_head / chip.matrix_unit, 1.0)
 
 
 def _estimate(

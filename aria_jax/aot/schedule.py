@@ -66,7 +66,9 @@ def kernel_time(folder: Path, family: str, kernel: str, tiles: int) -> KernelTim
     usage = _newest(folder, f"*{name}*-final_hlo-static-per-bundle-utilization.txt")
     units = int(usage.split("\n", 2)[2].split()[0])
     found = regions(bundles)
-    full, diagonal, *rest = sorted(found, key=lambda region: -region.products)
+    full, diagonal, *rest = sorted(
+        [*found, Region(0, 0), Region(0, 0)], key=lambda region: -region.products
+    )
     if not diagonal.products:
         raise UserError(f"no products in the schedule of {name}: another version of libtpu?")
     once_a_tile = [r for r in rest if r.bundles >= _PER_STEP]

@@ -108,8 +108,12 @@ def _text(report: "Report") -> str:
     if report.cost is None or report.seconds is None or report.mfu is None:
         return "\n".join([*lines, f"compiled in  {report.compile_seconds:.0f} s"])
     lines += [
-        f"arithmetic   {report.cost.flops / 1e12:.2f} TFLOPs a chip, and "
-        f"{report.attention_flops / 1e12:.2f} in the attention kernel",
+        f"arithmetic   {report.cost.flops / 1e12:.2f} TFLOPs a chip"
+        + (
+            f", and {report.attention_flops / 1e12:.2f} in the splash kernel"
+            if report.attention_flops
+            else ""
+        ),
         f"traffic      {report.cost.bytes / 1e9:.1f} GB to and from memory, "
         f"{report.cost.flops / max(report.cost.bytes, 1):.0f} FLOPs a byte",
     ]

@@ -1,6 +1,6 @@
 """Slices to vectors, in batches of like length."""
 
-import os
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from aria_jax.models.heads import Model, head_width
-from aria_jax.sharding import batch_sharding
+from aria_jax.sharding import batch_sharding, usable_cpus
 from data_pipeline.errors import UserError
 
 Encode = Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -20,6 +20,7 @@ BATCH_TOKENS = 16_384
 CPU_BATCH_TOKENS = 4096
 """On a CPU two small batches side by side are half again as fast as a large one on all cores: they
 stay in the cores' caches, and one computes while the other waits for its last thread."""
+MOST_SIDE_BY_SIDE = 4
 
 
 def model_encoder(
@@ -74,12 +75,14 @@ def _encoder(
     ways = 1 if mesh is None else mesh.size
     batch_tokens, side_by_side = BATCH_TOKENS, 1
     if mesh is None and jax.default_backend() == "cpu":
-        batch_tokens, side_by_side = CPU_BATCH_TOKENS, os.cpu_count() or 1
+        batch_tokens, side_by_side = CPU_BATCH_TOKENS, min(usable_cpus(), MOST_SIDE_BY_SIDE)
 
     def encode_batch(batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple:
         chosen, tokens_BxL, eos_B = batch
         tokens, eos = jax.device_put((tokens_BxL, eos_B), cut)
-        return chosen, np.asarray(embed(state, tokens, eos))[: len(chosen)]
+        # A thread has a mesh of its own: kernels look there for what they are cut over.
+        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+            return chosen, np.asarray(embed(state, tokens, eos))[: len(chosen)]
 
     def encode(slices: Sequence[np.ndarray]) -> np.ndarray:
         out = np.empty((len(slices), head_width(model.config)), np.float32)

@@ -185,9 +185,9 @@ def _cached_attention(
     of_prompt = jnp.where(visible_PxT[:, None, None, :], of_prompt, _LOWEST)
     of_past = jnp.einsum("rhk,rhgk->rhg", q_RxHxK, past.keys, preferred_element_type=jnp.float32)
     of_past = jnp.where(jnp.arange(past.keys.shape[2]) < filled, of_past, _LOWEST)
-    of_new = jnp.sum(q_RxHxK * k_RxHxK, axis=-1, keepdims=True, dtype=jnp.float32)
+    of_new = jnp.einsum("rhk,rhk->rh", q_RxHxK, k_RxHxK, preferred_element_type=jnp.float32)
     scores = jnp.concatenate(
-        [of_prompt.reshape(rows, heads, prompt_slots), of_past, of_new], axis=-1
+        [of_prompt.reshape(rows, heads, prompt_slots), of_past, of_new[..., None]], axis=-1
     )
     weights = jax.nn.softmax(scores, axis=-1).astype(shared.values.dtype)
     to_prompt, to_past, to_new = jnp.split(weights, [prompt_slots, scores.shape[-1] - 1], axis=-1)

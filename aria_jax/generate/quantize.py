@@ -37,7 +37,7 @@ class DecodingMatrix:
         rows_OxI, last = self.rows_OxI, x_ZxI.ndim - 1
         if self.on_cpu:
             x_RxI = x_ZxI.reshape(-1, x_ZxI.shape[-1])
-            if len(x_RxI) <= narrow_cpu.MOST_ROWS:
+            if len(x_RxI) <= narrow_cpu.most_rows(rows_OxI.dtype):
                 y_RxO = narrow_cpu.narrow_matmul(x_RxI, rows_OxI, self.scale_O)
                 return y_RxO.reshape(*x_ZxI.shape[:-1], -1)
             # Fused into the product, the conversion would be done once for every row of x.

@@ -8,16 +8,23 @@ of another version, the product is written as a sum, which XLA fuses.
 
 import ctypes
 import functools
-import os
 import re
+import sys
+import threading
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-MOST_ROWS = 16
-"""With more rows of activations a matrix is better converted once and multiplied by XLA."""
+from aria_jax.sharding import usable_cpus
+
+
+def most_rows(dtype: jnp.dtype) -> int:
+    """With more rows of activations a matrix is better converted once and multiplied by XLA."""
+    return 16 if available() or dtype == jnp.int8 else 2
+
+
 _KNOWN_INTERFACE = ("0", "3")  # version of the structures that the handler reads
 
 
@@ -28,14 +35,17 @@ def on_cpu() -> bool:
 
 @functools.cache
 def available() -> bool:
-    """Whether the compiled product can be used: with numba, and an interface it knows."""
+    """Whether the compiled product can be used: with numba, and an interface it knows.
+
+    On Windows there is no `sched_yield` to wait with.
+    """
     try:
         import jaxlib
         import numba  # noqa: F401
     except ImportError:
         return False
     header = Path(jaxlib.__file__).parent / "include/xla/ffi/api/c_api.h"
-    if not header.is_file():
+    if not header.is_file() or sys.platform == "win32":
         return False
     text = header.read_text(encoding="utf-8")
     version = re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", text)
@@ -48,10 +58,13 @@ def narrow_matmul(
     """x @ (rows * scale).T, float32 [B, O].
 
     Args:
-        x_BxI: float32, at most `MOST_ROWS` of them.
+        x_BxI: float32, at most `most_rows` of them.
         rows_OxI: int8 or bfloat16.
         scale_O: float32, for int8.
     """
+    kinds = x_BxI.dtype.name, rows_OxI.dtype.name, "none" if scale_O is None else scale_O.dtype.name
+    if kinds not in (("float32", "int8", "float32"), ("float32", "bfloat16", "none")):
+        raise TypeError(f"rows of activations, matrix and scale of {kinds}")
     if not available():
         # Fused into one pass over the matrix for each row of x.
         sums = [jnp.sum(rows_OxI.astype(jnp.float32) * x_I, axis=1) for x_I in x_BxI]
@@ -60,12 +73,9 @@ def narrow_matmul(
     if scale_O is None:
         scale_O = jnp.ones(n_outputs, jnp.float32)
     shape = jax.ShapeDtypeStruct((len(x_BxI), n_outputs), jnp.float32)
-    target = _registered(rows_OxI.dtype.name, _n_threads())
+    with _compiling:
+        target = _registered(rows_OxI.dtype.name, usable_cpus())
     return jax.ffi.ffi_call(target, shape)(rows_OxI, scale_O, x_BxI)
-
-
-def _n_threads() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @functools.cache
@@ -83,4 +93,5 @@ def _registered(kind: str, n_threads: int) -> str:
     return name
 
 
+_compiling = threading.Lock()
 _alive: list[Any] = []  # compiled code must outlive the programs that call it

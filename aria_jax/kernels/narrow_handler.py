@@ -18,9 +18,10 @@ PARTS_PER_THREAD = 4
 
 # Words of the block that the parts of one call share.
 _NEXT, _DONE, _USERS, _PARTS, _ROWS, _SCALE, _X, _Y, _BATCH, _OUTPUTS, _INPUTS, _TASK = range(12)
-_WORDS = _TASK + 5  # and the five words of XLA_FFI_ThreadPool_Schedule_Args
+_ERROR = _TASK + 5  # after the five words of XLA_FFI_ThreadPool_Schedule_Args
+_WORDS = _ERROR + 3  # and the three of XLA_FFI_Error_Destroy_Args
 # Words of XLA_FFI_Api.
-_VERSION, _SCHEDULE = 4, 17
+_VERSION, _DESTROY, _SCHEDULE = 4, 8, 17
 # Words of XLA_FFI_CallFrame: size, extension, interface, context, stage, arguments and results,
 # each of: size, extension, count, types, list.
 _EXTENSION, _API, _CONTEXT, _ARGUMENTS, _RESULTS = 1, 2, 3, 9, 14
@@ -156,8 +157,11 @@ def handler(kind: Literal["int8", "bfloat16"], n_threads: int) -> tuple[Any, ...
         words[_TASK], words[_TASK + 1], words[_TASK + 2] = 40, 0, frame[_CONTEXT]
         words[_TASK + 3], words[_TASK + 4] = np.uint64(task_address), block
         for _ in range(n_threads - 1):
-            if invoke(api[_SCHEDULE], block + np.uint64(8 * _TASK)) != 0:
-                leave(block)  # there is no pool: the parts are all the caller's
+            error = invoke(api[_SCHEDULE], block + np.uint64(8 * _TASK))
+            if error != 0:  # there is no pool: the parts are all the caller's
+                words[_ERROR], words[_ERROR + 1], words[_ERROR + 2] = 24, 0, error
+                invoke(api[_DESTROY], block + np.uint64(8 * _ERROR))
+                leave(block)
         work(block)
         while add(block + np.uint64(8 * _DONE), np.int64(0)) < np.int64(words[_PARTS]):
             give_way()

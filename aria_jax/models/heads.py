@@ -55,6 +55,7 @@ class Model(nnx.Module):
         prefix = None
         if condition_BxE is not None and self.adapter is not None:
             prefix = condition_BxE @ self.adapter[...]
+            read_B = None if read_B is None else read_B + 1
         hidden = self.backbone(
             tokens_BxL,
             positions=positions,
@@ -63,7 +64,7 @@ class Model(nnx.Module):
             dropout_key=dropout_key,
             read_B=read_B,
         )
-        return hidden if prefix is None else hidden[:, 1:]
+        return hidden if prefix is None or read_B is not None else hidden[:, 1:]
 
     def __call__(self, tokens_BxL: jax.Array, **inputs) -> jax.Array:
         """Head outputs at every position, float32; `inputs` as for `hidden`."""

@@ -2,12 +2,13 @@
 
 All weights of one kind are one array with the layer as its leading axis, so that the layers are
 one `lax.scan` and one sharding rule serves them all. A block is made of pure functions on one
-layer's weights (`project_qkv`, `finish_block`), whose parts the KV-cache decoder uses too.
+layer's weights (`project_qkv`, `finish_block`); the KV-cache decoder uses the latter too.
 
 Sizes: B batch, L length, D d_model, H heads, K head width, F feed-forward, V vocabulary, N layers.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -127,52 +128,69 @@ class Transformer(nnx.Module):
         if dropout_key is not None and self.config.resid_dropout > 0:
             keys = jax.random.split(dropout_key, n)
         stacked = self.blocks.stacked(), drop_rates, keys
-        if read_B is None:
-            x_BxLxD = _through(layer, x_BxLxD, stacked, self.compute)
-        else:
-            stacked, last = _split(stacked, [n - 1, 1])
-            x_BxLxD = _through(layer, x_BxLxD, stacked, self.compute)
+        last_layer = None
+        if read_B is not None:
             turn = [jnp.broadcast_to(t, (len(x_BxLxD), *t.shape[1:])) for t in (cos, sin)]
-            x_BxLxD = _last_layer(x_BxLxD, last, read_B, turn, segment_ids, self.config.n_heads)
+            last_layer = partial(
+                _layer_at,
+                read_B=read_B,
+                turn=turn,
+                segment_ids=segment_ids,
+                n_heads=self.config.n_heads,
+            )
+        x_BxLxD = _through(layer, x_BxLxD, stacked, self.compute, last_layer)
         return layer_norm(x_BxLxD, self.norm_scale[...], self.norm_bias[...])
 
 
-def _split(stacked: tuple, sizes: Sequence[int]) -> list[tuple]:
-    """Runs of so many layers each; one pass over the weights, and over their gradients on the way
-    back.
+def _through(
+    layer, x_BxLxD: jax.Array, stacked: tuple, compute: ComputeConfig, last_layer=None
+) -> jax.Array:
+    """The output of all layers; `stacked` has one slice of every leaf for each.
+
+    Args:
+        last_layer: is computed in place of the last one.
     """
-    leaves, structure = jax.tree.flatten(stacked)
-    parts = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
-    return [jax.tree.unflatten(structure, part) for part in parts]
-
-
-def _through(layer, x_BxLxD: jax.Array, stacked: tuple, compute: ComputeConfig) -> jax.Array:
-    """The output of all layers; `stacked` has one slice of every leaf for each."""
     # Within a loop nothing can undo recomputation by merging it with the forward pass.
     layer = _rematerialised(layer, compute.remat, prevent_cse=not compute.scan_layers)
-    if compute.scan_layers:
+    if last_layer is not None:
+        last_layer = _rematerialised(last_layer, compute.remat, prevent_cse=True)
+    leaves, structure = jax.tree.flatten(stacked)
+    n = len(leaves[0])
+    if compute.scan_layers and last_layer is None:
         return jax.lax.scan(lambda x, one: (layer(x, one), None), x_BxLxD, stacked)[0]
-    n = len(jax.tree.leaves(stacked)[0])
-    for one in _split(stacked, [1] * n):
-        x_BxLxD = layer(x_BxLxD, jax.tree.map(lambda leaf: leaf[0], one))
-    return x_BxLxD
+    # `split` is one pass over the weights, and over their gradients on the way back.
+    sizes = [n - 1, 1] if compute.scan_layers else [1] * n
+    parts = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
+    *others, last = (jax.tree.unflatten(structure, part) for part in parts)
+
+    def first(part: tuple) -> tuple:
+        return jax.tree.map(lambda leaf: leaf[0], part)
+
+    if compute.scan_layers:
+        x_BxLxD = jax.lax.scan(lambda x, one: (layer(x, one), None), x_BxLxD, others[0])[0]
+    else:
+        for one in others:
+            x_BxLxD = layer(x_BxLxD, first(one))
+    return (last_layer or layer)(x_BxLxD, first(last))
 
 
-def _last_layer(
+def _layer_at(
     x_BxLxD: jax.Array,
-    last: tuple,
+    scanned: tuple,
+    *,
     read_B: jax.Array,
     turn: Sequence[jax.Array],
     segment_ids: jax.Array | None,
     n_heads: int,
 ) -> jax.Array:
-    """The output of the last layer at one position of each row, [B, 1, D].
+    """The output of a layer at one position of each row, [B, 1, D].
 
     Args:
-        last: the layer's slice of every leaf, [1, ...].
+        scanned: the layer's weights, dropout rate and key.
         turn: cosines and sines, [B, L, 1, K/2].
     """
-    weights, drop_rate, key = jax.tree.map(lambda leaf: leaf[0], last)
+    weights, drop_rate, key = scanned
+    x_BxLxD = checkpoint_name(constrain(x_BxLxD, *ACTIVATIONS), BLOCK_INPUT)
 
     def read(array: jax.Array) -> jax.Array:
         index = read_B.reshape(-1, *[1] * (array.ndim - 1))
@@ -181,14 +199,17 @@ def _last_layer(
     y = layer_norm(x_BxLxD, weights["norm1_scale"], weights["norm1_bias"])
     matrices = weights["qkv"].astype(y.dtype)
     q_Bx1xHxK = split_heads(read(y) @ matrices[:, 0], n_heads)
-    k, v = (split_heads(y @ matrices[:, part], n_heads) for part in (1, 2))
+    k, v = (
+        split_heads(checkpoint_name(y @ matrices[:, part], PROJECTION), n_heads) for part in (1, 2)
+    )
     visible_BxL = jnp.arange(x_BxLxD.shape[1]) <= read_B[:, None]
     if segment_ids is not None:
         visible_BxL &= segment_ids == read(segment_ids)
     q_Bx1xHxK = apply_rope(q_Bx1xHxK, *(read(table) for table in turn))
     attended_BxHxK = attend_once(q_Bx1xHxK[:, 0], apply_rope(k, *turn), v, visible_BxL)
     attended_Bx1xD = attended_BxHxK.reshape(len(x_BxLxD), 1, -1)
-    return finish_block(weights, read(x_BxLxD), attended_Bx1xD, _dropouts(key, drop_rate))
+    out = finish_block(weights, read(x_BxLxD), attended_Bx1xD, _dropouts(key, drop_rate))
+    return constrain(out, "batch", None, None)
 
 
 def _rematerialised(layer, policy: str, *, prevent_cse: bool):

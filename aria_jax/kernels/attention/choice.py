@@ -12,7 +12,7 @@ from aria_jax.kernels.attention.plain import attend as plain
 from aria_jax.kernels.attention.rotary import apply_rope, split_heads
 from aria_jax.sharding import active_mesh, fitting_spec, platform
 
-Implementation = Literal["auto", "packed", "splash", "cudnn", "blockwise", "plain"]
+Implementation = Literal["auto", "splash", "cudnn", "blockwise", "plain"]
 
 SHORTEST_SPLASH = 128
 """Below this length splash attention would compute mostly padding."""
@@ -27,7 +27,7 @@ def rotary_attention(
     *,
     n_heads: int,
     segment_ids: jax.Array | None = None,
-    implementation: Implementation = "auto",
+    implementation: Implementation | Literal["packed"] = "auto",
 ) -> jax.Array:
     """`attention` of projections side by side, queries and keys rotated first; [B, L, D].
 
@@ -54,7 +54,8 @@ def suits_packed(shape: tuple[int, ...], n_heads: int) -> bool:
     cut, sequences = (1, 1) if mesh is None else (mesh.shape["tensor"], mesh.shape["sequence"])
     _, length, columns = shape
     whole_heads = n_heads % cut == 0 and sequences == 1
-    return whole_heads and packed.suits(length, columns // cut, columns // n_heads)
+    suits = whole_heads and packed.suits(length, columns // cut, columns // n_heads)
+    return suits and packed.fits_chip()
 
 
 def _packed(q, k, v, cos, sin, segment_ids) -> jax.Array:

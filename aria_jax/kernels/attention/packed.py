@@ -37,9 +37,11 @@ SUBTILE = 512
 LONGEST = 16_384
 """Queries whose gradients fit into VMEM."""
 VMEM_BYTES = 64 * 2**20
-BUSY = 0.85
-"""Share of the time that the matrix units work, by the compiler's schedule of both kernels for
-8,192 tokens: the least of v5e, v5p and v6e (`python -m launch.schedule`)."""
+BUSY = {"forward": 0.75, "backward": 0.9}
+"""Share of the time that the matrix units work, by the compiler's schedule of the kernels for 8,192
+tokens: the least of v5e, v5p and v6e (`python -m launch.schedule`)."""
+STEP_SCORES = 60_000
+"""What a step of the grid costs beside its tile, in scores of equal time."""
 LOG2_E = float(np.log2(np.e))
 _NOTHING = -1e30
 
@@ -62,9 +64,24 @@ def rotation(cos_PxLxK2: jax.Array, sin_PxLxK2: jax.Array) -> Rotation:
 
 
 def suits(length: int, n_columns: int, d_head: int) -> bool:
-    """Whether blocks of 128 columns hold whole heads, and all queries fit."""
-    several = d_head < LANES and LANES % d_head == 0 and n_columns % LANES == 0
+    """Whether blocks of 128 columns hold two to eight whole heads, and all queries fit."""
+    several = d_head in (16, 32, 64) and n_columns % LANES == 0
     return several and TILES[-1] <= length <= LONGEST
+
+
+def fits_chip() -> bool:
+    """Whether the chip compiled for has the VMEM (TPUs before v5 do not)."""
+    return pltpu.get_tpu_info().vmem_capacity_bytes >= VMEM_BYTES
+
+
+def tile_of(length: int) -> int:
+    """The tile that computes least, hidden scores, padding and steps included."""
+
+    def work(tile: int) -> int:
+        n = -(-length // tile)
+        return n * (n + 1) // 2 * (tile**2 + STEP_SCORES)
+
+    return min(TILES, key=work)
 
 
 def attend(
@@ -75,10 +92,17 @@ def attend(
     sin_PxLxK2: jax.Array,
     segment_ids_BxL: jax.Array | None,
 ) -> jax.Array:
-    """Rotates queries and keys and attends, [B, L, D]; on one device."""
-    length = q_BxLxD.shape[1]
-    padded = min(-(-length // tile) * tile for tile in TILES)
-    tile = next(tile for tile in TILES if padded % tile == 0)
+    """Rotates queries and keys and attends, [B, L, D]; on one device.
+
+    Raises:
+        ValueError: sizes that it does not suit.
+    """
+    _, length, columns = q_BxLxD.shape
+    d_head = 2 * cos_PxLxK2.shape[-1]
+    if not suits(max(length, TILES[-1]), columns, d_head):
+        raise ValueError(f"{length} positions, {columns} columns and heads of {d_head} do not suit")
+    tile = tile_of(length)
+    padded = -(-length // tile) * tile
 
     def pad(x: jax.Array) -> jax.Array:
         return jnp.pad(x, [(0, 0), (0, padded - length)] + [(0, 0)] * (x.ndim - 2))
@@ -87,7 +111,7 @@ def attend(
     turn = jax.tree.map(pad, rotation(cos_PxLxK2, sin_PxLxK2))
     segments = None if segment_ids_BxL is None else pad(segment_ids_BxL)[:, None]
     q, k, v = (pad(x) for x in (q_BxLxD, k_BxLxD, v_BxLxD))
-    return _attend(q, k, v, turn, segments, 2 * cos_PxLxK2.shape[-1], tile)[:, :length]
+    return _attend(q, k, v, turn, segments, d_head, tile)[:, :length]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -228,7 +252,7 @@ def _forward(q, k, v, turn, segments, d_head, tile):
             pltpu.VMEM((heads, tile, LANES), jnp.float32),
             pltpu.VMEM((heads, tile, LANES), jnp.float32),
         ],
-        cost_estimate=_cost(q, d_head, tile, products=2),
+        cost_estimate=_cost(q, d_head, tile, products=2, busy=BUSY["forward"], arrays=2),
         name="rotary_attention",
     )(q, k, v, turn.cos, turn.sin, turn.cos, turn.sin, *segmented)
     out, lse = checkpoint_name(out, RESIDUALS), checkpoint_name(lse, RESIDUALS)
@@ -300,22 +324,29 @@ def _matrix_unit() -> int:
     """Rows and columns of the systolic array of the chip compiled for."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    return 256 if "v6" in kind or "v7" in kind else 128
+    return 256 if any(name in kind for name in ("v6", "v7", "TPU7")) else 128
 
 
-def _cost(q_BxLxD: jax.Array, d_head: int, tile: int, products: int) -> pl.CostEstimate:
+def _cost(
+    q_BxLxD: jax.Array, d_head: int, tile: int, *, products: int, busy: float, arrays: int
+) -> pl.CostEstimate:
     """What the matrix unit works through, zeros and hidden scores included, over its share of the
     time: the compiler divides these FLOPs by the chip's peak.
+
+    Args:
+        products: matrix products of a tile of scores.
+        arrays: tiles of projections that every step fetches, with one of cosines and sines.
     """
     batch, length, columns = q_BxLxD.shape
     tiles, subtiles = length // tile, max(tile // SUBTILE, 1)
     hidden = tiles * tile**2 * (subtiles - 1) / subtiles / 2  # of tiles on the diagonal
     scores = tiles * (tiles + 1) / 2 * tile**2 - hidden
     worked = 2 * products * scores * _matrix_unit() * (columns // d_head) * batch
+    fetched = tiles * (tiles + 1) // 2 * tile * (arrays * q_BxLxD.dtype.itemsize + 8)
     return pl.CostEstimate(
-        flops=int(worked / BUSY),
+        flops=int(worked / busy),
         transcendentals=int(scores * batch * columns // d_head),
-        bytes_accessed=2 * products * q_BxLxD.size * q_BxLxD.dtype.itemsize,
+        bytes_accessed=fetched * columns * batch,
     )
 
 
@@ -433,7 +464,7 @@ def _backward(d_head, tile, residuals, d_out):
             pltpu.VMEM((tile, LANES), jnp.float32),
             pltpu.VMEM((tile, LANES), jnp.float32),
         ],
-        cost_estimate=_cost(q, d_head, tile, products=5),
+        cost_estimate=_cost(q, d_head, tile, products=5, busy=BUSY["backward"], arrays=3),
         name="rotary_attention_gradient",
     )(q, k, v, out, d_out, lse, turn.cos, turn.sin, turn.cos, turn.sin, *segmented)
     return *gradients, None, None

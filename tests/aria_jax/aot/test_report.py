@@ -6,14 +6,14 @@ import json
 import jax
 import pytest
 
+from aria_jax.aot.formulas import (
+    ATTENTION_EFFICIENCY,
+    attention_efficiency,
+    loss_flops_not_counted,
+)
 from aria_jax.aot.presets import TOKENS_AT_ONCE, accelerator_run, chip_count, tuned
 from aria_jax.aot.programs import Program, with_layers
-from aria_jax.aot.report import (
-    ATTENTION_EFFICIENCY,
-    Cost,
-    _loss_flops_not_counted,
-    attention_efficiency,
-)
+from aria_jax.aot.report import Cost
 from aria_jax.cli.main import main
 from aria_jax.config import DataConfig, MeshConfig, with_overrides
 from aria_jax.losses.language_model import CHUNK_TOKENS
@@ -48,11 +48,11 @@ def test_all_chunks_of_the_loss_but_one_are_added():
     made = Program(None, (), tokens=4 * CHUNK_TOKENS, training=True)
     one_chunk = 3 * 2 * 1536 * 17_727 * CHUNK_TOKENS
     config = with_overrides(config, ["grad_accumulation=1"])
-    assert _loss_flops_not_counted(config, "pretrain", made, mesh) == pytest.approx(3 * one_chunk)
+    assert loss_flops_not_counted(config, "pretrain", made, mesh) == pytest.approx(3 * one_chunk)
     # In two parts of two chunks each, one of every part is counted already.
     parts = with_overrides(config, ["grad_accumulation=2"])
-    assert _loss_flops_not_counted(parts, "pretrain", made, mesh) == pytest.approx(2 * one_chunk)
-    assert _loss_flops_not_counted(config, "contrastive", made, mesh) == 0
+    assert loss_flops_not_counted(parts, "pretrain", made, mesh) == pytest.approx(2 * one_chunk)
+    assert loss_flops_not_counted(config, "contrastive", made, mesh) == 0
 
 
 def test_narrow_heads_leave_matrix_units_idle():

@@ -59,10 +59,10 @@ def test_the_kernels_are_as_busy_as_the_cost_estimate_says(topology):
     import sys
 
     command = [sys.executable, "-m", "launch.schedule", topology]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode and "libtpu" in done.stderr:
+        pytest.skip(f"needs libtpu (pip install 'aria-jax[aot]'): {done.stderr}")
     rows = [row.split("|") for row in done.stdout.splitlines() if row.startswith(f"| {topology}")]
     assert len(rows) == len(KERNELS)
-    cycles = [float(row[3].replace(",", "")) for row in rows]
-    busy = [float(row[4].strip(" %")) / 100 for row in rows]
-    together = sum(c * b for c, b in zip(cycles, busy, strict=True)) / sum(cycles)
-    assert BUSY <= together < 1
+    for row in rows:
+        assert BUSY[row[2].strip()] <= float(row[4].strip(" %")) / 100 < 1

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 @pytest.mark.parametrize(("n_rows", "n_outputs", "n_inputs"), [(1, 7, 33), (3, 64, 16), (2, 1, 5)])
 @pytest.mark.parametrize("n_threads", [1, 2, 3])
 def test_equals_the_product_in_float64(n_rows, n_outputs, n_inputs, n_threads, monkeypatch):
-    monkeypatch.setattr(narrow_cpu, "_n_threads", lambda: n_threads)
+    monkeypatch.setattr(narrow_cpu, "usable_cpus", lambda: n_threads)
     rng = np.random.default_rng(0)
     rows = rng.integers(-128, 128, (n_outputs, n_inputs), dtype=np.int8)
     scale = rng.random(n_outputs, dtype=np.float32)
@@ -37,16 +37,26 @@ def test_bfloat16_equals_the_product_in_float64(shape):
 
 
 def test_many_calls_at_once(monkeypatch):
-    """More threads than the pool has, programs side by side: no part lost, none done twice."""
-    monkeypatch.setattr(narrow_cpu, "_n_threads", lambda: 9)
+    """More threads than the pool has, programs side by side: every part is there."""
+    monkeypatch.setattr(narrow_cpu, "usable_cpus", lambda: 9)
     rng = np.random.default_rng(0)
     rows = jnp.asarray(rng.integers(-128, 128, (50, 300)), jnp.int8)
-    scale, x = jnp.ones(50), jnp.asarray(rng.integers(-3, 4, (2, 300)), jnp.float32)
-    expected = np.asarray(x, np.int64) @ np.asarray(rows, np.int64).T
-    run = jax.jit(narrow_cpu.narrow_matmul)
+    xs = rng.integers(-3, 4, (400, 2, 300))
+    run = jax.jit(lambda x: narrow_cpu.narrow_matmul(x, rows, jnp.ones(50)))
     with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(lambda _: np.asarray(run(x, rows, scale)), range(400)):
-            np.testing.assert_array_equal(found, expected)  # sums of small integers are exact
+        found = list(pool.map(lambda x: np.asarray(run(x.astype(np.float32))), xs))
+    np.testing.assert_array_equal(found, xs @ np.asarray(rows, np.int64).T)  # small integers: exact
+
+
+def test_other_kinds_of_numbers_are_refused():
+    rows, scale = jnp.ones((4, 3), jnp.int8), jnp.ones(4)
+    for wrong in (
+        (jnp.ones((1, 3), jnp.bfloat16), rows, scale),
+        (jnp.ones((1, 3)), rows, None),
+        (jnp.ones((1, 3)), rows.astype(jnp.int16), scale),
+    ):
+        with pytest.raises(TypeError, match="rows of activations"):
+            narrow_cpu.narrow_matmul(*wrong)
 
 
 def test_inside_a_loop():

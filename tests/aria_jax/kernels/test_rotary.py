@@ -6,7 +6,14 @@ import numpy as np
 import pytest
 
 from aria_jax.config import MeshConfig
-from aria_jax.kernels.attention import apply_rope, packed, rope_tables, rotary_attention
+from aria_jax.kernels.attention import (
+    apply_rope,
+    choice,
+    packed,
+    rope_tables,
+    rotary_attention,
+    splash,
+)
 from aria_jax.sharding import make_mesh
 
 
@@ -56,8 +63,9 @@ def test_packed_with_heads_of_any_width_and_positions_of_its_own(width):
     check(case(2, 128, 256 // width, width, segments=True, own_positions=True))
 
 
-def test_packed_in_bfloat16_sums_in_float32():
-    arguments = case(1, 256, 2, 64, segments=True, dtype=jnp.bfloat16)
+def test_packed_in_bfloat16_sums_in_float32(monkeypatch):
+    monkeypatch.setattr(packed, "TILES", (128,))  # eight sums in a row
+    arguments = case(1, 1024, 2, 64, segments=True, dtype=jnp.bfloat16)
     wide = {n: a.astype(jnp.float32) if n[0] in "qkv" else a for n, a in arguments.items()}
     wide_values = values_and_gradients(wide, "plain")
     for ours, theirs in zip(values_and_gradients(arguments, "packed"), wide_values, strict=True):
@@ -82,6 +90,7 @@ def test_packed_cut_over_a_mesh():
         (8192, 1536, 64, True),
         (8192, 192, 64, False),  # three heads
         (8192, 1024, 128, False),  # one head a block: nothing to gain
+        (8192, 1024, 8, False),
         (8192, 1536, 48, False),
         (64, 1536, 64, False),
         (32_768, 1536, 64, False),
@@ -89,6 +98,33 @@ def test_packed_cut_over_a_mesh():
 )
 def test_what_packed_suits(length, columns, width, expected):
     assert packed.suits(length, columns, width) == expected
+
+
+def test_packed_refuses_what_it_does_not_suit():
+    with pytest.raises(ValueError, match="do not suit"):
+        values_and_gradients(case(1, 128, 1, 128), "packed")
+
+
+@pytest.mark.parametrize(
+    "heads, sizes, expected",
+    [(4, (2, 1, 2, 1), "packed"), (4, (2, 1, 1, 2), "splash"), (3, (1, 1, 1, 1), "splash")],
+)
+def test_what_is_chosen_on_a_tpu(monkeypatch, heads, sizes, expected):
+    """Packed on whole sequences and whole blocks of heads, splash otherwise."""
+    chosen = []
+    monkeypatch.setattr(choice, "platform", lambda: "tpu")
+    monkeypatch.setattr(packed, "fits_chip", lambda: True)
+    monkeypatch.setattr(choice, "_packed", lambda q, *_: chosen.append("packed") or q)
+    monkeypatch.setattr(splash, "attend", lambda q, *_: chosen.append("splash") or q)
+    mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
+    with jax.set_mesh(mesh):
+        rotary_attention(**case(2, 128, heads, 64))
+    assert chosen == [expected]
+
+
+@pytest.mark.parametrize("length, tile", [(128, 128), (300, 512), (1920, 512), (8192, 1024)])
+def test_tiles_weigh_padding_against_steps(length, tile):
+    assert packed.tile_of(length) == tile
 
 
 def test_rotation_depends_on_distance_only():

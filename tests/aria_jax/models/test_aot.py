@@ -1,12 +1,12 @@
 """What a TPU pod would run, compiled here: two layers of the medium model."""
 
 import dataclasses
-import os
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from aria_jax.aot.environment import prepare
 from aria_jax.config import ComputeConfig, MeshConfig
 from aria_jax.losses.language_model import next_token_loss
 from aria_jax.models.heads import abstract_model, split_model
@@ -17,9 +17,7 @@ pytestmark = pytest.mark.aot
 
 
 def topology_mesh(name, **axes):
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-128")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    prepare()
     from jax.experimental import topologies
 
     options = {"num_slices": axes.pop("slices")} if "slices" in axes else {}
@@ -64,7 +62,7 @@ def compiled_step(mesh, *, rows, length=8192, segments=False, n_layers=2, **comp
         ("v5e:8x8", {"data": 1, "fsdp": 64}, False),
     ],
 )
-def test_medium_compiles_with_splash_attention(name, axes, segments):
+def test_medium_compiles_without_all_scores(name, axes, segments):
     mesh = topology_mesh(name, **axes)
     rows = 2 * mesh.shape["fsdp"]
     compiled = compiled_step(mesh, rows=rows, segments=segments)
@@ -72,7 +70,8 @@ def test_medium_compiles_with_splash_attention(name, axes, segments):
     # 24 heads × 8192² scores would take 6.4 GB a row; two layers, two rows and the chunked loss
     # must do with far less.
     assert memory.temp_size_in_bytes < 4e9
-    assert "splash" in str(compiled.as_text()) if name.startswith("v5e") else True
+    if name.startswith("v5e"):  # the text of other families cannot be had
+        assert "rotary_attention" in str(compiled.as_text())
 
 
 def test_two_slices():
