@@ -50,22 +50,24 @@ def check(arguments, tolerance=5e-5):
         np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)  # order of sums
 
 
-@pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize("length, tile", [(128, 128), (300, 128), (512, 256)])
-def test_packed(monkeypatch, length, tile, segments):
+@pytest.mark.parametrize(
+    "length, tile, heads, segments",
+    [(300, 128, 2, True), (512, 256, 2, False), (256, 256, 4, True)],
+)
+def test_packed(monkeypatch, length, tile, heads, segments):
     monkeypatch.setattr(packed, "TILES", (tile,))
     monkeypatch.setattr(packed, "SUBTILE", 128)
-    check(case(2, length, 4, 64, segments=segments))
+    check(case(2, length, heads, 64, segments=segments))
 
 
-@pytest.mark.parametrize("width", [16, 32, 64])
+@pytest.mark.parametrize("width", [16, 32])
 def test_packed_with_heads_of_any_width_and_positions_of_its_own(width):
     check(case(2, 128, 256 // width, width, segments=True, own_positions=True))
 
 
 def test_packed_in_bfloat16_sums_in_float32(monkeypatch):
     monkeypatch.setattr(packed, "TILES", (128,))  # eight sums in a row
-    arguments = case(1, 1024, 2, 64, segments=True, dtype=jnp.bfloat16)
+    arguments = case(1, 1024, 2, 64, dtype=jnp.bfloat16)
     wide = {n: a.astype(jnp.float32) if n[0] in "qkv" else a for n, a in arguments.items()}
     wide_values = values_and_gradients(wide, "plain")
     for ours, theirs in zip(values_and_gradients(arguments, "packed"), wide_values, strict=True):

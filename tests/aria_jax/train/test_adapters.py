@@ -68,7 +68,8 @@ def test_stopped_and_resumed_equals_straight(config, corpus, base, tmp_path, rec
     jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
-@pytest.mark.parametrize("task", ["contrastive", pytest.param("classify", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["contrastive", "classify"])
 def test_a_new_head_is_trained_whole(task, config, corpus, base, tmp_path, weights):
     settings = config(task, *LORA, "grad_accumulation=2")
     run(settings, corpus, tmp_path / "run", init_from=base)

@@ -34,13 +34,19 @@ def test_stopped_and_resumed_equals_straight_bit_for_bit(
     jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 
-SLOW_LAYOUTS = [(1, 2, 1, 1), (2, 1, 1, 1), (1, 1, 2, 1), (1, 2, 2, 1), (4, 1, 1, 1), (1, 2, 1, 2)]
+SLOW_LAYOUTS = [(1, 2, 1, 1), (2, 1, 1, 1), (1, 1, 2, 1), (1, 2, 2, 1), (1, 2, 1, 2), (2, 2, 2, 1)]
 
 
-@pytest.mark.parametrize("task", ["pretrain", "contrastive"])
 @pytest.mark.parametrize(
-    "layout",
-    [(2, 2, 2, 1), *(pytest.param(sizes, marks=pytest.mark.slow) for sizes in SLOW_LAYOUTS)],
+    "layout, task",
+    [
+        ((2, 2, 2, 1), "pretrain"),
+        *(
+            pytest.param(sizes, task, marks=pytest.mark.slow)
+            for sizes in SLOW_LAYOUTS
+            for task in ("pretrain", "contrastive")
+        ),
+    ],
     ids=str,
 )
 def test_a_run_learns_the_same_on_any_layout(
