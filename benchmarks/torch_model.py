@@ -5,7 +5,8 @@ from torch import nn
 from torch.nn import functional
 
 from aria_jax.config import ModelConfig
-from aria_jax.models.transformer import NORM_EPSILON, ROPE_BASE
+from aria_jax.kernels.attention.rotary import ROPE_BASE
+from aria_jax.models.transformer import NORM_EPSILON
 
 
 class Block(nn.Module):
