@@ -41,8 +41,10 @@ from aria_jax.sharding import make_mesh
 from aria_jax.train.cost import CHIPS, Chip
 from data_pipeline.errors import UserError
 
-_WANTED = re.compile(r"Used ([0-9.]+)([KMG]) of [0-9.]+[KMG]i? hbm")
-"""In the words of a compiler that found too little memory."""
+_WANTED = re.compile(
+    r"(?:Used |temporaries \()([0-9.]+)([KMG])\)? (?:of|exceeds) .*hbm", re.IGNORECASE
+)
+"""In the words of a compiler that found too little memory: all it wanted, or the temporaries."""
 READABLE = "v5e"
 """The family whose compiled programs can be printed; other families' text cannot be had."""
 READABLE_SLICES = {
