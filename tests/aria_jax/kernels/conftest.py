@@ -1,16 +1,14 @@
 """A TPU pod that is only described."""
 
-import os
-
 import pytest
+
+from aria_jax.aot.environment import prepare
 
 
 @pytest.fixture(scope="session")
 def tpu_topology():
     """64 chips of TPU v5p, for ahead-of-time compilation."""
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-128")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    prepare()
     from jax.experimental import topologies
 
     try:
