@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from data_pipeline.augment_config import AugmentConfig
 from data_pipeline.errors import UserError
 
 SLICE_NOTES = 300
@@ -117,6 +118,7 @@ class DataConfig:
     global_batch: int = 8
     """Sequences (contrastive: pairs) per optimiser step, over all devices and processes."""
     augment: bool = True
+    """Whether training pieces are changed at random, as the section `augmentation` says."""
     packing: Literal["concat", "best-fit"] = "concat"
     max_piece_tokens: int | None = None
     """Longer pieces are left out (pretrain, continue)."""
@@ -191,6 +193,7 @@ class RunConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augmentation: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
 

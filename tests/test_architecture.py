@@ -16,8 +16,12 @@ COMMON = {"data_pipeline", "aria_jax.config", "aria_jax.presets", "aria_jax.shar
 ALLOWED = {
     "data_pipeline": set(),
     "launch": {"data_pipeline", "aria_jax"},
-    "aria_jax.config": {"data_pipeline.errors"},
-    "aria_jax.presets": {"aria_jax.config", "data_pipeline.errors"},
+    "aria_jax.config": {"data_pipeline.errors", "data_pipeline.augment_config"},
+    "aria_jax.presets": {
+        "aria_jax.config",
+        "data_pipeline.errors",
+        "data_pipeline.augment_config",
+    },
     "aria_jax.sharding": COMMON,
     "aria_jax.kernels": COMMON,
     "aria_jax.losses": COMMON | {"aria_jax.kernels"},

@@ -18,7 +18,6 @@ from aria_jax.losses.language_model import next_token_loss
 from aria_jax.models.heads import Model
 from aria_jax.train.files import slice_answers
 from data_pipeline import loaders
-from data_pipeline.augment import AugmentConfig
 from data_pipeline.shards import load_manifest
 from data_pipeline.tokenizer import Tokenizer
 
@@ -163,7 +162,7 @@ def build_task(
     def batches(split: str, **options: Any) -> Batches:
         return make(data_dir, split=split, **common, **extra, **options)
 
-    augment = AugmentConfig() if config.data.augment else None
+    augment = config.augmentation if config.data.augment else None
     has_val = bool(load_manifest(data_dir)["splits"].get("val", {}).get("shards"))
     return Task(
         loss=loss_function(config, mesh),

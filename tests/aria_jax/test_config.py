@@ -28,6 +28,7 @@ def test_every_preset_of_every_task_is_valid_and_survives_json(preset, task):
         ("optimizer.peak_lr=1e-4", lambda c: c.optimizer.peak_lr == 1e-4),
         ("clip_norm=none", lambda c: c.optimizer.clip_norm is None),
         ("augment=false", lambda c: c.data.augment is False),
+        ("pitch=3", lambda c: c.augmentation.pitch == 3 and c.augmentation.tempo == 0.2),
         ("dtype=bfloat16", lambda c: c.compute.dtype == "bfloat16"),
         ("class_names=a,b", lambda c: c.model.class_names == ("a", "b")),
     ],
@@ -43,6 +44,7 @@ def test_overrides_are_typed(text, read):
         ("steps", "not of the form key=value"),
         ("steps=many", "must be of type int"),
         ("augment=perhaps", "must be true or false"),
+        ("augmentation.tempo=2", "tempo=2.0 must lie in"),
         ("dtype=float64", "must be one of float32, bfloat16"),
     ],
 )
