@@ -27,8 +27,9 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 demo: setup ## sample corpus, training, embeddings, probe, continuation, report (minutes, no GPU)
 	$(BIN)/aria-jax demo $(DEMO_OUT)
 
+# Most tests compile for longer than they compute, so they take machine code that is made quickly.
 test: setup ## the test suite
-	$(BIN)/python -m pytest -n 2 -m "not slow and not aot"
+	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(BIN)/python -m pytest -n 2 -m "not slow and not aot"
 
 test-slow: setup ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow"
@@ -73,7 +74,7 @@ compile-check: setup ## compile for TPU topologies that are not here (minutes; i
 
 compile-table: setup ## the table of docs/tpu.md (an hour)
 	@$(PIP) -e '.[aot]'
-	$(BIN)/python -m launch.aot v5p:4x4x4 v5p:4x8x8 v5e:8x8 v5e:16x16 v6e:8x8 v6e:16x16 -- --no-collectives
+	$(BIN)/python -m launch.aot v5p:4x4x4 v5p:4x8x8 v5e:8x8 v5e:16x16 v6e:8x8 v6e:16x16
 
 smoke-gpu: setup ## a few steps of `small` on one GPU, with MFU; says so where there is none
 	$(BIN)/python -m benchmarks.smoke_gpu
