@@ -6,7 +6,7 @@ from torch.nn import functional
 
 from aria_jax.config import ModelConfig
 from aria_jax.kernels.attention.rotary import ROPE_BASE
-from aria_jax.models.transformer import NORM_EPSILON
+from aria_jax.models.norm import EPSILON
 
 
 class Block(nn.Module):
@@ -16,7 +16,7 @@ class Block(nn.Module):
         super().__init__()
         d, ff = config.d_model, config.d_model * config.ff_mult
         self.heads = config.n_heads
-        self.norm1, self.norm2 = (nn.LayerNorm(d, eps=NORM_EPSILON) for _ in range(2))
+        self.norm1, self.norm2 = (nn.LayerNorm(d, eps=EPSILON) for _ in range(2))
         self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
         self.gate, self.up = (nn.Linear(d, ff, bias=False) for _ in range(2))
         self.down = nn.Linear(ff, d, bias=False)
@@ -45,7 +45,7 @@ class Decoder(nn.Module):
         self.d_head = config.d_head
         self.embedding = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
-        self.norm = nn.LayerNorm(config.d_model, eps=NORM_EPSILON)
+        self.norm = nn.LayerNorm(config.d_model, eps=EPSILON)
         self.head = nn.Linear(config.d_model, config.vocab_size, bias=False)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:

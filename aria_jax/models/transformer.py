@@ -24,9 +24,9 @@ from aria_jax.kernels.attention import (
     rotary_attention,
     split_heads,
 )
+from aria_jax.models.norm import MOMENTS, layer_norm
 from aria_jax.sharding import constrain
 
-NORM_EPSILON = 1e-5
 ACTIVATIONS = ("batch", "length", None)
 """Logical axes of hidden states [B, L, D]."""
 BLOCK_INPUT = "block_input"
@@ -218,7 +218,7 @@ def _rematerialised(layer, policy: str, *, prevent_cse: bool):
         return layer
     policies = jax.checkpoint_policies
     kept = {
-        "dots": policies.save_only_these_names(ATTENTION_RESIDUALS, PROJECTION),
+        "dots": policies.save_only_these_names(ATTENTION_RESIDUALS, PROJECTION, MOMENTS),
         "full": policies.nothing_saveable,
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
@@ -228,15 +228,6 @@ def _rematerialised(layer, policy: str, *, prevent_cse: bool):
         ),
     }[policy]
     return jax.checkpoint(layer, policy=kept, prevent_cse=prevent_cse)
-
-
-def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
-    """Normalises the last axis in float32; keeps the dtype of `x`."""
-    x32 = x.astype(jnp.float32)
-    mean = x32.mean(-1, keepdims=True)
-    variance = jnp.square(x32 - mean).mean(-1, keepdims=True)
-    y = (x32 - mean) * jax.lax.rsqrt(variance + NORM_EPSILON) * scale_D + bias_D
-    return y.astype(x.dtype)
 
 
 def project_qkv(
