@@ -1,4 +1,4 @@
-"""Collectives in the text of a compiled program."""
+"""What the text of a compiled program says: collectives, cycles, FLOPs of kernels."""
 
 import re
 
@@ -12,6 +12,10 @@ COLLECTIVES = (
 )
 _BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
 _OPERATION = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN = 2**63 - 1
+"""Cycles of an operation that the TPU compiler has no estimate for."""
+_KERNEL = re.compile(r'"cost_estimate":\{[^}]*"flops":"(\d+)"')
 _SHAPE = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
 
 
@@ -25,12 +29,30 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     for line in text.splitlines():
         if (match := _OPERATION.search(line)) is None:
             continue
-        shapes, kind, _ = match.groups()
-        operands = line[match.end() :].partition(")")[0]
-        sizes = [_size(*shape) for shape in _SHAPE.findall(shapes + " " + operands)]
+        shapes, kind, started = match.groups()
+        given = [_size(*shape) for shape in _SHAPE.findall(shapes)]
+        if started and kind != "all-reduce":  # gives operands and results
+            given = given[len(given) // 2 :]
+        taken = _SHAPE.findall(line[match.end() :].partition(")")[0])
+        size = max(sum(given), sum(_size(*shape) for shape in taken))
         number, total = found.get(kind, (0, 0))
-        found[kind] = (number + 1, total + max(sizes, default=0))
+        found[kind] = (number + 1, total + size)
     return found
+
+
+def moved_bytes(found: dict[str, tuple[int, int]]) -> float:
+    """What a device sends for such collectives: sums are reduced and handed round."""
+    return sum(size * (2 if kind == "all-reduce" else 1) for kind, (_, size) in found.items())
+
+
+def cycles(text: str) -> int:
+    """Sum of what a TPU's compiler estimates for each operation; the body of a loop counts once."""
+    return sum(n for n in map(int, _CYCLES.findall(text)) if n < _UNKNOWN)
+
+
+def kernel_flops(text: str) -> float:
+    """Sum of the cost estimates that kernels brought along."""
+    return float(sum(map(int, _KERNEL.findall(text))))
 
 
 def _size(kind: str, dimensions: str) -> int:

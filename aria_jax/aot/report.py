@@ -9,15 +9,21 @@ Three kinds of figures, never mixed up (`Report.sources` says which is which):
   unit works through (`kernels.attention.packed`).
 - formula: FLOPs of the splash attention kernel, which carries no cost estimate, and of all chunks
   of the vocabulary loss but the first, since they are a loop too.
-- assumption: the share of the peak that the splash kernel reaches, and, where the compiler gives no
-  time, that a program takes the longer of computing, moving memory, and talking to other chips.
+- assumption: the share of the peak that the splash kernel reaches, and data sheet speeds.
+
+Where the compiler gives no time of the whole (v5e, v6e), it is the sum of what runs one after the
+other: the cycles that it estimates for each operation at the chip's clock, the kernels' cost
+estimates at its peak, and collectives at the speed of its network, as if nothing overlapped.
+docs/tpu.md holds that sum against the compiler's time where there is one.
 """
 
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
@@ -33,8 +39,8 @@ from aria_jax.aot.formulas import (
     uses_splash,
     worked,
 )
-from aria_jax.aot.hlo import collectives
-from aria_jax.aot.presets import TOKENS_AT_ONCE, chip_count, wrong_topology
+from aria_jax.aot.hlo import collectives, cycles, kernel_flops, moved_bytes
+from aria_jax.aot.presets import TOKENS_AT_ONCE, wrong_topology
 from aria_jax.aot.programs import TRAINING, Program, Task, program, with_layers
 from aria_jax.config import RunConfig
 from aria_jax.sharding import make_mesh
@@ -45,13 +51,6 @@ _WANTED = re.compile(
     r"(?:Used |temporaries \()([0-9.]+)([KMG])\)? (?:of|exceeds) .*hbm", re.IGNORECASE
 )
 """In the words of a compiler that found too little memory: all it wanted, or the temporaries."""
-READABLE = "v5e"
-"""The family whose compiled programs can be printed; other families' text cannot be had."""
-READABLE_SLICES = {
-    4: "v5e:2x2", 8: "v5e:2x4", 16: "v5e:4x4", 32: "v5e:4x8", 64: "v5e:8x8", 128: "v5e:8x16",
-    256: "v5e:16x16",
-}  # fmt: skip
-"""By number of chips."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +60,17 @@ class Cost:
     Attributes:
         flops, bytes: arithmetic, and memory traffic.
         seconds: its own time estimate; None where it gives none (negative or zero).
+        summed_seconds: of its operations' cycles, kernels and collectives, one after the other.
     """
 
     flops: float
     bytes: float
     seconds: float | None
+    summed_seconds: float
 
     @classmethod
-    def of(cls, compiled: Any) -> "Cost":
-        """Reads a compiled program."""
+    def of(cls, compiled: Any, text: str, chip: Chip) -> "Cost":
+        """Reads a compiled program, and its text."""
         found = compiled.cost_analysis()
         found = found[0] if isinstance(found, list) else found
         seconds = float(found.get("optimal_seconds", -1.0))
@@ -77,6 +78,9 @@ class Cost:
             float(found.get("flops", 0.0)),
             float(found.get("bytes accessed", 0.0)),
             seconds if seconds > 0 else None,
+            cycles(text) / chip.clock
+            + kernel_flops(text) / chip.flops
+            + moved_bytes(collectives(text)) / chip.network,
         )
 
     def repeated(self, two: "Cost", n_layers: int, times: int) -> "Cost":
@@ -88,13 +92,18 @@ class Cost:
         seconds = None
         if self.seconds is not None and two.seconds is not None:
             seconds = grown(self.seconds, two.seconds)
-        return Cost(grown(self.flops, two.flops), grown(self.bytes, two.bytes), seconds)
+        return Cost(
+            grown(self.flops, two.flops),
+            grown(self.bytes, two.bytes),
+            seconds,
+            grown(self.summed_seconds, two.summed_seconds),
+        )
 
     def with_flops(self, more: float) -> "Cost":
         """The cost with so many FLOPs added, and bytes and time in proportion."""
         share = 1 + more / max(self.flops, 1.0)
         seconds = None if self.seconds is None else self.seconds * share
-        return Cost(self.flops + more, self.bytes * share, seconds)
+        return Cost(self.flops + more, self.bytes * share, seconds, self.summed_seconds * share)
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ class Report:
         cost: without the splash kernel; None, with all that follows from it, where the program
             does not fit.
         attention_flops: of the splash kernel, 0 where it is not used.
-        collectives: kind -> (number, bytes); None where they could not be read.
+        collectives: kind -> (number, bytes); None where it does not fit.
         seconds: estimate of one call. model_flops: what the mathematics needs, over all chips.
         mfu: model_flops in that time as a share of all chips' peak.
         sources: figure -> "compiler", "formula" or "assumption: …".
@@ -156,11 +165,23 @@ def topology_mesh(config: RunConfig, topology: str) -> Mesh:
     return make_mesh(config.mesh, list(described.devices))
 
 
-def compiled(made: Program, mesh: Mesh) -> Any:
+def compiled(made: Program, mesh: Mesh, **options: Any) -> Any:
     """The program, compiled for the mesh's devices."""
     with jax.set_mesh(mesh):
         lowered = made.function.trace(*made.arguments).lower(lowering_platforms=("tpu",))
-        return lowered.compile()
+        return lowered.compile(compiler_options=options)
+
+
+def compiled_text(made: Program, mesh: Mesh) -> tuple[Any, str]:
+    """The program and its final text, which only the compiler itself can print for every family."""
+    with TemporaryDirectory() as folder:
+        executable = compiled(made, mesh, xla_dump_to=folder, xla_dump_hlo_as_text=True)
+        found = sorted(
+            Path(folder).glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size
+        )
+        if not found:
+            raise UserError("the compiler has printed no program: another version of libtpu?")
+        return executable, found[-1].read_text(encoding="utf-8", errors="replace")
 
 
 def compile_report(
@@ -168,13 +189,11 @@ def compile_report(
     task: Task,
     topology: str,
     *,
-    read_collectives: bool = True,
     on_compile: Callable[[str], None] = lambda what: None,
 ) -> Report:
     """Compiles a task three times (whole, one layer, two) and puts together what it takes.
 
     Args:
-        read_collectives: on other chips than v5e this takes two more compilations.
         on_compile: told what is compiled next: each takes up to minutes.
 
     Raises:
@@ -192,14 +211,14 @@ def compile_report(
     cached = cached_flops(config, task, made, mesh)
     cost, talk = None, None
     if memory["total"] <= chip.hbm:
-        cost, talk = _counted(config, task, topology, read_collectives, on_compile)
+        cost, talk = _counted(config, task, mesh, chip, on_compile)
         cost = cost.with_flops(
             loss_flops_not_counted(config, task, made, mesh)
             + cached["blocks"]
             + (0.0 if splash else worked(cached["attention"], config.model.d_head, chip))
         )
     attention += cached["attention"] if splash else 0.0
-    seconds, source = _estimate(cost, attention, talk, config.model.d_head, chip)
+    seconds, source = _estimate(cost, attention, config.model.d_head, chip)
     model_flops = needed_flops(config, made)
     return Report(
         task=task,
@@ -224,35 +243,28 @@ def compile_report(
             if splash
             else "in the compiler's figures; a packed kernel by "
             "its cost estimate, zeros and hidden scores included",
-            "collectives": _collectives_source(topology, talk),
+            "collectives": "compiler, as flops",
             "seconds": source,
         },
     )
 
 
 def _counted(
-    config: RunConfig,
-    task: Task,
-    topology: str,
-    read_collectives: bool,
-    on_compile: Callable[[str], None],
-) -> tuple[Cost, dict[str, tuple[int, int]] | None]:
+    config: RunConfig, task: Task, mesh: Mesh, chip: Chip, on_compile: Callable[[str], None]
+) -> tuple[Cost, dict[str, tuple[int, int]]]:
     """What the compiler counts in programs of one and two layers, made into the whole."""
-    mesh = topology_mesh(config, topology)
     accumulation = config.train.grad_accumulation if task in TRAINING else 1
-    cut = tuple(_one_part(with_layers(config, n), accumulation) for n in (1, 2))
-    few_layers = []
-    for n, part in enumerate(cut, 1):
+    costs, texts = [], []
+    for n in (1, 2):
         on_compile(f"{n} of its {config.model.n_layers} layers")
-        few_layers.append(compiled(program(part, task, mesh), mesh))
-    one, two = map(Cost.of, few_layers)
-    cost = one.repeated(two, config.model.n_layers, accumulation)
-    if not read_collectives:
-        return cost, None
-    texts = _texts(few_layers, cut, task, topology, on_compile)
-    if texts is None:
-        return cost, None
-    return cost, _collectives(texts[0], texts[1], config.model.n_layers, accumulation)
+        part = _one_part(with_layers(config, n), accumulation)
+        executable, text = compiled_text(program(part, task, mesh), mesh)
+        costs.append(Cost.of(executable, text, chip))
+        texts.append(text)
+    return (
+        costs[0].repeated(costs[1], config.model.n_layers, accumulation),
+        _collectives(texts[0], texts[1], config.model.n_layers, accumulation),
+    )
 
 
 def _one_part(config: RunConfig, accumulation: int) -> RunConfig:
@@ -283,26 +295,6 @@ def _memory(made: Program, mesh: Mesh) -> dict[str, int]:
     return {**parts, "total": sum(parts.values())}
 
 
-def _texts(
-    few_layers: Sequence[Any],
-    cut: Sequence[RunConfig],
-    task: Task,
-    topology: str,
-    on_compile: Callable[[str], None],
-) -> list[str] | None:
-    """HLO of the programs of one and two layers; where the family's cannot be printed, of the same
-    programs for as many v5e chips; None where there is no such slice.
-    """
-    if topology.partition(":")[0] == READABLE:
-        return [made.as_text() for made in few_layers]
-    stand_in = READABLE_SLICES.get(chip_count(topology))
-    if stand_in is None:
-        return None
-    on_compile(f"1 and 2 layers for {stand_in}, whose collectives can be read")
-    mesh = topology_mesh(cut[0], stand_in)
-    return [compiled(program(part, task, mesh), mesh).as_text() for part in cut]
-
-
 def _collectives(
     one_layer: str, two_layers: str, n_layers: int, times: int
 ) -> dict[str, tuple[int, int]]:
@@ -316,20 +308,8 @@ def _collectives(
     return total
 
 
-def _collectives_source(topology: str, talk: dict | None) -> str:
-    if talk is None:
-        return "not read"
-    if topology.startswith(READABLE):
-        return "compiler"
-    return f"compiler, from the same program for {READABLE} chips"
-
-
 def _estimate(
-    cost: Cost | None,
-    attention_flops: float,
-    talk: dict[str, tuple[int, int]] | None,
-    d_head: int,
-    chip: Chip,
+    cost: Cost | None, attention_flops: float, d_head: int, chip: Chip
 ) -> tuple[float | None, str]:
     """Seconds of one call, and where they come from."""
     if cost is None:
@@ -344,11 +324,5 @@ def _estimate(
         )
     if cost.seconds is not None:
         return cost.seconds + attention, "compiler" + extra
-    moved = sum(size for _, size in (talk or {}).values())
-    ideal = max(
-        cost.flops / chip.flops, cost.bytes / chip.bandwidth, moved / (chip.network or 1e30)
-    )
-    return ideal + attention, (
-        "assumption: the longest of computing, memory traffic and collectives, at data sheet "
-        "speed" + extra
-    )
+    source = "sum of the compiler's cycles, and of kernels and collectives at data sheet speed"
+    return cost.summed_seconds + attention, source + extra

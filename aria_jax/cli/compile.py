@@ -39,11 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--mesh", metavar="D,F,T,S", help="devices per axis: data, fsdp, tensor, sequence"
     )
-    parser.add_argument(
-        "--no-collectives",
-        action="store_true",
-        help="do not read what chips say to each other: fewer compilations",
-    )
     parser.add_argument("--json", action="store_true", help="print the report as one JSON line")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes to the preset")
 
@@ -72,7 +67,6 @@ def run(args: argparse.Namespace) -> int:
         config,
         args.task,
         args.topology,
-        read_collectives=not args.no_collectives,
         on_compile=lambda what: print(f"compiling {what} ...", file=sys.stderr, flush=True),
     )
     result = {**dataclasses.asdict(report), "fits": report.fits}

@@ -19,6 +19,7 @@ class Chip:
         network: bytes a second in and out over all links to other chips of the slice.
         kinds: parts of jax's `device_kind` that tell it.
         matrix_unit: rows and columns of a TPU's systolic array.
+        clock: cycles a second of a TPU's core, from which its peak follows.
     """
 
     flops: float
@@ -27,14 +28,15 @@ class Chip:
     network: float
     kinds: tuple[str, ...]
     matrix_unit: int = 128
+    clock: float = 1.0
 
 
 # TPUs: cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e. GPUs: NVIDIA data sheets, SXM modules,
 # without sparsity. The first whose kind matches is taken: "TPU v5" would match "TPU v5 lite" too.
 CHIPS = {
-    "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9, ("TPU v6",), matrix_unit=256),
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, ("TPU v5 lite", "TPU v5e")),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, ("TPU v5",)),
+    "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9, ("TPU v6",), matrix_unit=256, clock=1.75e9),
+    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, ("TPU v5 lite", "TPU v5e"), clock=1.5e9),
+    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, ("TPU v5",), clock=1.75e9),
     "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, ("TPU v4",)),
     "b200": Chip(2250e12, 180e9, 8000e9, 1800e9, ("B200",)),
     "h200": Chip(989e12, 141e9, 4800e9, 900e9, ("H200",)),

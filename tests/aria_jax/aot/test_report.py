@@ -26,14 +26,14 @@ TINY = ["--preset", "tiny", "d_model=256", "n_heads=2", "n_layers=3", "seq_len=2
 
 
 def test_layers_are_extrapolated_from_one_and_two():
-    one, two = Cost(10.0, 100.0, 1.0), Cost(13.0, 120.0, 1.5)
-    assert one.repeated(two, 4, 2) == Cost(2 * 19.0, 2 * 160.0, 2 * 2.5)
+    one, two = Cost(10.0, 100.0, 1.0, 3.0), Cost(13.0, 120.0, 1.5, 5.0)
+    assert one.repeated(two, 4, 2) == Cost(2 * 19.0, 2 * 160.0, 2 * 2.5, 2 * 9.0)
     assert one.repeated(dataclasses.replace(two, seconds=None), 4, 1).seconds is None
 
 
 def test_flops_of_loops_bring_bytes_and_time_in_proportion():
-    assert Cost(10.0, 100.0, 1.0).with_flops(5.0) == Cost(15.0, 150.0, 1.5)
-    assert Cost(10.0, 100.0, None).with_flops(5.0).seconds is None
+    assert Cost(10.0, 100.0, 1.0, 2.0).with_flops(5.0) == Cost(15.0, 150.0, 1.5, 3.0)
+    assert Cost(10.0, 100.0, None, 2.0).with_flops(5.0).seconds is None
 
 
 def test_fewer_layers_are_unrolled():
@@ -106,7 +106,9 @@ def test_a_training_step_on_every_family(topology, capsys):
     assert report["chips"] == 4 and report["mesh"]["fsdp"] == 4
     assert 0 < report["memory"]["total"] < report["hbm"]
     assert 0 < report["mfu"] < 1
-    assert report["collectives"]["all-gather"][0] > 0, "sharded weights must be gathered"
+    # Some compilers gather weights by adding up zeros.
+    gathered = report["collectives"].keys() & {"all-gather", "all-reduce"}
+    assert gathered, "sharded weights must be gathered"
     assert report["attention_flops"] > 0
     # Everything but the attention kernel and recomputation is in the compiler's count.
     counted = (report["cost"]["flops"] + report["attention_flops"]) * 4
