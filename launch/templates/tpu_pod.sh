@@ -7,6 +7,7 @@ set -euo pipefail
 name='@{name}'
 zone='@{zone}'
 flags=(--zone "$zone" --quiet)
+slices=(@{node_names})
 
 state() {
   gcloud compute tpus queued-resources describe "$name" "${flags[@]}" \
@@ -30,7 +31,7 @@ acquire() {
 on_all_hosts() {
   local node
   local pids=()
-  for node in @{node_names}; do
+  for node in "${slices[@]}"; do
     gcloud compute tpus tpu-vm ssh "$node" --zone "$zone" --worker all --command "$1" &
     pids+=("$!")
   done

