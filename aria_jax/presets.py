@@ -20,9 +20,9 @@ from data_pipeline.errors import UserError
 _MEDIUM = ModelConfig()
 
 MODELS: dict[str, ModelConfig] = {
-    # For a laptop: an hour and a half of one core. Commands and scores of `pretrain` and
-    # `contrastive` on 1,400 real performances are in docs/results.md (10 composers: 69.4 %, above
-    # handcrafted statistics by 21 points). `make demo` and the tests use smaller batches of it.
+    # For a laptop: two hours of one core. Commands and scores of `pretrain` and
+    # `contrastive` on 1,400 real performances are in docs/results.md (10 composers: 67.6 %, above
+    # handcrafted statistics by 19 points). `make demo` and the tests use smaller batches of it.
     "tiny": ModelConfig(d_model=128, n_heads=4, n_layers=4, max_seq_len=2048, emb_size=None),
     # For one GPU or a patient CPU: the paper's shape at a tenth of the size.
     "small": ModelConfig(d_model=512, n_heads=8, n_layers=8, max_seq_len=4096),
