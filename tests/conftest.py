@@ -22,10 +22,11 @@ if _MADE_HERE:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 # Before jax is imported anywhere: eight virtual CPU devices, so that sharding is tested everywhere.
-# Flags that are given come last and win.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-_FLAGS = "--xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
 
 _SHARED = Path(os.environ.get("ARIA_JAX_SHARED", Path(__file__).parents[2] / "shared"))
 

@@ -31,7 +31,8 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
             continue
         shapes, kind, started = match.groups()
         given = [_size(*shape) for shape in _SHAPE.findall(shapes)]
-        if started and kind != "all-reduce":  # gives operands and results
+        if started and kind != "all-reduce":  # gives operands, results and scalars of its own
+            given = [_size(*shape) for shape in _SHAPE.findall(shapes) if shape[1]]
             given = given[len(given) // 2 :]
         taken = _SHAPE.findall(line[match.end() :].partition(")")[0])
         size = max(sum(given), sum(_size(*shape) for shape in taken))

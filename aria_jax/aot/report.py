@@ -176,12 +176,11 @@ def compiled_text(made: Program, mesh: Mesh) -> tuple[Any, str]:
     """The program and its final text, which only the compiler itself can print for every family."""
     with TemporaryDirectory() as folder:
         executable = compiled(made, mesh, xla_dump_to=folder, xla_dump_hlo_as_text=True)
-        found = sorted(
-            Path(folder).glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size
-        )
-        if not found:
+        printed = list(Path(folder).glob("*.after_codegen.txt"))
+        if not printed:
             raise UserError("the compiler has printed no program: another version of libtpu?")
-        return executable, found[-1].read_text(encoding="utf-8", errors="replace")
+        whole = max(printed, key=lambda path: path.stat().st_size)
+        return executable, whole.read_text(encoding="utf-8", errors="replace")
 
 
 def compile_report(

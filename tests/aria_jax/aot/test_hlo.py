@@ -10,6 +10,7 @@ TEXT = """\
   %gs = (bf16[1,128]{1,0}, bf16[8,128]{1,0}) all-gather-start(%x), dimensions={0}
   %tu = (f32[4]{0:T(128)}, f32[]{:T(128)}) all-reduce(%p, %q), to_apply=%add
   ROOT %cp = u8[10]{0} collective-permute(u8[10]{0} %w), source_target_pairs={{0,1}}
+  %ps = (f32[8]{0}, f32[8]{0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%v)
   %not = f32[9]{0} fusion(f32[9]{0} %all-gather.3), calls=%all-reduce.1
 """
 
@@ -19,7 +20,7 @@ def test_each_kind_with_number_and_bytes():
         "all-gather": (2, 2 * 8 * 128 * 2),
         "reduce-scatter": (1, 32 * 4),
         "all-reduce": (2, 16 * 4 + 4 * 4 + 4),
-        "collective-permute": (1, 10),
+        "collective-permute": (2, 10 + 8 * 4),
     }
     assert collectives("") == {}
 
