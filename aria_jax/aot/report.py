@@ -69,8 +69,8 @@ class Cost:
     summed_seconds: float
 
     @classmethod
-    def of(cls, compiled: Any, text: str, chip: Chip) -> "Cost":
-        """Reads a compiled program, and its text."""
+    def of(cls, compiled: Any, text: str, talk: dict, chip: Chip) -> "Cost":
+        """Reads a compiled program, given its text and the collectives there."""
         found = compiled.cost_analysis()
         found = found[0] if isinstance(found, list) else found
         seconds = float(found.get("optimal_seconds", -1.0))
@@ -80,7 +80,7 @@ class Cost:
             seconds if seconds > 0 else None,
             cycles(text) / chip.clock
             + kernel_flops(text) / chip.flops
-            + moved_bytes(collectives(text)) / chip.network,
+            + moved_bytes(talk) / chip.network,
         )
 
     def repeated(self, two: "Cost", n_layers: int, times: int) -> "Cost":
@@ -253,16 +253,16 @@ def _counted(
 ) -> tuple[Cost, dict[str, tuple[int, int]]]:
     """What the compiler counts in programs of one and two layers, made into the whole."""
     accumulation = config.train.grad_accumulation if task in TRAINING else 1
-    costs, texts = [], []
+    costs, talks = [], []
     for n in (1, 2):
         on_compile(f"{n} of its {config.model.n_layers} layers")
         part = _one_part(with_layers(config, n), accumulation)
         executable, text = compiled_text(program(part, task, mesh), mesh)
-        costs.append(Cost.of(executable, text, chip))
-        texts.append(text)
+        talks.append(collectives(text))
+        costs.append(Cost.of(executable, text, talks[-1], chip))
     return (
         costs[0].repeated(costs[1], config.model.n_layers, accumulation),
-        _collectives(texts[0], texts[1], config.model.n_layers, accumulation),
+        _repeated(talks[0], talks[1], config.model.n_layers, accumulation),
     )
 
 
@@ -294,11 +294,10 @@ def _memory(made: Program, mesh: Mesh) -> dict[str, int]:
     return {**parts, "total": sum(parts.values())}
 
 
-def _collectives(
-    one_layer: str, two_layers: str, n_layers: int, times: int
+def _repeated(
+    one: dict[str, tuple[int, int]], two: dict[str, tuple[int, int]], n_layers: int, times: int
 ) -> dict[str, tuple[int, int]]:
-    """Of the whole call, from the texts of one and two layers; see `Cost.repeated`."""
-    one, two = collectives(one_layer), collectives(two_layers)
+    """Collectives of the whole call, from those of one layer and of two; see `Cost.repeated`."""
     total = {}
     for kind in sorted(one.keys() | two.keys()):
         pairs = zip(one.get(kind, (0, 0)), two.get(kind, (0, 0)), strict=True)
