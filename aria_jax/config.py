@@ -70,11 +70,11 @@ class ComputeConfig:
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matrix products; parameters, softmax and losses stay float32."""
-    remat: Literal["none", "dots", "full", "offload"] = "none"
+    remat: Literal["none", "dots", "full", "offload"] = "dots"
     """What the backward pass recomputes: nothing, all but matrix products and attention, or
     everything; "offload" is "full" with the layers' inputs waiting in the host's memory."""
     scan_layers: bool = True
-    """One compiled block for all layers compiles fast; False unrolls them: faster on CPU."""
+    """One compiled block for all layers compiles fast; False unrolls them, to count one's cost."""
     attention: Literal["auto", "packed", "splash", "cudnn", "blockwise", "plain"] = "auto"
     """Kernel of attention; "auto" takes the fastest for platform, dtype and length."""
 

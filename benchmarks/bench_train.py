@@ -19,7 +19,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from aria_jax.config import MeshConfig, RunConfig, with_overrides
+from aria_jax.config import MeshConfig, RunConfig
 from aria_jax.presets import for_task
 from aria_jax.sharding import batch_sharding, make_mesh
 from aria_jax.train.start import Start
@@ -106,8 +106,7 @@ def corpus(folder: Path) -> Path:
 
 def bench(preset: str, steps: int, rounds: int, data: Path) -> dict:
     """All sides of one preset."""
-    config = with_overrides(for_task(preset, "pretrain"), ["scan_layers=false"])
-    config = dataclasses.replace(config, mesh=MeshConfig(1, 1, 1))
+    config = dataclasses.replace(for_task(preset, "pretrain"), mesh=MeshConfig(1, 1, 1))
     batches = build_task(config, data).train.iterate()
     batch = next(batches)
 

@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -25,7 +26,7 @@ from aria_jax.kernels.attention import (
     split_heads,
 )
 from aria_jax.models.norm import MOMENTS, layer_norm
-from aria_jax.sharding import constrain
+from aria_jax.sharding import active_mesh, constrain
 
 ACTIVATIONS = ("batch", "length", None)
 """Logical axes of hidden states [B, L, D]."""
@@ -102,9 +103,8 @@ class Transformer(nnx.Module):
         if prefix_BxD is not None:
             prefix = prefix_BxD[:, None].astype(x_BxLxD.dtype)
             x_BxLxD = jnp.concatenate([prefix, x_BxLxD[:, :-1]], axis=1)
-        if positions is None:
-            positions = jnp.arange(tokens_BxL.shape[1])[None]
-        cos, sin = rope_tables(positions, self.config.d_head)
+        known = np.arange(tokens_BxL.shape[1])[None]
+        cos, sin = rope_tables(known if positions is None else positions, self.config.d_head)
 
         def layer(x_BxLxD: jax.Array, scanned: tuple) -> jax.Array:
             weights, drop_rate, key = scanned
@@ -200,7 +200,8 @@ def _layer_at(
     matrices = weights["qkv"].astype(y.dtype)
     q_Bx1xHxK = split_heads(read(y) @ matrices[:, 0], n_heads)
     k, v = (
-        split_heads(checkpoint_name(y @ matrices[:, part], PROJECTION), n_heads) for part in (1, 2)
+        split_heads(checkpoint_name(_product(y, matrices[:, part]), PROJECTION), n_heads)
+        for part in (1, 2)
     )
     visible_BxL = jnp.arange(x_BxLxD.shape[1]) <= read_B[:, None]
     if segment_ids is not None:
@@ -237,7 +238,7 @@ def project_qkv(
     y = layer_norm(x_BxLxD, weights["norm1_scale"], weights["norm1_bias"])
     matrices = weights["qkv"].astype(y.dtype)
     # One product each: taken out of a common one, they would be copied.
-    q, k, v = (y @ matrices[:, part] for part in range(3))
+    q, k, v = (_product(y, matrices[:, part]) for part in range(3))
     return q, k, v
 
 
@@ -255,12 +256,23 @@ def finish_block(
     dtype = x_BxLxD.dtype
 
     def product(a: jax.Array, name: str) -> jax.Array:
-        return checkpoint_name(a @ weights[name].astype(dtype), PROJECTION)
+        return checkpoint_name(_product(a, weights[name].astype(dtype)), PROJECTION)
 
     x_BxLxD = x_BxLxD + _dropped(product(attended_BxLxD, "out"), dropout[0])
     y = layer_norm(x_BxLxD, weights["norm2_scale"], weights["norm2_bias"])
     gated = jax.nn.silu(product(y, "gate")) * product(y, "up")
-    return x_BxLxD + _dropped(gated @ weights["down"].astype(dtype), dropout[1])
+    return x_BxLxD + _dropped(_product(gated, weights["down"].astype(dtype)), dropout[1])
+
+
+def _product(x_BxLxI: jax.Array, weights_IxO: jax.Array) -> jax.Array:
+    """[B, L, O]."""
+    mesh = active_mesh()
+    if mesh is not None and mesh.shape["sequence"] > 1:
+        return x_BxLxI @ weights_IxO
+    # Batch and length as one axis: over two, the gradient of the weights is a sum for which XLA
+    # copies what is summed into another order on CPUs. Cut both, they cannot be one.
+    flat = x_BxLxI.reshape(-1, x_BxLxI.shape[-1]) @ weights_IxO
+    return flat.reshape(*x_BxLxI.shape[:-1], -1)
 
 
 def _dropouts(key: jax.Array | None, rate: jax.Array) -> tuple:

@@ -1,10 +1,12 @@
-"""Flash attention in plain XLA: a tile of queries and keys at a time, with an online softmax.
+"""Flash attention in plain XLA: a tile of queries at a time, with all keys up to a reach.
 
-Tiles that causality hides are never computed, and only the tile at hand has scores in memory. The
-backward pass computes them again from the saved log-sum-exp (Dao et al. 2022, arXiv 2205.14135,
-algorithms 1 and 4). Loops, not unrolled blocks: any length compiles in the same time.
+Keys beyond the reach, which causality hides from the whole tile, are never read, and only the tile
+at hand has scores in memory. The backward pass computes them again from the saved log-sum-exp (Dao
+et al. 2022, arXiv 2205.14135, algorithms 1 and 4). With its keys at once a tile needs no online
+softmax, and its products are large enough to keep every core at work. Each reach is compiled by
+itself, so there are few: tiles of long sequences share them.
 
-Sizes: R rows (batch × heads), L length, K head width, T tile.
+Sizes: R rows (batch × heads), L length, K head width, T queries of a tile, M keys in reach.
 """
 
 from collections.abc import Callable
@@ -15,8 +17,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 TILE = 256
-"""Most queries, and most keys, of a tile."""
-SCORES_AT_ONCE = 1 << 21
+"""Most queries of a tile."""
+MOST_REACHES = 8
+SCORES_AT_ONCE = 1 << 20
 """Scores of one tile that exist at once: bounds the rows done together, so that the tile stays in
 the processor's cache."""
 RESIDUALS = "attention"
@@ -33,11 +36,13 @@ def attend(
 ) -> jax.Array:
     """See the package; any length, padded to a multiple of the tile."""
     batch, length, heads, width = q_BxLxHxK.shape
-    n_tiles = -(-length // tile)
-    tile = -(-length // n_tiles)
-    padding = n_tiles * tile - length
+    tiles = -(-length // tile)
+    tiles_a_reach = -(-tiles // MOST_REACHES)
+    tiles = -(-tiles // tiles_a_reach) * tiles_a_reach
+    tile = -(-length // tiles)
+    padding = tiles * tile - length
     rows = batch * heads
-    together = max(min(rows, SCORES_AT_ONCE // tile**2), 1)
+    together = max(min(rows, SCORES_AT_ONCE // (tile * length)), 1)
     while rows % together:
         together -= 1
 
@@ -52,42 +57,49 @@ def attend(
     scale = jnp.asarray(width**-0.5, q_BxLxHxK.dtype)
     groups = (grouped(q_BxLxHxK * scale), grouped(k_BxLxHxK), grouped(v_BxLxHxK), segments)
     if together == rows:
-        out = _attend(*(None if x is None else x[0] for x in groups), tile)
+        out = _attend(*(None if x is None else x[0] for x in groups), tile, tiles_a_reach)
     else:
-        out = jax.lax.map(lambda group: _attend(*group, tile), groups)
+        out = jax.lax.map(lambda group: _attend(*group, tile, tiles_a_reach), groups)
     # Padding comes last, so causality has hidden it from all that is kept.
     return out.reshape(batch, heads, -1, width)[:, :, :length].swapaxes(1, 2)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attend(q_RxLxK, k_RxLxK, v_RxLxK, segments_RxL, tile):
-    """[R, L, K]; queries are already scaled, and the tile divides L."""
-    return _forward(q_RxLxK, k_RxLxK, v_RxLxK, segments_RxL, tile)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(q_RxLxK, k_RxLxK, v_RxLxK, segments_RxL, tile, tiles_a_reach):
+    """[R, L, K]; queries are already scaled, and the tiles of a reach divide L."""
+    return _forward(q_RxLxK, k_RxLxK, v_RxLxK, segments_RxL, tile, tiles_a_reach)[0]
 
 
-def _at(x: jax.Array, i: jax.Array, tile: int) -> jax.Array:
-    """The i-th tile of the second axis."""
-    return jax.lax.dynamic_slice_in_dim(x, i * tile, tile, axis=1)
+def _over_tiles(of_queries: Callable, sums, length: int, tile: int, tiles_a_reach: int) -> tuple:
+    """`lax.scan` over all tiles; what each gives is put together as [R, L, …].
+
+    Args:
+        of_queries: (sums, first query, reach) -> sums, and a tuple of arrays [R, T, …].
+        sums: what the tiles add to, or None.
+    """
+    step, found = tile * tiles_a_reach, []
+    for reach in range(step, length + 1, step):
+        body = partial(of_queries, reach=reach)
+        if tiles_a_reach == 1:  # a loop of one step would copy what it gives
+            sums, tiles = body(sums, reach - tile)
+        else:
+            sums, tiles = jax.lax.scan(body, sums, jnp.arange(reach - step, reach, tile))
+            tiles = (x.swapaxes(0, 1).reshape(x.shape[1], step, -1) for x in tiles)
+        found.append(tiles)
+    return sums, *(jnp.concatenate(parts, axis=1) for parts in zip(*found, strict=True))
 
 
-def _with(x: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
-    """`x` with its i-th tile replaced."""
-    return jax.lax.dynamic_update_slice_in_dim(x, part.astype(x.dtype), i * part.shape[1], axis=1)
+def _at(x: jax.Array, start: int | jax.Array, tile: int, axis: int = 1) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(x, start, tile, axis)
 
 
-def _scorer(q, k, segments, tile: int) -> Callable:
-    """(i, j) -> scores of the i-th tile of queries with the j-th of keys, float32 [R, T, T]."""
-
-    def scores(i: jax.Array, j: jax.Array) -> jax.Array:
-        positions = jnp.arange(tile)
-        visible = (i * tile + positions)[:, None] >= j * tile + positions
-        if segments is not None:
-            visible &= _at(segments, i, tile)[:, :, None] == _at(segments, j, tile)[:, None]
-        return jnp.where(
-            visible, _product("rlk,rmk->rlm", _at(q, i, tile), _at(k, j, tile)), _NOTHING
-        )
-
-    return scores
+def _scores(q, k, segments, start: int | jax.Array, tile: int, reach: int) -> jax.Array:
+    """Of a tile, float32 [R, T, M]."""
+    visible = (start + jnp.arange(tile))[:, None] >= jnp.arange(reach)
+    if segments is not None:
+        visible &= _at(segments, start, tile)[:, :, None] == segments[:, None, :reach]
+    scores = _product("rtk,rmk->rtm", _at(q, start, tile), k[:, :reach])
+    return jnp.where(visible, scores, _NOTHING)
 
 
 def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -98,62 +110,41 @@ def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
     )
 
 
-def _forward(q, k, v, segments, tile):
-    rows, length, width = q.shape
-    scores_of = _scorer(q, k, segments, tile)
+def _forward(q, k, v, segments, tile, tiles_a_reach):
+    def of_queries(sums, start, reach):
+        scores = _scores(q, k, segments, start, tile, reach)
+        largest = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        sum_ = weights.sum(-1, keepdims=True)
+        out = _product("rtm,rmk->rtk", weights, v[:, :reach]) / sum_
+        return sums, (out.astype(v.dtype), largest + jnp.log(sum_))
 
-    def of_queries(i, done):
-        def with_keys(j, running):
-            total, largest, sum_ = running
-            scores = scores_of(i, j)
-            new_largest = jnp.maximum(largest, scores.max(-1, keepdims=True))
-            weights = jnp.exp(scores - new_largest)
-            shrink = jnp.exp(largest - new_largest)
-            total = total * shrink + _product("rlm,rmk->rlk", weights, _at(v, j, tile))
-            return total, new_largest, sum_ * shrink + weights.sum(-1, keepdims=True)
-
-        nothing = (
-            jnp.zeros((rows, tile, width), jnp.float32),
-            jnp.full((rows, tile, 1), _NOTHING, jnp.float32),
-            jnp.zeros((rows, tile, 1), jnp.float32),
-        )
-        total, largest, sum_ = jax.lax.fori_loop(0, i + 1, with_keys, nothing)
-        out, log_sum = done
-        return _with(out, total / sum_, i), _with(log_sum, largest + jnp.log(sum_), i)
-
-    empty = jnp.zeros(v.shape, v.dtype), jnp.zeros((rows, length, 1), jnp.float32)
-    out, log_sum = jax.lax.fori_loop(0, length // tile, of_queries, empty)
+    _, out, log_sum = _over_tiles(of_queries, None, q.shape[1], tile, tiles_a_reach)
     out, log_sum = checkpoint_name(out, RESIDUALS), checkpoint_name(log_sum, RESIDUALS)
     return out, (q, k, v, segments, out, log_sum)
 
 
-def _backward(tile, residuals, d_out):
+def _backward(tile, tiles_a_reach, residuals, d_out):
     q, k, v, segments, out, log_sum = residuals
-    scores_of = _scorer(q, k, segments, tile)
     # The softmax's own gradient needs Σ_m p_m dp_m, which is out · d_out (algorithm 4, line 4).
     delta = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), -1, keepdims=True)
+    # Sums over queries are written so that the large factor is read as it lies in memory.
+    q_RxKxL, d_out_RxKxL = q.swapaxes(1, 2), d_out.swapaxes(1, 2)
 
-    def of_queries(i, done):
-        q_i, d_out_i, log_sum_i, delta_i = (_at(x, i, tile) for x in (q, d_out, log_sum, delta))
+    def of_queries(sums, start, reach):
+        d_k_RxKxL, d_v_RxKxL = sums
+        log_sum_i, delta_i, d_out_i = (_at(x, start, tile) for x in (log_sum, delta, d_out))
+        weights = jnp.exp(_scores(q, k, segments, start, tile, reach) - log_sum_i)
+        d_scores = weights * (_product("rtk,rmk->rtm", d_out_i, v[:, :reach]) - delta_i)
+        d_k = _product("rkt,rtm->rkm", _at(q_RxKxL, start, tile, axis=2), d_scores)
+        d_v = _product("rkt,rtm->rkm", _at(d_out_RxKxL, start, tile, axis=2), weights)
+        sums = d_k_RxKxL.at[:, :, :reach].add(d_k), d_v_RxKxL.at[:, :, :reach].add(d_v)
+        return sums, (_product("rtm,rmk->rtk", d_scores, k[:, :reach]).astype(q.dtype),)
 
-        def with_keys(j, running):
-            d_q_i, d_k, d_v = running
-            k_j, v_j = _at(k, j, tile), _at(v, j, tile)
-            weights = jnp.exp(scores_of(i, j) - log_sum_i)
-            d_scores = weights * (_product("rlk,rmk->rlm", d_out_i, v_j) - delta_i)
-            d_v_j = _at(d_v, j, tile) + _product("rlm,rlk->rmk", weights, d_out_i)
-            d_k_j = _at(d_k, j, tile) + _product("rlm,rlk->rmk", d_scores, q_i)
-            d_q_i = d_q_i + _product("rlm,rmk->rlk", d_scores, k_j)
-            return d_q_i, _with(d_k, d_k_j, j), _with(d_v, d_v_j, j)
-
-        d_q, d_k, d_v = done
-        start = (jnp.zeros(q_i.shape, jnp.float32), d_k, d_v)
-        d_q_i, d_k, d_v = jax.lax.fori_loop(0, i + 1, with_keys, start)
-        return _with(d_q, d_q_i, i), d_k, d_v
-
-    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q, k, v))
-    d_q, d_k, d_v = jax.lax.fori_loop(0, q.shape[1] // tile, of_queries, zeros)
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
+    sums = (jnp.zeros(q_RxKxL.shape, jnp.float32),) * 2
+    sums, d_q = _over_tiles(of_queries, sums, q.shape[1], tile, tiles_a_reach)
+    d_k, d_v = (x.swapaxes(1, 2).astype(k.dtype) for x in sums)
+    return d_q, d_k, d_v, None
 
 
 _attend.defvjp(_forward, _backward)

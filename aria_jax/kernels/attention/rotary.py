@@ -4,15 +4,21 @@ of a head are its halves (aria/model.py).
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 ROPE_BASE = 500_000.0
 
 
-def rope_tables(positions_BxL: jax.Array, d_head: int) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotary angles, float32 [B, L, 1, K/2] each."""
-    frequencies = ROPE_BASE ** (-jnp.arange(0, d_head, 2, dtype=jnp.float32) / d_head)
-    angles = positions_BxL[..., None, None].astype(jnp.float32) * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
+def rope_tables(positions_BxL: jax.Array | np.ndarray, d_head: int) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary angles, float32 [B, L, 1, K/2] each.
+
+    Positions known while tracing, given as a NumPy array, make constants of them. Of others, XLA
+    computes a cosine again in every layer and for every head rather than keep it.
+    """
+    xp = np if isinstance(positions_BxL, np.ndarray) else jnp
+    frequencies = ROPE_BASE ** (-xp.arange(0, d_head, 2, dtype=xp.float32) / d_head)
+    angles = positions_BxL[..., None, None].astype(xp.float32) * frequencies
+    return jnp.asarray(xp.cos(angles)), jnp.asarray(xp.sin(angles))
 
 
 def apply_rope(x_BxLxHxK: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -65,6 +65,17 @@ def test_packed_with_heads_of_any_width_and_positions_of_its_own(width):
     check(case(2, 128, 256 // width, width, segments=True, own_positions=True))
 
 
+def test_tables_of_known_positions_are_constants():
+    positions = np.arange(512)[None]
+    program = jax.make_jaxpr(lambda: rope_tables(positions, 64))()
+    assert not program.eqns
+    for known, traced in zip(
+        rope_tables(positions, 64), rope_tables(jnp.asarray(positions), 64), strict=True
+    ):
+        # a last bit of a frequency, times the position
+        np.testing.assert_allclose(known, traced, rtol=0, atol=512 * 2e-7)
+
+
 def test_packed_in_bfloat16_sums_in_float32(monkeypatch):
     monkeypatch.setattr(packed, "TILES", (128,))  # eight sums in a row
     arguments = case(1, 1024, 2, 64, dtype=jnp.bfloat16)
