@@ -269,8 +269,8 @@ def _product(x_BxLxI: jax.Array, weights_IxO: jax.Array) -> jax.Array:
     mesh = active_mesh()
     if mesh is not None and mesh.shape["sequence"] > 1:
         return x_BxLxI @ weights_IxO
-    # Batch and length as one axis: over two, the gradient of the weights is a sum for which XLA
-    # copies what is summed into another order on CPUs. Cut both, they cannot be one.
+    # Batch and length as one axis (which they cannot be where a mesh cuts both): to sum the
+    # weights' gradient over two, XLA for CPUs would copy the large factor into another order.
     flat = x_BxLxI.reshape(-1, x_BxLxI.shape[-1]) @ weights_IxO
     return flat.reshape(*x_BxLxI.shape[:-1], -1)
 
