@@ -90,10 +90,10 @@ def test_a_run_in_parts_trains_and_evaluates_alike(config, corpus, tmp_path, rec
 
 @pytest.mark.slow
 def test_parts_hold_the_activations_of_one_part(config):
-    """4,096 pairs by the compiler's count: a laptop's memory instead of a rack's."""
+    """8,192 pairs by the compiler's count: a laptop's memory instead of a rack's."""
 
     def temporary_bytes(parts):
-        settings = config("contrastive", "global_batch=4096", f"grad_accumulation={parts}")
+        settings = config("contrastive", "global_batch=8192", f"grad_accumulation={parts}")
         mesh = make_mesh(settings.mesh)
         merge, state = abstract_state(settings, mesh)
         step = make_train_step(settings, merge, loss_function(settings, mesh))
@@ -102,8 +102,8 @@ def test_parts_hold_the_activations_of_one_part(config):
             compiled = step.lower(state, batch_shapes(settings), number).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
-    whole, parts = temporary_bytes(1), temporary_bytes(256)
-    assert parts < 2e8 and whole > 30 * parts
+    whole, parts = temporary_bytes(1), temporary_bytes(512)
+    assert parts < 2e8 and whole > 50 * parts
 
 
 def test_rows_come_back_in_order():
