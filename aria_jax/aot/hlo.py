@@ -30,12 +30,12 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
         if (match := _OPERATION.search(line)) is None:
             continue
         shapes, kind, started = match.groups()
-        given = [_size(*shape) for shape in _SHAPE.findall(shapes)]
+        given = _SHAPE.findall(shapes)
         if started and kind != "all-reduce":  # gives operands, results and scalars of its own
-            given = [_size(*shape) for shape in _SHAPE.findall(shapes) if shape[1]]
+            given = [shape for shape in given if shape[1]]
             given = given[len(given) // 2 :]
         taken = _SHAPE.findall(line[match.end() :].partition(")")[0])
-        size = max(sum(given), sum(_size(*shape) for shape in taken))
+        size = max(sum(_size(*shape) for shape in part) for part in (given, taken))
         number, total = found.get(kind, (0, 0))
         found[kind] = (number + 1, total + size)
     return found

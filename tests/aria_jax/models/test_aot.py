@@ -6,26 +6,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from aria_jax.aot.environment import prepare
 from aria_jax.config import ComputeConfig, MeshConfig
 from aria_jax.losses.language_model import next_token_loss
 from aria_jax.models.heads import abstract_model, split_model
 from aria_jax.presets import MODELS
 from aria_jax.sharding import batch_sharding, make_mesh, parameter_shardings
+from tests.topologies import described
 
 pytestmark = pytest.mark.aot
 
 
 def topology_mesh(name, **axes):
-    prepare()
-    from jax.experimental import topologies
-
     options = {"num_slices": axes.pop("slices")} if "slices" in axes else {}
-    try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
-    except (RuntimeError, NotImplementedError, ImportError) as error:
-        pytest.skip(f"needs libtpu (pip install 'aria-jax[aot]'): {error}")
-    return make_mesh(MeshConfig(**axes), topology.devices)
+    return make_mesh(MeshConfig(**axes), described(name, **options).devices)
 
 
 def compiled_step(mesh, *, rows, length=8192, segments=False, n_layers=2, **compute):
