@@ -26,18 +26,20 @@ ALLOWED = {
     "aria_jax.kernels": COMMON,
     "aria_jax.losses": COMMON | {"aria_jax.kernels"},
     "aria_jax.models": COMMON | {"aria_jax.kernels"},
-    "aria_jax.interop": COMMON | {"aria_jax.models", "aria_jax.train.checkpoint"},
+    "aria_jax.checkpoints": COMMON | {"aria_jax.models"},
     "aria_jax.train": COMMON
-    | {f"aria_jax.{r}" for r in ("models", "losses", "kernels", "interop")}
+    | {f"aria_jax.{r}" for r in ("models", "losses", "kernels", "checkpoints")}
     | {"aria_jax.eval.classification"},
     "aria_jax.generate": COMMON
-    | {"aria_jax.models", "aria_jax.kernels", "aria_jax.losses", "aria_jax.train.checkpoint"},
-    "aria_jax.embed": COMMON | {"aria_jax.models", "aria_jax.train.checkpoint"},
-    "aria_jax.eval": COMMON | {"aria_jax.models", "aria_jax.embed", "aria_jax.train.checkpoint"},
+    | {"aria_jax.models", "aria_jax.kernels", "aria_jax.losses", "aria_jax.checkpoints"},
+    "aria_jax.embed": COMMON | {"aria_jax.models", "aria_jax.checkpoints"},
+    "aria_jax.eval": COMMON | {"aria_jax.models", "aria_jax.embed", "aria_jax.checkpoints"},
     "aria_jax.report": COMMON,
     # Compiles the very programs that others run.
     "aria_jax.aot": COMMON
-    | {f"aria_jax.{r}" for r in ("models", "losses", "kernels", "train", "generate")},
+    | {
+        f"aria_jax.{r}" for r in ("models", "losses", "kernels", "checkpoints", "train", "generate")
+    },
     "aria_jax.cli": COMMON
     | {
         f"aria_jax.{room}"
@@ -45,7 +47,7 @@ ALLOWED = {
             "models",
             "losses",
             "kernels",
-            "interop",
+            "checkpoints",
             "train",
             "generate",
             "embed",
@@ -153,6 +155,21 @@ def test_a_fresh_interpreter_imports_data_pipeline_without_jax():
         "import importlib, sys\n"
         f"for name in {names!r}: importlib.import_module(name)\n"
         "print([m for m in ('jax', 'flax', 'optax', 'orbax') if m in sys.modules])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_using_a_model_imports_no_training():
+    code = (
+        "import importlib, pkgutil, sys\n"
+        "for room in ('checkpoints', 'generate', 'embed'):\n"
+        "    package = importlib.import_module(f'aria_jax.{room}')\n"
+        "    for module in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):\n"
+        "        importlib.import_module(module.name)\n"
+        "print([m for m in sys.modules if m.startswith('aria_jax.train')])"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT

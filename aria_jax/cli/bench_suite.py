@@ -108,10 +108,10 @@ def _networks(args: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
     """The model, and the same architecture with the weights it might have started from."""
     from flax import nnx
 
+    from aria_jax.checkpoints.models import load_model
     from aria_jax.config import ComputeConfig
     from aria_jax.embed.encode import model_encoder
     from aria_jax.models.heads import build_model
-    from aria_jax.train.checkpoint import load_model
     from data_pipeline.tokenizer import Tokenizer
 
     loaded = load_model(args.checkpoint)

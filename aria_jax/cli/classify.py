@@ -76,11 +76,11 @@ def run(args: argparse.Namespace) -> None:
 
 def _answers(args: argparse.Namespace) -> tuple[tuple[str, ...], list[Any]]:
     """Names of the classes, and what was said of each file."""
+    from aria_jax.checkpoints.models import load_model
     from aria_jax.cli.console import progress_bar
     from aria_jax.embed.encode import class_encoder
     from aria_jax.embed.pieces import Slicing, open_source
     from aria_jax.eval.predict import predict
-    from aria_jax.train.checkpoint import load_model
     from data_pipeline.tokenizer import Tokenizer
 
     loaded = load_model(args.checkpoint)

@@ -59,8 +59,8 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _from_safetensors(args: argparse.Namespace) -> None:
-    from aria_jax.interop.safetensors import import_model
-    from aria_jax.train.checkpoint import save_model
+    from aria_jax.checkpoints.models import save_model
+    from aria_jax.checkpoints.safetensors import import_model
 
     class_names = tuple(name for name in args.class_names.split(",") if name)
     model = import_model(args.source, n_heads=args.n_heads, class_names=class_names)
@@ -89,8 +89,8 @@ TOKENIZERS = ("aria", "pedal")
 
 
 def _to_safetensors(args: argparse.Namespace) -> None:
-    from aria_jax.interop.safetensors import export_model
-    from aria_jax.train.checkpoint import load_model
+    from aria_jax.checkpoints.models import load_model
+    from aria_jax.checkpoints.safetensors import export_model
 
     _check_file_name(args.out)
     model = load_model(args.source).model
@@ -99,9 +99,10 @@ def _to_safetensors(args: argparse.Namespace) -> None:
 
 
 def _merge(args: argparse.Namespace) -> None:
+    from aria_jax.checkpoints.models import load_model, save_model
+    from aria_jax.checkpoints.safetensors import load_lora
     from aria_jax.models.heads import split_model
-    from aria_jax.models.lora import apply_lora, load_lora
-    from aria_jax.train.checkpoint import load_model, save_model
+    from aria_jax.models.lora import apply_lora
     from data_pipeline.errors import UserError
 
     if Path(args.source).suffix != ".safetensors":
@@ -118,8 +119,8 @@ def _merge(args: argparse.Namespace) -> None:
 
 
 def _adapters(args: argparse.Namespace) -> None:
-    from aria_jax.models.lora import save_lora
-    from aria_jax.train.checkpoint import load_adapters
+    from aria_jax.checkpoints.models import load_adapters
+    from aria_jax.checkpoints.safetensors import save_lora
 
     _check_file_name(args.out)
     lora = load_adapters(args.source)

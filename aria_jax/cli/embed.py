@@ -131,10 +131,10 @@ def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         return encode, {"fingerprint": args.baseline, **settings}
     import jax
 
+    from aria_jax.checkpoints.models import load_model
     from aria_jax.config import ComputeConfig, MeshConfig
     from aria_jax.embed.encode import model_encoder
     from aria_jax.sharding import make_mesh
-    from aria_jax.train.checkpoint import load_model
 
     devices = jax.local_devices()
     mesh = make_mesh(MeshConfig(), devices) if len(devices) > 1 else None

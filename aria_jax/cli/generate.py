@@ -86,9 +86,9 @@ def run(args: argparse.Namespace) -> None:
         if path is not None and not Path(path).is_file():
             raise UserError(f"{path}: no such file")
 
+    from aria_jax.checkpoints.models import load_model
     from aria_jax.cli.console import print_result
     from aria_jax.generate.weights import decoder_weights
-    from aria_jax.train.checkpoint import load_model
     from data_pipeline.tokenizer import Tokenizer
 
     mesh = _mesh(args.mesh)

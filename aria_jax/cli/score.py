@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
     from data_pipeline.errors import InvalidMidi, UserError
 
     paths = _listed(args.files)
+    from aria_jax.checkpoints.models import load_model
     from aria_jax.cli.console import print_result, progress_bar
     from aria_jax.generate.score import score_pieces
-    from aria_jax.train.checkpoint import load_model
     from data_pipeline.tokenizer import Tokenizer
 
     loaded = load_model(args.checkpoint)

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
+from aria_jax.checkpoints.models import load_model
 from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
 from aria_jax.embed.encode import Encode, model_encoder
 from aria_jax.embed.pieces import Slicing, midi_slices
-from aria_jax.train.checkpoint import load_model
 from data_pipeline.midi import Performance
 from data_pipeline.tokenizer import Tokenizer
 

@@ -7,15 +7,17 @@ An adapter adds a @ b * scale to a matrix and is all that is trained:
     params = apply_lora(params, lora)                           # merged: full weights again
 """
 
-import json
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aria_jax.config import RunConfig
 from aria_jax.models.heads import Parameters
 from aria_jax.models.transformer import uniform_init
 from data_pipeline.errors import UserError
@@ -130,36 +132,72 @@ def apply_lora(params: Parameters, lora: Lora) -> Parameters:
     return jax.tree_util.tree_map_with_path(adapted, params)
 
 
-def save_lora(path: str | Path, lora: Lora) -> None:
-    """Writes the adapters alone, as safetensors."""
-    from safetensors.numpy import save_file
+@dataclass(frozen=True)
+class LoraTraining:
+    """How a run adapts its base: what is trained, what is frozen.
 
-    tensors = {f"{name}.{side}": np.ascontiguousarray(factor)
-               for side in ("a", "b") for name, factor in getattr(lora, side).items()}  # fmt: skip
-    save_file(tensors, str(path), metadata={"aria_jax.lora": json.dumps({"scale": lora.scale})})
+    Such a run trains
 
+        {"lora": {"a": {name: [...]}, "b": {name: [...]}}, "full": {"head": [...]}}
 
-def load_lora(path: str | Path) -> Lora:
-    """Reads what `save_lora` wrote.
+    Optimiser, moving average and checkpoints hold that only; the weights of the base are read
+    from its own place again, which the checkpoint's record names.
 
-    Raises:
-        UserError: not there, or not such a file.
+    Attributes:
+        rank, alpha, targets: see `init_lora`.
+        full: top-level parameters that are trained whole, as the base does not have them: the new
+            head of an embedding or class model.
     """
-    from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file")
-    try:
-        with safe_open(str(path), framework="numpy") as file:
-            metadata = (file.metadata() or {}).get("aria_jax.lora")
-            names = file.keys()
-            tensors = {name: jnp.asarray(file.get_tensor(name)) for name in names}
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a safetensors file ({error})") from None
-    if metadata is None:
-        raise UserError(f"{path}: holds no LoRA adapters")
-    sides = {
-        side: {name[:-2]: tensor for name, tensor in tensors.items() if name.endswith(f".{side}")}
-        for side in ("a", "b")
-    }
-    return Lora(**sides, scale=json.loads(metadata)["scale"])
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+    full: tuple[str, ...]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "LoraTraining | None":
+        """What `config` asks for; None where it trains all weights."""
+        train = config.train
+        if not train.lora_rank:
+            return None
+        return cls(
+            rank=train.lora_rank,
+            alpha=float(train.lora_rank if train.lora_alpha is None else train.lora_alpha),
+            targets=train.lora_targets,
+            full=() if config.model.head == "lm" else ("head", "log_temperature"),
+        )
+
+    @classmethod
+    def from_record(cls, saved: dict[str, Any]) -> "LoraTraining":
+        """The inverse of `record`."""
+        lists = {name: tuple(saved[name]) for name in ("targets", "full")}
+        return cls(rank=saved["rank"], alpha=saved["alpha"], **lists)
+
+    def split(self, params: Parameters, key: jax.Array) -> tuple[Parameters, Parameters]:
+        """(what is trained, what is frozen) of whole weights; traceable."""
+        frozen = {name: part for name, part in params.items() if name not in self.full}
+        lora = init_lora(frozen, rank=self.rank, key=key, targets=self.targets, alpha=self.alpha)
+        full = {name: part for name, part in params.items() if name in self.full}
+        return {"lora": {"a": lora.a, "b": lora.b}, "full": full}, frozen
+
+    def shapes(self, params: Parameters) -> Parameters:
+        """Of what is trained, given whole weights or their shapes."""
+        return jax.eval_shape(partial(self.split, key=jax.random.key(0)), params)[0]
+
+    def join(self, trained: Parameters, frozen: Parameters) -> Parameters:
+        """Whole weights with the adapters merged in; traceable."""
+        return apply_lora({**frozen, **trained["full"]}, self.lora(trained))
+
+    def lora(self, trained: Parameters) -> Lora:
+        """The adapters alone."""
+        return Lora(**trained["lora"], scale=self.alpha / self.rank)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self) | {"targets": list(self.targets), "full": list(self.full)}
+
+
+def merge_lora(config: RunConfig, trained: Parameters, frozen: Parameters | None) -> Parameters:
+    """The whole weights of a run, whether it trains adapters or everything."""
+    lora = LoraTraining.of(config)
+    return trained if lora is None or frozen is None else lora.join(trained, frozen)

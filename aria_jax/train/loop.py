@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from aria_jax.checkpoints.manager import DIRECTORY, Checkpointer
+from aria_jax.checkpoints.models import model_record
 from aria_jax.config import RunConfig, to_dict
 from aria_jax.sharding import batch_sharding, make_mesh
-from aria_jax.train.checkpoint import DIRECTORY, Checkpointer, model_record
 from aria_jax.train.cost import chip_of, train_flops_per_token
 from aria_jax.train.files import file_metrics
 from aria_jax.train.metrics import Log, MetricSink, Watch

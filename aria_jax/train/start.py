@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from aria_jax.checkpoints.manager import DIRECTORY, Checkpointer
 from aria_jax.config import RunConfig, from_dict, to_dict
-from aria_jax.train.checkpoint import DIRECTORY, Checkpointer
 from data_pipeline.errors import UserError
 
 # What may differ when a run is resumed: none of it changes what the steps so far have computed,

@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 
+from aria_jax.checkpoints.manager import Checkpointer, shapes_like
+from aria_jax.checkpoints.models import base_weights, lora_record, read_model
 from aria_jax.config import RunConfig
 from aria_jax.models.heads import Model, Parameters, abstract_model, init_sharded, split_model
+from aria_jax.models.lora import LoraTraining
 from aria_jax.sharding import parameter_shardings
-from aria_jax.train.adapters import Adapting, base_weights
-from aria_jax.train.checkpoint import Checkpointer, read_model, shapes_like
 from aria_jax.train.start import Start, refuse_changed_run
 from aria_jax.train.step import TrainState, new_state
 from data_pipeline.errors import UserError
@@ -40,24 +41,24 @@ def first_state(
             that trains adapters puts in what they are adapters of.
     """
     merge, like = abstract_state(config, mesh)
-    adapting, read = Adapting.of(config), partial(read_model, mesh=mesh)
+    lora, read = LoraTraining.of(config), partial(read_model, mesh=mesh)
     if start.kind == "resume":
         step, state = checkpointer.newest(
             partial(_restored, checkpointer, like, record, Path(str(start.path)))
         )
-        if adapting is not None:
+        if lora is not None:
             saved = record["lora"] = checkpointer.record(step)["lora"]
-            theirs = base_weights(Path(saved["base"]), saved, read)
+            base_params = base_weights(Path(saved["base"]), saved, read)
             frozen = jax.tree.map(
                 lambda new, old: jax.device_put(new, old.sharding),
-                {name: theirs[name] for name in like.frozen or {}},
+                {name: base_params[name] for name in like.frozen or {}},
                 like.frozen,
             )
             state = replace(state, frozen=frozen)
         return merge, state, step
-    if adapting is not None and start.path is None:
+    if lora is not None and start.path is None:
         raise UserError(
-            f"train.lora_rank={adapting.rank} adapts weights that are there already: "
+            f"train.lora_rank={lora.rank} adapts weights that are there already: "
             "name them with --init-from"
         )
     key = jax.random.key(config.train.seed)
@@ -65,8 +66,8 @@ def first_state(
     if start.path is not None:
         source = read(start.path)
         params = _with_weights_of(params, source, config, start.path)
-        if adapting is not None:
-            record["lora"] = adapting.record(start.path, split_model(source)[1])
+        if lora is not None:
+            record["lora"] = lora_record(lora, start.path, split_model(source)[1])
     shardings = parameter_shardings(like, mesh)
     return merge, jax.jit(partial(new_state, config), out_shardings=shardings)(params), 0
 

@@ -11,8 +11,8 @@ import optax
 from aria_jax.config import RunConfig
 from aria_jax.losses.grad_cache import grad_cache
 from aria_jax.models.heads import Model, Parameters
+from aria_jax.models.lora import LoraTraining, merge_lora
 from aria_jax.sharding import constrain
-from aria_jax.train.adapters import Adapting, joined_weights
 from aria_jax.train.optimizer import build_optimizer, learning_rate, updates_done
 from aria_jax.train.tasks import Answers, Aux, Batch, BatchLoss, LossFunction, in_parts, joined
 
@@ -29,7 +29,7 @@ class TrainState:
         opt_state: of `build_optimizer`.
         ema: moving average of the weights; None unless `optimizer.ema_decay` is set.
         frozen: weights that a step does not change, where `params` are adapters of them (see
-            `train.adapters`); otherwise None.
+            `models.lora.LoraTraining`); otherwise None.
     """
 
     params: Parameters
@@ -45,9 +45,9 @@ class TrainState:
 
 def new_state(config: RunConfig, params: Parameters) -> TrainState:
     """The state of a run that has these weights and has done no step (traceable)."""
-    adapting, frozen = Adapting.of(config), None
-    if adapting is not None:
-        params, frozen = adapting.split(params, jax.random.key(config.train.seed))
+    lora, frozen = LoraTraining.of(config), None
+    if lora is not None:
+        params, frozen = lora.split(params, jax.random.key(config.train.seed))
     opt_state = build_optimizer(config.optimizer, config.train.steps).init(params)
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay is not None else None
     return TrainState(params, opt_state, ema, frozen)
@@ -67,7 +67,7 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Batch, step: jax.Array):
         def merge_all(params: Parameters) -> Model:
-            return merge(joined_weights(config, params, state.frozen))
+            return merge(merge_lora(config, params, state.frozen))
 
         gradients = weighted_gradients(config.train.grad_accumulation, merge_all, loss)
         dropout = config.model.resid_dropout > 0
@@ -179,7 +179,7 @@ def make_eval_step(
     """
 
     def eval_step(state: TrainState, batch: Batch) -> tuple[Metrics, dict[str, jax.Array]]:
-        model = merge(joined_weights(config, state.best_params, state.frozen))
+        model = merge(merge_lora(config, state.best_params, state.frozen))
         value, aux = loss(model, batch, None)
         rows = {} if answers is None else answers(model, batch)
         rows = {name: constrain(x, *(None,) * x.ndim) for name, x in rows.items()}

@@ -8,11 +8,11 @@ from flax import nnx
 from safetensors.flax import save_file
 from safetensors.numpy import load_file
 
+from aria_jax.checkpoints.models import load_model
+from aria_jax.checkpoints.safetensors import export_model
 from aria_jax.cli.main import main
 from aria_jax.config import ComputeConfig, ModelConfig
-from aria_jax.interop.safetensors import export_model
 from aria_jax.models.heads import build_model
-from aria_jax.train.checkpoint import load_model
 from data_pipeline.tokenizer import Kind, Tokenizer
 
 

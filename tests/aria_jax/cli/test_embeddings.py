@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from aria_jax.checkpoints.models import save_model
 from aria_jax.cli.main import main
 from aria_jax.config import ComputeConfig, ModelConfig
 from aria_jax.embed.encode import class_encoder
@@ -14,7 +15,6 @@ from aria_jax.embed.export import export
 from aria_jax.embed.pieces import Slicing, midi_slices
 from aria_jax.embed.table import read_embeddings
 from aria_jax.models.heads import build_model
-from aria_jax.train.checkpoint import save_model
 from data_pipeline.midi import read_midi
 from data_pipeline.tokenizer import Tokenizer
 

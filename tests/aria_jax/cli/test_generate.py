@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from aria_jax.checkpoints.models import save_model
 from aria_jax.cli.main import main
 from aria_jax.config import ComputeConfig, ModelConfig
 from aria_jax.models.heads import build_model
-from aria_jax.train.checkpoint import save_model
 from data_pipeline.midi import NOTE, Performance, read_midi, write_midi
 from data_pipeline.tokenizer import Tokenizer
 

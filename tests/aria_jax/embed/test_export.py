@@ -15,13 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 from flax import nnx
 
+from aria_jax.checkpoints.safetensors import import_model
 from aria_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from aria_jax.embed.baselines import BASELINES, baseline_encoder
 from aria_jax.embed.encode import like_length, model_encoder
 from aria_jax.embed.export import embed_pieces, export
 from aria_jax.embed.pieces import Piece, Slicing, midi_slices, open_source
 from aria_jax.embed.table import read_embeddings
-from aria_jax.interop.safetensors import import_model
 from aria_jax.models.heads import build_model
 from aria_jax.sharding import make_mesh
 from data_pipeline.errors import UserError

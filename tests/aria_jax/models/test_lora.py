@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from aria_jax.checkpoints.safetensors import load_lora, save_lora
 from aria_jax.config import ComputeConfig, ModelConfig
 from aria_jax.models.heads import build_model, split_model
-from aria_jax.models.lora import apply_lora, init_lora, load_lora, save_lora
+from aria_jax.models.lora import apply_lora, init_lora
 from data_pipeline.errors import UserError
 
 CONFIG = ModelConfig(d_model=16, n_heads=2, n_layers=2, max_seq_len=32, vocab_size=50)

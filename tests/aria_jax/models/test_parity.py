@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from aria_jax.interop.safetensors import export_model, import_model
+from aria_jax.checkpoints.safetensors import export_model, import_model
 
 
 def load(golden, name):

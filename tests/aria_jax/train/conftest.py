@@ -6,10 +6,10 @@ import jax
 import numpy as np
 import pytest
 
+from aria_jax.checkpoints.models import load_model
 from aria_jax.config import MeshConfig, RunConfig, with_overrides
 from aria_jax.models.heads import split_model
 from aria_jax.presets import for_task
-from aria_jax.train.checkpoint import load_model
 
 COMMON = (
     "seq_len=64 global_batch=8 steps=4 log_every=1 eval_every=1000 eval_batches=2 "

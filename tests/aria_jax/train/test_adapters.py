@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from aria_jax.checkpoints.models import load_adapters, load_model, save_model
+from aria_jax.checkpoints.safetensors import export_model
 from aria_jax.cli.main import main
 from aria_jax.config import ComputeConfig
-from aria_jax.interop.safetensors import export_model
 from aria_jax.models.heads import build_model
-from aria_jax.train.checkpoint import load_adapters, load_model, save_model
 from aria_jax.train.loop import run
 from aria_jax.train.tasks import build_task, resolve
 from data_pipeline.errors import UserError

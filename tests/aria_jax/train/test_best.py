@@ -3,8 +3,8 @@
 import jax.numpy as jnp
 import pytest
 
+from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.train import loop
-from aria_jax.train.checkpoint import Checkpointer
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aria_jax.checkpoints.manager import Checkpointer
+from aria_jax.checkpoints.models import load_model, save_model
 from aria_jax.config import MeshConfig, ModelConfig
 from aria_jax.models.heads import split_model
 from aria_jax.sharding import make_mesh
-from aria_jax.train.checkpoint import Checkpointer, load_model, save_model
 from aria_jax.train.loop import run
 from data_pipeline.errors import UserError
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aria_jax.checkpoints.models import load_model
 from aria_jax.config import MeshConfig, with_overrides
 from aria_jax.sharding import batch_sharding, make_mesh
-from aria_jax.train.checkpoint import load_model
 from aria_jax.train.loop import run
 from aria_jax.train.state import abstract_state
 from aria_jax.train.step import make_train_step, weighted_gradients

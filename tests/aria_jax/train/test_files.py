@@ -5,8 +5,8 @@ import pytest
 from flax import nnx
 from scipy.special import softmax
 
+from aria_jax.checkpoints.models import load_model
 from aria_jax.config import SLICE_NOTES
-from aria_jax.train.checkpoint import load_model
 from aria_jax.train.files import file_metrics
 from aria_jax.train.loop import run
 from data_pipeline import loaders

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from aria_jax.checkpoints.models import load_model
 from aria_jax.config import MeshConfig
 from aria_jax.sharding import batch_sharding, make_mesh
-from aria_jax.train.checkpoint import load_model
 from aria_jax.train.loop import run
 from aria_jax.train.start import Start
 from aria_jax.train.state import first_state

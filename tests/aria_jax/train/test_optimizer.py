@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
+from aria_jax.checkpoints.safetensors import import_model
 from aria_jax.config import OptimizerConfig
-from aria_jax.interop.safetensors import import_model
 from aria_jax.losses.language_model import next_token_loss
 from aria_jax.models.heads import split_model
 from aria_jax.train.optimizer import build_optimizer, learning_rate, updates_done

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from aria_jax.interop.safetensors import export_model
-from aria_jax.train.checkpoint import load_model
+from aria_jax.checkpoints.models import load_model
+from aria_jax.checkpoints.safetensors import export_model
 from aria_jax.train.loop import run
 from data_pipeline.errors import UserError
 

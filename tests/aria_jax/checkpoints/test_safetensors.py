@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 from safetensors.flax import load_file, save_file
 
+from aria_jax.checkpoints.safetensors import export_model, import_model
 from aria_jax.config import ComputeConfig, ModelConfig
-from aria_jax.interop.safetensors import export_model, import_model
 from aria_jax.models.heads import build_model
 from data_pipeline.errors import UserError
 

@@ -7,6 +7,7 @@ A PyTorch linear weight is [out, in]; ours [in, out].
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,19 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from aria_jax.config import ComputeConfig, to_dict
-from aria_jax.interop.architecture import (
+from aria_jax.checkpoints.published import (
     canonical_name,
     check_tensors,
     infer_config,
     reference_names,
     reference_shape,
 )
+from aria_jax.config import ComputeConfig, to_dict
 from aria_jax.models.heads import Model, abstract_model
+from aria_jax.models.lora import Lora
+from data_pipeline.building.journal import publish, write_atomically
 from data_pipeline.errors import UserError
 
 METADATA = "aria_jax.config"
 """Key of our own files' metadata: the model's config as JSON."""
+LORA_METADATA = "aria_jax.lora"
+"""Likewise of files of adapters: their scale."""
 
 
 def import_model(
@@ -164,11 +169,58 @@ def export_model(model: Model, path: str | Path) -> None:
 
 
 def _write(path: str | Path, header: dict[str, Any], tensors: Iterator[np.ndarray]) -> None:
-    """A safetensors file: length of the header (uint64), header (JSON), tensors in its order."""
+    """A safetensors file: length of the header (uint64), header (JSON), tensors in its order.
+
+    It appears whole or not at all.
+    """
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
+    path = Path(path)
+    beside = path.with_name(path.name + ".part")
+    with beside.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors:
             file.write(tensor.data)
+        file.flush()
+        os.fsync(file.fileno())
+    publish(beside, path)
+
+
+def save_lora(path: str | Path, lora: Lora) -> None:
+    """Writes the adapters alone, as safetensors."""
+    from safetensors.numpy import save
+
+    factors = {
+        f"{name}.{side}": np.ascontiguousarray(factor)
+        for side in ("a", "b")
+        for name, factor in getattr(lora, side).items()
+    }
+    metadata = {LORA_METADATA: json.dumps({"scale": lora.scale})}
+    write_atomically(Path(path), save(factors, metadata=metadata))
+
+
+def load_lora(path: str | Path) -> Lora:
+    """Reads what `save_lora` wrote.
+
+    Raises:
+        UserError: not there, or not such a file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            metadata = (file.metadata() or {}).get(LORA_METADATA)
+            names = file.keys()
+            tensors = {name: jnp.asarray(file.get_tensor(name)) for name in names}
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file ({error})") from None
+    if metadata is None:
+        raise UserError(f"{path}: holds no LoRA adapters")
+    sides = {
+        side: {name[:-2]: tensor for name, tensor in tensors.items() if name.endswith(f".{side}")}
+        for side in ("a", "b")
+    }
+    return Lora(**sides, scale=json.loads(metadata)["scale"])

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from aria_jax.interop.architecture import reference_names, reference_shape
-from aria_jax.interop.safetensors import _write
+from aria_jax.checkpoints.published import reference_names, reference_shape
+from aria_jax.checkpoints.safetensors import _write
 from aria_jax.presets import MODELS
 
 pytestmark = pytest.mark.slow

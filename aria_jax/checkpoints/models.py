@@ -1,36 +1,25 @@
-"""Checkpoints: an Orbax CheckpointManager directory of params, opt_state, ema and a JSON record.
-
-The record holds the run's config, the tokenizer and the position: seed, epoch and step. Loaders
-are random access, so row i of the stream depends on (seed, i) alone, and so do the keys of
-dropout: any number of processes can go on from a position, which Grain's own iterator state does
-not allow.
-"""
+"""Models on disk: what a run or `save_model` wrote, or a published .safetensors, as a `Model`."""
 
 import hashlib
 import json
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 
+from aria_jax.checkpoints.manager import DIRECTORY, Checkpointer, shapes_like
+from aria_jax.checkpoints.safetensors import import_model
 from aria_jax.config import ComputeConfig, ModelConfig, from_dict, to_dict
-from aria_jax.interop.safetensors import import_model
 from aria_jax.models.heads import Model, Parameters, abstract_model, split_model
-from aria_jax.models.lora import Lora
-from aria_jax.sharding import parameter_shardings
-from aria_jax.train.adapters import Adapting, merged_with_base
+from aria_jax.models.lora import Lora, LoraTraining
+from aria_jax.sharding import parameter_shardings, replicated
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizer import Tokenizer
-
-DIRECTORY = "checkpoints"
-Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -60,116 +49,6 @@ class LoadedModel:
         for leaf in jax.tree.leaves(split_model(self.model)[1]):
             digest.update(np.asarray(leaf.reshape(-1)[:1024]).tobytes())
         return digest.hexdigest()[:16]
-
-
-class Checkpointer:
-    """The checkpoints of one run; writes in the background, a write is all or nothing."""
-
-    def __init__(self, workdir: str | Path, keep: int = 3):
-        self.directory = (Path(workdir) / DIRECTORY).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
-        names = ("params", "opt_state", "ema", "record")
-        self._manager = ocp.CheckpointManager(self.directory, item_names=names, options=options)
-        self._damaged: set[int] = set()
-
-    def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, oldest first; incomplete writes are not listed."""
-        return sorted(self._manager.all_steps())
-
-    def save(
-        self,
-        step: int,
-        params: Parameters,
-        record: dict[str, Any],
-        *,
-        opt_state: Any | None = None,
-        ema: Parameters | None = None,
-    ) -> None:
-        """Starts writing; returns once the arrays may be changed. A step is written once."""
-        if step in self._damaged:
-            self._manager.delete(step)
-            self._damaged.remove(step)
-        if step in self._manager.all_steps():
-            return
-        items: dict[str, Any] = {
-            "params": ocp.args.StandardSave(params),
-            "record": ocp.args.JsonSave({**record, "step": step}),
-        }
-        if opt_state is not None:
-            items["opt_state"] = ocp.args.StandardSave(jax.tree.leaves(opt_state))
-        if ema is not None:
-            items["ema"] = ocp.args.StandardSave(ema)
-        # Forced: behind a damaged newer checkpoint Orbax would refuse.
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-
-    def newest(self, read: Callable[[int], Read]) -> tuple[int, Read]:
-        """The newest step that `read` can read, and what it read; warns about the others.
-
-        Raises:
-            UserError: none can be read, or `read` raised it.
-        """
-        for step in reversed(self.steps()):
-            try:
-                return step, read(step)
-            except UserError:
-                raise
-            except Exception as error:  # Orbax raises anything on a damaged file
-                reason = str(error).strip().partition("\n")[0]
-                self._damaged.add(step)
-                warnings.warn(
-                    f"{self.directory}: checkpoint {step} is damaged, trying the one before "
-                    f"({type(error).__name__}: {reason[:200]})",
-                    stacklevel=2,
-                )
-        raise UserError(f"{self.directory}: no checkpoint here can be read; use a new --workdir")
-
-    def record(self, step: int) -> dict[str, Any]:
-        """The JSON record of a checkpoint."""
-        args = ocp.args.Composite(record=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["record"]
-
-    def restore(self, step: int, item: str, like: Any) -> Any:
-        """Item "params", "opt_state" or "ema", laid out and typed like `like`.
-
-        `like` holds ShapeDtypeStructs with shardings: any mesh, any number of processes, any float
-        type.
-        """
-        if item != "opt_state":
-            args = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
-            return self._manager.restore(step, args=args)[item]
-        leaves, structure = jax.tree.flatten(like)
-        args = ocp.args.Composite(opt_state=ocp.args.StandardRestore(leaves))
-        restored = self._manager.restore(step, args=args)["opt_state"]
-        return jax.tree.unflatten(structure, restored)
-
-    def wait(self) -> None:
-        """Returns when everything is on the disk."""
-        self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Finishes writing and lets go of the directory."""
-        self._manager.close()
-
-
-def shapes_like(
-    tree: Any, mesh: jax.sharding.Mesh | None, dtype: jax.typing.DTypeLike | None = None
-) -> Any:
-    """Shapes, types and shardings of parameters or optimiser state; without a mesh on one device.
-
-    Args:
-        dtype: what floating-point leaves become; None keeps theirs.
-    """
-    if mesh is None:
-        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: one, tree)
-    else:
-        shardings = parameter_shardings(tree, mesh)
-
-    def shape(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-        cast = dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype if cast else leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(shape, tree, shardings)
 
 
 def model_record(config: ModelConfig, tokenizer: str) -> dict[str, Any]:
@@ -255,18 +134,18 @@ def load_adapters(path: str | Path) -> Lora:
         record = checkpointer.record(step)
         if (saved := record.get("lora")) is None:
             raise UserError(f"{path}: trained all weights (no train.lora_rank): it has no adapters")
-        adapting = Adapting.from_record(saved)
+        training = LoraTraining.from_record(saved)
         params = split_model(
             abstract_model(from_dict(ModelConfig, record["model"]), ComputeConfig())
         )[1]
-        shapes = adapting.shapes(params)
+        shapes = training.shapes(params)
         if shapes["full"]:
             raise UserError(
                 f"{path}: trained its {' and '.join(shapes['full'])} too, which is no adapter; "
                 "use `aria-jax convert merge` to write the whole model"
             )
         item = "ema" if record.get("ema") else "params"
-        return adapting.lora(checkpointer.restore(step, item, shapes_like(shapes, None)))
+        return training.lora(checkpointer.restore(step, item, shapes_like(shapes, None)))
 
     try:
         return checkpointer.newest(read)[1]
@@ -295,3 +174,83 @@ def read_model(
     if Path(path).suffix == ".safetensors":
         return import_model(path)
     return load_model(path, mesh=mesh, dtype=dtype).model
+
+
+def merged_with_base(
+    saved: dict[str, Any],
+    params: Parameters,
+    *,
+    restore: Callable[[Parameters], Parameters],
+    read_base: Callable[[Path], Model],
+    mesh: jax.sharding.Mesh | None,
+    base: str | Path | None = None,
+) -> Parameters:
+    """The whole weights of a checkpoint that holds adapters.
+
+    Args:
+        saved: `lora_record` of the checkpoint.
+        params: shapes of the whole weights.
+        restore: reads the adapters, given their shapes.
+        read_base: reads a model.
+        base: where the base is now, if not where it was.
+
+    Raises:
+        UserError: the base is gone, or has changed since.
+    """
+    training = LoraTraining.from_record(saved)
+    base_path = Path(saved["base"] if base is None else base)
+    base_params = base_weights(base_path, saved, read_base)
+    frozen = {name: base_params[name] for name in params if name not in training.full}
+    shardings = None
+    if mesh is not None:
+        shardings = parameter_shardings(params, mesh)
+        frozen = jax.device_put(frozen, {name: shardings[name] for name in frozen})
+    return jax.jit(training.join, out_shardings=shardings)(restore(training.shapes(params)), frozen)
+
+
+def lora_record(training: LoraTraining, base_path: Path, base_params: Parameters) -> dict[str, Any]:
+    """What a checkpoint says of its adapters and of their base, as JSON types."""
+    base = {"base": str(base_path.absolute()), "fingerprint": fingerprint(base_params)}
+    return {**training.record(), **base}
+
+
+def base_weights(
+    base_path: Path, saved: dict[str, Any], read_base: Callable[[Path], Model]
+) -> Parameters:
+    """The weights at `base_path`, if they are those that the adapters of `saved` were trained on.
+
+    Raises:
+        UserError: they are not there, or not the same.
+    """
+    if not base_path.exists():
+        raise UserError(
+            f"{base_path} is gone, and this run holds only the adapters trained on it: put it "
+            "back, or name its new place (aria-jax convert merge RUN OUT --base PLACE)"
+        )
+    params = split_model(read_base(base_path))[1]
+    if fingerprint(params) != saved["fingerprint"]:
+        raise UserError(
+            f"{base_path} has changed since adapters were trained on it, so that the sum would be "
+            "wrong; bring back the weights of that time"
+        )
+    return params
+
+
+def fingerprint(params: Parameters) -> str:
+    """Hex digest of a sample of each weight, at bfloat16 so that any float type gives the same."""
+
+    def sample(params: Parameters) -> Sequence[jax.Array]:
+        leaves = jax.tree.leaves(params)
+        rows = [leaf[(0,) * (leaf.ndim - 1)][:64] if leaf.ndim else leaf[None] for leaf in leaves]
+        return [row.astype(jnp.bfloat16).astype(jnp.float32) for row in rows]
+
+    sharding = jax.tree.leaves(params)[0].sharding
+    everywhere = None
+    if isinstance(sharding, jax.sharding.NamedSharding) and isinstance(
+        sharding.mesh, jax.sharding.Mesh
+    ):
+        everywhere = replicated(sharding.mesh)
+    digest = hashlib.sha256()
+    for row in jax.jit(sample, out_shardings=everywhere)(params):
+        digest.update(np.asarray(row).tobytes())
+    return digest.hexdigest()[:16]

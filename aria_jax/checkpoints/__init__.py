@@ -1,0 +1,1 @@
+"""Models on disk: Orbax checkpoints, safetensors under the published names; knows no training."""
