@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.corpora import corpus, midi_corpus  # noqa: F401  fixtures for every room
+from tests.golden.arrays import unpack_golden
 
 # Many tests, and the programs they start, compile the same functions: they are kept for the
 # session. Its workers find the folder in their environment.
@@ -31,17 +32,34 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 _SHARED = Path(os.environ.get("ARIA_JAX_SHARED", Path(__file__).parents[2] / "shared"))
 
 
-@pytest.fixture(scope="session")
-def golden() -> Path:
-    """What the reference computed; tests that need it skip where it is absent."""
+@pytest.fixture(scope="session", params=["committed", "shared"])
+def golden(request, tmp_path_factory) -> Path:
+    """What the reference computed, twice: on pieces made up here, and on real performances.
+
+    The second set is not part of the repository; its tests skip where it is absent.
+    """
+    if request.param == "committed":
+        return unpack_golden(tmp_path_factory.mktemp("golden"))
     if not (_SHARED / "golden").is_dir():
         pytest.skip("needs the reference's golden files (shared/golden beside the checkout)")
     return _SHARED / "golden"
 
 
 @pytest.fixture(scope="session")
+def golden_midi(golden) -> Path:
+    """The folder that the paths in the golden files are relative to."""
+    if (golden / "data").is_dir():
+        return golden / "data"
+    return real_midi_folder()
+
+
+@pytest.fixture(scope="session")
 def real_midi() -> Path:
     """Real performances; tests that need them skip where they are absent."""
+    return real_midi_folder()
+
+
+def real_midi_folder() -> Path:
     if not (_SHARED / "data").is_dir():
         pytest.skip("needs the development performances (shared/data beside the checkout)")
     return _SHARED / "data"

@@ -211,13 +211,13 @@ def instruments(record):
 
 
 def test_a_build_rejects_what_the_references_filters_reject_and_nothing_else(
-    golden, real_midi, tmp_path
+    golden, golden_midi, tmp_path
 ):
     outcomes = json.loads((golden / "filters.json").read_text())["results"]
     midi = tmp_path / "midi"
     for path in outcomes:
         (midi / path).parent.mkdir(parents=True, exist_ok=True)
-        (midi / path).write_bytes((real_midi / path).read_bytes())
+        (midi / path).write_bytes((golden_midi / path).read_bytes())
     failed = {p: {n for n, r in tests.items() if r[0] is not True} for p, tests in outcomes.items()}
     build(midi, tmp_path / "heavy", **{**ALL, "filters": "heavy"})
     expected = {path for path, names in failed.items() if names}

@@ -14,11 +14,11 @@ def flat(value):
     return np.ravel(np.array(value, float))
 
 
-def test_every_outcome_is_the_references(golden, real_midi):
+def test_every_outcome_is_the_references(golden, golden_midi):
     case = json.loads((golden / "filters.json").read_text())
     n_compared = 0
     for path, outcomes in case["results"].items():
-        performance = read_midi(real_midi / path)
+        performance = read_midi(golden_midi / path)
         for name, expected in outcomes.items():
             if expected[0] == "error":
                 continue

@@ -21,9 +21,9 @@ def test_the_vocabulary_is_the_references(golden):
     assert [list(t) if isinstance(t, tuple) else t for t in TOKENIZER.tokens] == expected
 
 
-def test_ids_of_every_file(golden, real_midi):
+def test_ids_of_every_file(golden, golden_midi):
     for case in golden_files(golden, "tokenizer"):
-        performance = read_midi(real_midi / case["midi"])
+        performance = read_midi(golden_midi / case["midi"])
         assert len(performance.notes) == case["num_notes"], case["midi"]
         ids = TOKENIZER.encode(performance).tolist()
         start = ids.index(TOKENIZER.bos_id)
@@ -58,9 +58,9 @@ def instrument_name(program: int) -> str:
     return FAMILIES[program // 8]
 
 
-def test_parsed_notes_tempi_and_pedals_of_every_file(golden, real_midi):
+def test_parsed_notes_tempi_and_pedals_of_every_file(golden, golden_midi):
     for case in golden_files(golden, "midi"):
-        p = read_midi(real_midi / case["midi"])
+        p = read_midi(golden_midi / case["midi"])
         assert p.ticks_per_beat == case["ticks_per_beat"]
         columns = ("pitch", "start", "end", "velocity", "channel")
         assert [[int(n[c]) for c in columns] for n in p.notes] == case["notes_ticks"], case["midi"]

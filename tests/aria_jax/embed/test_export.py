@@ -72,13 +72,13 @@ def counting():
 # --- the numbers ---
 
 
-def test_whole_files_as_the_reference_embeds_them(golden, real_midi):
+def test_whole_files_as_the_reference_embeds_them(golden, golden_midi):
     case = json.loads((golden / "model" / "file_embeddings.json").read_text())
     model = import_model(golden / "model" / "emb.safetensors", n_heads=4)
     encode = model_encoder(model, TOKENIZER.pad_id)
     slicing = Slicing("aria", case["notes_per_chunk"], case["max_seq_len"])
     for path, expected in case["embeddings"].items():
-        found = encode(midi_slices(read_midi(real_midi / path), slicing)).mean(0)
+        found = encode(midi_slices(read_midi(golden_midi / path), slicing)).mean(0)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
