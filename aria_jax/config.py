@@ -1,46 +1,61 @@
 """Every setting of a run as frozen, typed dataclasses (named runs: aria_jax/presets.py).
 
-A run is one `RunConfig`. `key=value` overrides name a field, with its section where two sections
-share the name (`optimizer.peak_lr=1e-4`, `steps=200`). `RunConfig.problems()` lists all that is
-wrong at once, before any slow work.
+A run is one `RunConfig`. A field says what it may hold where it is defined (data_pipeline.settings)
+and `RunConfig.problems()` lists all that is wrong at once, before any slow work. `key=value`
+overrides name a field, with its section where two sections share the name
+(`optimizer.peak_lr=1e-4`, `steps=200`); files of settings are read by aria_jax/config_file.py.
 """
 
 import dataclasses
 import difflib
-import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from data_pipeline.augment_config import AugmentConfig
 from data_pipeline.errors import UserError
+from data_pipeline.settings import AugmentConfig, Range, Setting, problems_of, settings_of
 
 SLICE_NOTES = 300
 """Notes of a slice when a whole file is embedded or classified (reference: aria/embedding.py)."""
 SLICE_TOKENS = 2048
-"""Where a slice is cut off, and the longest that slices are trained with (same reference)."""
+"""Where a slice is truncated, and the longest that slices are trained with (same reference)."""
 
 Head = Literal["lm", "embedding", "class", "none"]
 Task = Literal["pretrain", "continue", "contrastive", "classify"]
+LoraTarget = Literal["qkv", "out", "gate", "up", "down", "head", "embedding"]
+
+Count = Annotated[int, Range(1)]
+Positive = Annotated[float, Range(0, above=True)]
+NotNegative = Annotated[float, Range(0)]
+Momentum = Annotated[float, Range(0, 1, below=True)]
+Devices = Annotated[int, Range(1, also=(-1,))]
 
 
 @dataclass(frozen=True)
 class ModelConfig:
     """The architecture: what a checkpoint fixes (reference: aria/model.py ModelConfig)."""
 
-    d_model: int = 1536
-    n_heads: int = 24
-    n_layers: int = 16
-    ff_mult: int = 4
-    max_seq_len: int = 8192
-    vocab_size: int = 17_727
+    d_model: Count = 1536
+    """Width of the residual stream."""
+    n_heads: Count = 24
+    """Attention heads; each is d_model / n_heads wide."""
+    n_layers: Count = 16
+    """Transformer blocks."""
+    ff_mult: Count = 4
+    """Width of the feed-forward layers, in multiples of d_model."""
+    max_seq_len: Annotated[int, Range(2)] = 8192
+    """Tokens of the longest context."""
+    vocab_size: Annotated[int, Range(2, 65_536)] = 17_727
+    """Token ids; the tokenizer of the data decides."""
     head: Head = "lm"
-    emb_size: int | None = None
+    """What the network puts out: next-token logits, an embedding, class logits, or hidden states;
+    the task decides."""
+    emb_size: Count | None = None
     """Width of the embedding head, or of the conditioning vector when `head` is "lm"."""
     class_names: tuple[str, ...] = ()
-    """Labels of the class head, in logit order."""
-    resid_dropout: float = 0.0
+    """Labels of the class head, in logit order; read from the data unless given."""
+    resid_dropout: Momentum = 0.0
     """Residual dropout of the last layer; earlier layers ramp up to it linearly from 0."""
     learned_temperature: bool = False
     """Whether the contrastive temperature is a parameter; it starts at train.temperature."""
@@ -83,50 +98,66 @@ class ComputeConfig:
 class MeshConfig:
     """Devices per mesh axis; -1 (at most one) takes what the others leave."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    sequence: int = 1
+    data: Devices = -1
+    """Devices that hold a copy of the weights each, and a part of the batch."""
+    fsdp: Devices = 1
+    """Devices that share one copy of weights and optimiser state, and the batch."""
+    tensor: Devices = 1
+    """Devices that share every matrix product: heads, feed-forward columns, vocabulary."""
+    sequence: Devices = 1
+    """Devices that share every sequence."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW and its learning-rate schedule, the reference's by default."""
 
-    peak_lr: float = 3e-4
-    warmup_steps: int = 200
+    peak_lr: Positive = 3e-4
+    """Learning rate at the end of the warm-up."""
+    warmup_steps: Annotated[int, Range(0)] = 200
+    """Steps of linear warm-up."""
     schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
-    end_ratio: float = 0.1
+    """How the learning rate falls after the warm-up; "wsd" stays at the peak until the end nears
+    (Hu et al. 2024)."""
+    end_ratio: Annotated[float, Range(0, 1)] = 0.1
     """Last learning rate as a fraction of the peak."""
-    decay_fraction: float = 0.2
+    decay_fraction: Annotated[float, Range(0, 1, above=True)] = 0.2
     """Share of the steps over which "wsd" decays."""
-    ema_decay: float | None = None
+    ema_decay: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
     """Keeps an exponential moving average of the weights, which is evaluated and exported."""
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-5
-    weight_decay: float = 0.1
-    clip_norm: float | None = 1.0
+    b1: Momentum = 0.9
+    """Decay of the first moment."""
+    b2: Momentum = 0.95
+    """Decay of the second moment."""
+    eps: Positive = 1e-5
+    """Added to the root of the second moment."""
+    weight_decay: NotNegative = 0.1
+    """Decoupled weight decay, of every parameter."""
+    clip_norm: Positive | None = 1.0
+    """Largest global norm of the gradients; none does not clip."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What the loader delivers."""
 
-    seq_len: int = 512
+    seq_len: Annotated[int, Range(2)] = 512
     """Tokens per training sequence."""
-    global_batch: int = 8
+    global_batch: Count = 8
     """Sequences (contrastive: pairs) per optimiser step, over all devices and processes."""
     augment: bool = True
     """Whether training pieces are changed at random, as the section `augmentation` says."""
     packing: Literal["concat", "best-fit"] = "concat"
-    max_piece_tokens: int | None = None
+    """Windows of the concatenated pieces, or whole pieces packed into rows (pretrain, continue)."""
+    max_piece_tokens: Count | None = None
     """Longer pieces are left out (pretrain, continue)."""
-    min_slice_notes: int = 100
-    max_slice_notes: int = 650
+    min_slice_notes: Count = 100
+    """Notes of the shortest random slice (contrastive, classify)."""
+    max_slice_notes: Count = 650
+    """Notes of the longest random slice (contrastive, classify)."""
     label: str | None = None
     """Which label `classify` learns."""
-    workers: int = 0
+    workers: Annotated[int, Range(0)] = 0
     """Loader processes; 0 reads in the training process."""
 
 
@@ -134,30 +165,39 @@ class DataConfig:
 class TrainConfig:
     """The loop."""
 
-    steps: int = 1000
-    epochs: float | None = None
+    steps: Annotated[int, Range(0)] = 1000
+    """Optimiser steps; 0 saves the weights the run would start from."""
+    epochs: Positive | None = None
     """Passes over the training split instead of a number of steps, where given."""
-    seed: int = 0
-    grad_accumulation: int = 1
+    seed: Annotated[int, Range(0)] = 0
+    """Of weights, order, augmentation and dropout."""
+    grad_accumulation: Count = 1
     """Parts a batch is computed in, one after the other; the contrastive task caches gradients, so
     that negatives still come from the whole batch."""
-    eval_every: int = 500
-    eval_batches: int = 16
-    log_every: int = 10
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 3
-    max_bad_steps: int = 10
+    eval_every: Count = 500
+    """Steps between evaluations on the validation split."""
+    eval_batches: Count = 16
+    """Batches of an evaluation."""
+    log_every: Count = 10
+    """Steps between lines of metrics."""
+    checkpoint_every: Count = 500
+    """Steps between checkpoints."""
+    keep_checkpoints: Count = 3
+    """How many of the last checkpoints stay."""
+    max_bad_steps: Count = 10
     """Stop after this many non-finite losses in a row."""
-    temperature: float = 0.1
+    temperature: Positive = 0.1
     """Of the contrastive loss; where it is learned, the first one."""
-    z_loss: float = 0.0
+    z_loss: NotNegative = 0.0
+    """Weight of the squared log-normaliser in the next-token loss."""
     pooling: Literal["eos", "mean"] = "eos"
-    lora_rank: int = 0
+    """Where embedding and class heads read: at <E>, or the mean over all positions."""
+    lora_rank: Annotated[int, Range(0)] = 0
     """Above 0, low-rank adapters of the weights given by --init-from are trained, not the weights
     (arXiv 2106.09685); a new head is trained whole."""
-    lora_alpha: float | None = None
+    lora_alpha: Positive | None = None
     """Adapters count by lora_alpha / lora_rank; the rank by default."""
-    lora_targets: tuple[str, ...] = ("qkv", "out", "gate", "up", "down")
+    lora_targets: tuple[LoraTarget, ...] = ("qkv", "out", "gate", "up", "down")
     """Matrices that get adapters; head and embedding can be named too."""
 
 
@@ -175,11 +215,11 @@ class ContrastiveConfig:
     """Pieces of the whole batch, or only of those on the same device."""
     mask_composition: bool = True
     """Performances of one composition are no negatives of each other."""
-    hardness: float = 0.0
+    hardness: NotNegative = 0.0
     """Above 0, negatives weigh exp(hardness * logit), normalised to mean one."""
     consecutive: bool = False
     """The second slice begins where the first ends, instead of anywhere."""
-    composer_group: int = 1
+    composer_group: Count = 1
     """Up to that many pieces of one composer next to each other in a batch: hard negatives."""
 
 
@@ -198,56 +238,65 @@ class RunConfig:
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
 
     def problems(self) -> list[str]:
-        """Everything that contradicts itself, one sentence each."""
-        m, d, t, found = self.model, self.data, self.train, []
-        if m.d_model % m.n_heads:
-            found.append(f"model.d_model={m.d_model} must divide by model.n_heads={m.n_heads}")
-        if m.d_head % 2:
-            found.append(f"rotary positions need an even head width, not {m.d_head}")
-        if d.seq_len > m.max_seq_len:
-            found.append(f"data.seq_len={d.seq_len} exceeds model.max_seq_len={m.max_seq_len}")
-        if d.global_batch % t.grad_accumulation:
-            found.append(
-                f"data.global_batch={d.global_batch} must divide by "
-                f"train.grad_accumulation={t.grad_accumulation}"
-            )
-        if m.head == "embedding" and not m.emb_size:
-            found.append("model.head=embedding needs model.emb_size")
+        """Everything in contradiction or out of its range, one sentence each."""
+        wrong = out_of_range(self)
+        if self.task not in typing.get_args(Task):
+            wrong["task"] = f"task={self.task} must be one of {', '.join(typing.get_args(Task))}"
+        return [*self._contradictions(wrong), *wrong.values()]
+
+    def _contradictions(self, wrong: Container[str]) -> Iterator[str]:
+        """What settings say wrongly together, where each of them is right by itself."""
+        m, d, t = self.model, self.data, self.train
+
+        def fine(*names: str) -> bool:
+            return not any(name in wrong for name in names)
+
+        if fine("model.d_model", "model.n_heads"):
+            if m.d_model % m.n_heads:
+                yield f"model.d_model={m.d_model} must divide by model.n_heads={m.n_heads}"
+            if m.d_head % 2:
+                yield f"rotary positions need an even head width, not {m.d_head}"
+        if fine("data.seq_len", "model.max_seq_len") and d.seq_len > m.max_seq_len:
+            yield f"data.seq_len={d.seq_len} exceeds model.max_seq_len={m.max_seq_len}"
+        batch, parts = d.global_batch, t.grad_accumulation
+        if fine("data.global_batch", "train.grad_accumulation") and batch % parts:
+            yield f"data.global_batch={batch} must divide by train.grad_accumulation={parts}"
+        least, most = d.min_slice_notes, d.max_slice_notes
+        if fine("data.min_slice_notes", "data.max_slice_notes") and least > most:
+            yield f"data.min_slice_notes={least} must be at most data.max_slice_notes={most}"
+        if m.head == "embedding" and m.emb_size is None:
+            yield "model.head=embedding needs model.emb_size"
         if m.learned_temperature and m.head != "embedding":
-            found.append("model.learned_temperature=true is for task contrastive")
-        if self.contrastive.hardness < 0:
-            found.append(f"contrastive.hardness={self.contrastive.hardness} must not be negative")
-        if t.steps < 0:
-            found.append(f"train.steps={t.steps} must not be negative")
-        if t.lora_rank < 0:
-            found.append(f"train.lora_rank={t.lora_rank} must not be negative; 0 trains everything")
-        if self.task == "classify" and not d.label:
-            found.append("task classify needs data.label=NAME (see `aria-jax data inspect`)")
-        if not 0 < d.min_slice_notes <= d.max_slice_notes:
-            found.append("data.min_slice_notes must be positive and at most data.max_slice_notes")
-        positive = {
-            "data.seq_len": d.seq_len,
-            "data.global_batch": d.global_batch,
-            "train.grad_accumulation": t.grad_accumulation,
-            "train.temperature": t.temperature,
-            "train.epochs": 1 if t.epochs is None else t.epochs,
-            "train.lora_alpha": 1 if t.lora_alpha is None else t.lora_alpha,
-            "data.max_piece_tokens": 1 if d.max_piece_tokens is None else d.max_piece_tokens,
-            "contrastive.composer_group": self.contrastive.composer_group,
-            "optimizer.peak_lr": self.optimizer.peak_lr,
-        }
-        found += [
-            f"{name}={value} must be positive" for name, value in positive.items() if value <= 0
-        ]
+            yield "model.learned_temperature=true is for task contrastive"
+        if self.task == "classify" and d.label is None:
+            yield "task classify needs data.label=NAME (see `aria-jax data inspect`)"
+        if t.lora_rank and not t.lora_targets:
+            yield "train.lora_targets must name a matrix where train.lora_rank is above 0"
         if list(dataclasses.astuple(self.mesh)).count(-1) > 1:
-            found.append("at most one mesh axis may be -1")
-        return found
+            yield "at most one mesh axis may be -1"
 
     def validate(self) -> "RunConfig":
         """Returns itself, or raises one `UserError` naming every problem."""
         if found := self.problems():
             raise UserError("this run cannot work: " + "; ".join(found))
         return self
+
+
+SECTIONS = {f.name: type(getattr(RunConfig(), f.name)) for f in dataclasses.fields(RunConfig)[1:]}
+"""Class of each section of a run."""
+SETTINGS: dict[str, Setting] = {
+    f"{section}.{one.name}": one for section, cls in SECTIONS.items() for one in settings_of(cls)
+}
+"""Every setting by its full name."""
+
+
+def out_of_range(config: RunConfig) -> dict[str, str]:
+    """A sentence about each setting that holds what it may not, by its full name."""
+    found: dict[str, str] = {}
+    for section in SECTIONS:
+        wrong = problems_of(getattr(config, section), f"{section}.")
+        found |= {f"{section}.{name}": text for name, text in wrong.items()}
+    return found
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -273,66 +322,68 @@ def from_dict(cls: type, values: dict[str, Any]) -> Any:
     return cls(**made)
 
 
+def full_name(key: str) -> str:
+    """The full name of a setting that may be given without its section.
+
+    Raises:
+        UserError: unknown or ambiguous; the nearest names are told.
+    """
+    matches = [name for name in SETTINGS if name == key or name.partition(".")[2] == key]
+    if len(matches) == 1:
+        return matches[0]
+    names = [*SETTINGS, *(name.partition(".")[2] for name in SETTINGS)]
+    near = matches or difflib.get_close_matches(key, names, n=3, cutoff=0.5)
+    what = "is ambiguous" if matches else "is unknown"
+    hint = f"nearest: {', '.join(near)}" if near else "`aria-jax train --settings` lists them all"
+    raise UserError(f"setting {key!r} {what}; {hint}")
+
+
+def with_settings(config: RunConfig, pairs: Iterable[tuple[str, Any]]) -> RunConfig:
+    """Applies (name, value) pairs; text is read as the setting's type. Later ones win.
+
+    A number of steps replaces a number of epochs that `config` asks for.
+
+    Raises:
+        UserError: unknown or ambiguous names and unusable values, all of them together.
+    """
+    given: dict[str, dict[str, Any]] = {}
+    wrong = []
+    for key, value in pairs:
+        try:
+            name = full_name(key)
+            setting = SETTINGS[name]
+            value = setting.read(value)
+        except UserError as error:
+            wrong.append(str(error))
+        except ValueError as error:
+            wrong.append(f"{name}={value} {error}")
+        else:
+            given.setdefault(name.partition(".")[0], {})[setting.name] = value
+    train = given.get("train", {})
+    if "steps" in train and "epochs" not in train:
+        train["epochs"] = None
+    for section, values in given.items():
+        try:
+            changed = dataclasses.replace(getattr(config, section), **values)
+        except UserError as error:
+            wrong.append(str(error))
+        else:
+            config = dataclasses.replace(config, **{section: changed})
+    if wrong:
+        raise UserError("; ".join([*wrong, *config.problems()]))
+    return config
+
+
 def with_overrides(config: RunConfig, assignments: Sequence[str]) -> RunConfig:
     """Applies `key=value` strings, e.g. `["steps=200", "optimizer.peak_lr=1e-4"]`.
 
-    A number of steps replaces a number of epochs that the preset asks for.
-
     Raises:
-        UserError: unknown or ambiguous key (the nearest valid ones are named), or a value of the
-            wrong type.
+        UserError: as `with_settings`; or a string that is no assignment.
     """
-    known = {
-        f"{section.name}.{f.name}": typing.get_type_hints(type(getattr(config, section.name)))[
-            f.name
-        ]
-        for section in dataclasses.fields(config)
-        if dataclasses.is_dataclass(getattr(config, section.name))
-        for f in dataclasses.fields(getattr(config, section.name))
-    }
-    given = set()
+    pairs = []
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"{assignment!r} is not of the form key=value")
-        matches = [k for k in known if k == key or k.split(".")[1] == key]
-        if len(matches) != 1:
-            names = [*known, *(k.split(".")[1] for k in known)]
-            near = matches or difflib.get_close_matches(key, names, n=3, cutoff=0.5)
-            what = "is ambiguous" if matches else "is unknown"
-            raise UserError(
-                f"setting {key!r} {what}; nearest: {', '.join(near) or ', '.join(known)}"
-            )
-        given.add(matches[0])
-        section, name = matches[0].split(".")
-        value = _parse(text, known[matches[0]], matches[0])
-        changed = dataclasses.replace(getattr(config, section), **{name: value})
-        config = dataclasses.replace(config, **{section: changed})
-    if "train.steps" in given and "train.epochs" not in given:
-        config = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=None))
-    return config
-
-
-def _parse(text: str, hint: Any, key: str) -> Any:
-    """`text` as the type `hint`: int, float, bool, str, Literal, tuple, or one of them | None."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if text.lower() == "none":
-            return None
-        return _parse(text, next(a for a in arguments if a is not type(None)), key)
-    if origin is Literal:
-        if text not in arguments:
-            raise UserError(f"{key}={text} must be one of {', '.join(map(str, arguments))}")
-        return text
-    if origin is tuple:
-        return tuple(part for part in text.split(",") if part)
-    if hint is bool:
-        if text.lower() not in ("true", "false", "1", "0"):
-            raise UserError(f"{key}={text} must be true or false")
-        return text.lower() in ("true", "1")
-    try:
-        if hint is int:
-            return int(text.replace("_", "")) if "e" not in text else int(float(text))
-        return hint(text)
-    except ValueError:
-        raise UserError(f"{key}={text} must be of type {hint.__name__}") from None
+        pairs.append((key, text))
+    return with_settings(config, pairs)

@@ -14,8 +14,8 @@ from aria_jax.config import (
     Task,
     TrainConfig,
 )
-from data_pipeline.augment_config import AugmentConfig
 from data_pipeline.errors import UserError
+from data_pipeline.settings import AugmentConfig
 
 _MEDIUM = ModelConfig()
 

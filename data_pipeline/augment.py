@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline import _augment_kernels as kernels
-from data_pipeline.augment_config import AugmentConfig
+from data_pipeline.settings import AugmentConfig
 from data_pipeline.tokenizer import Tokenizer
 
 _RUBATO_MS = (5_000, 20_000)

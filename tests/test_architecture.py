@@ -12,15 +12,22 @@ PACKAGES = ("aria_jax", "data_pipeline", "launch")
 
 # Room -> rooms of the same project it may import from, besides itself. A dotted name allows one
 # module only. `config`, `presets` and `sharding` are vocabulary, open to all of aria_jax.
-COMMON = {"data_pipeline", "aria_jax.config", "aria_jax.presets", "aria_jax.sharding"}
+COMMON = {
+    "data_pipeline",
+    "aria_jax.config",
+    "aria_jax.config_file",
+    "aria_jax.presets",
+    "aria_jax.sharding",
+}
 ALLOWED = {
     "data_pipeline": set(),
     "launch": {"data_pipeline", "aria_jax"},
-    "aria_jax.config": {"data_pipeline.errors", "data_pipeline.augment_config"},
+    "aria_jax.config": {"data_pipeline.errors", "data_pipeline.settings"},
+    "aria_jax.config_file": {"data_pipeline", "aria_jax.config"},
     "aria_jax.presets": {
         "aria_jax.config",
         "data_pipeline.errors",
-        "data_pipeline.augment_config",
+        "data_pipeline.settings",
     },
     "aria_jax.sharding": COMMON,
     "aria_jax.kernels": COMMON,

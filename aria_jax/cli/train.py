@@ -3,15 +3,17 @@
 import argparse
 import dataclasses
 import sys
+import textwrap
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from aria_jax.config import RunConfig
     from aria_jax.train.cost import Chip
     from aria_jax.train.plan import Plan
+    from aria_jax.train.start import Start
 
 DESCRIPTION = """\
 Train a model on token shards (made by `aria-jax data build`).
@@ -48,7 +50,9 @@ classify reports file_accuracy and file_macro_f1 of the validation files too: ea
 by the mean of its 300-note slices' probabilities, weighted by their tokens.
 
 Settings are given as key=value, e.g. steps=2000 peak_lr=1e-4 data.global_batch=32 dtype=bfloat16
-mesh.fsdp=4; a wrong key is answered with the nearest right ones. With lora_rank=8 any task trains
+mesh.fsdp=4, or in a YAML or JSON file of the same keys (--config), over which the command line
+wins; `aria-jax train --settings` lists them all, with type, default and meaning. A run writes its
+resolved settings to WORKDIR/config.yaml, for --config to read. With lora_rank=8 any task trains
 low-rank adapters of the weights of --init-from (`aria-jax convert merge` makes them whole).
 
 examples:
@@ -57,13 +61,28 @@ examples:
   aria-jax train continue --data my_data --workdir run5 --init-from run1 lora_rank=8
   aria-jax train classify --data my_data --workdir run3 --init-from run1/best data.label=composer
   aria-jax train pretrain --data my_data --workdir run4 --preset medium --dry-run --on v5p:64
+  aria-jax train pretrain --data my_data --workdir run6 --config run1/config.yaml seed=1
+  aria-jax train contrastive --settings
 
 On TPUs the mesh, bfloat16, remat and gradient accumulation are chosen by chip and their number
 (docs/tpu.md); settings of yours go before."""
 
-# Settings may stand before, between and after the options.
-PARSE = argparse.ArgumentParser.parse_intermixed_args
 TASKS = ("pretrain", "continue", "contrastive", "classify")
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Settings may stand before, between and after the options; --settings needs nothing else."""
+    if "--settings" in argv:
+        parser = type(parser)(prog=parser.prog)
+        parser.add_argument("task", choices=TASKS, nargs="?")
+        parser.add_argument("--settings", action="store_true", dest="list_settings")
+        parser.add_argument("--preset", default="tiny")
+        parser.add_argument("--json", action="store_true")
+        return parser.parse_args(argv)
+    return parser.parse_intermixed_args(argv)
+
+
+PARSE = parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,6 +91,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="folder of token shards")
     parser.add_argument("--workdir", required=True, help="folder of the run; made if needed")
     parser.add_argument("--preset", default="tiny", help="tiny, small or medium (default: tiny)")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML or JSON with settings; key=value goes before"
+    )
+    parser.add_argument(
+        "--settings",
+        action="store_true",
+        dest="list_settings",
+        help="list every setting with type, default and meaning, and stop",
+    )
     parser.add_argument(
         "--init-from", metavar="C", help="workdir or published .safetensors to start from"
     )
@@ -96,16 +124,75 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the training; 0 when done, 1 when it was interrupted."""
-    from aria_jax.config import with_overrides
+    """Runs the training; 0 when done, 130 when it was interrupted."""
     from aria_jax.presets import for_task
+    from data_pipeline.errors import UserError
     from data_pipeline.shards import load_manifest
 
+    if args.list_settings:
+        return _list_settings(args)
     preset = for_task(args.preset, args.task)
     # All that can be wrong is found before the seconds that importing jax takes.
-    with_overrides(preset, args.settings).validate()
+    _as_asked(preset, args)
     load_manifest(args.data)
+    if Path(args.workdir).is_file():
+        raise UserError(f"--workdir {args.workdir} is a file; name a folder for the run")
     return _dry_run(args, preset) if args.dry_run else _train(args, preset)
+
+
+def _as_asked(preset: "RunConfig", args: argparse.Namespace) -> "RunConfig":
+    """The preset with the settings of --config, and over them those of the command line."""
+    from aria_jax.config import with_overrides
+    from aria_jax.config_file import with_config_file
+
+    config = with_config_file(preset, args.config) if args.config else preset
+    return with_overrides(config, args.settings).validate()
+
+
+def _list_settings(args: argparse.Namespace) -> int:
+    """Prints every setting; with a task also what its preset makes of it."""
+    from aria_jax.cli.console import print_result
+    from aria_jax.config import SECTIONS, SETTINGS
+    from aria_jax.presets import for_task
+    from data_pipeline.settings import field_docs
+
+    preset = for_task(args.preset, args.task) if args.task else None
+    docs = {
+        f"{section}.{name}": doc
+        for section, cls in SECTIONS.items()
+        for name, doc in field_docs(cls).items()
+    }
+    rows: list[dict[str, Any]] = []
+    lines: list[str] = []
+    for name, setting in SETTINGS.items():
+        section, _, field = name.partition(".")
+        row = {
+            "name": name,
+            "type": setting.type_name,
+            "range": None if setting.range is None else f"must {setting.range}",
+            "default": setting.default,
+            "doc": docs[name],
+        }
+        if lines == [] or section != rows[-1]["name"].partition(".")[0]:
+            lines += ["", f"{section}: {(SECTIONS[section].__doc__ or '').strip().splitlines()[0]}"]
+        text = f"  {field}={_shown(setting.default)}"
+        if preset is not None:
+            row["preset"] = getattr(getattr(preset, section), field)
+            if row["preset"] != setting.default:
+                text += f"  ({args.task}, {args.preset}: {_shown(row['preset'])})"
+        rows.append(row)
+        limits = "" if setting.range is None else f", must {setting.range}"
+        lines += [f"{text}  [{setting.type_name}{limits}]"]
+        lines += textwrap.wrap(row["doc"], 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    print_result({"settings": rows}, args.json, "\n".join(lines[1:]))
+    return 0
+
+
+def _shown(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else f"{value}"
 
 
 def _on_chips(
@@ -113,19 +200,19 @@ def _on_chips(
 ) -> "RunConfig":
     """The run as it is best computed on so many chips, but for what the user says."""
     from aria_jax.aot.presets import TOKENS_AT_ONCE, tuned
-    from aria_jax.config import with_overrides
     from aria_jax.train.cost import CHIPS
 
     family = next((name for name in TOKENS_AT_ONCE if CHIPS[name] == chip), None)
     if family is not None:
         preset = tuned(preset, family, n)
-    return with_overrides(preset, args.settings).validate()
+    return _as_asked(preset, args)
 
 
 def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     import jax
 
     from aria_jax.cli.console import print_result
+    from aria_jax.config_file import write_config
     from aria_jax.train.cost import chip_of
     from aria_jax.train.loop import run as train
     from aria_jax.train.metrics import JsonlSink, MetricSink, TensorBoardSink
@@ -139,8 +226,15 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     workdir.mkdir(parents=True, exist_ok=True)
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     sinks: list[MetricSink] = []
+
+    def started(start: "Start") -> None:
+        if first:
+            print(start.sentence, file=sys.stderr)
+            write_config(resolved, workdir)
+
+    resolved = resolve(config, args.data)
     if first:
-        steps, warmup = resolve(config, args.data).train.steps, config.optimizer.warmup_steps
+        steps, warmup = resolved.train.steps, config.optimizer.warmup_steps
         if warmup >= steps:
             print(
                 f"note: a warm-up of {warmup} steps is as long as the whole run of {steps}; "
@@ -159,7 +253,7 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
             workdir,
             init_from=args.init_from,
             sinks=sinks,
-            on_start=lambda start: print(start.sentence, file=sys.stderr) if first else None,
+            on_start=started,
             profile=args.profile,
         )
     except Exception as error:

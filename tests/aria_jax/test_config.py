@@ -1,10 +1,23 @@
 """Settings: what is accepted, what is refused, and how it is said."""
 
-import pytest
+import dataclasses
+import math
 
-from aria_jax.config import RunConfig, from_dict, to_dict, with_overrides
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aria_jax.config import (
+    SECTIONS,
+    SETTINGS,
+    RunConfig,
+    from_dict,
+    to_dict,
+    with_overrides,
+)
 from aria_jax.presets import for_task
 from data_pipeline.errors import UserError
+from data_pipeline.settings import Setting, field_docs, settings_of
 
 
 def test_medium_is_the_papers_model():
@@ -78,3 +91,89 @@ def test_adapters_are_settings_like_others():
     for wrong in ("lora_rank=-1", "lora_alpha=0"):
         with pytest.raises(UserError, match=wrong.partition("=")[0]):
             with_overrides(RunConfig(), [wrong]).validate()
+
+
+def has_problem(name: str, value: object) -> bool:
+    """Whether a run in which only this setting is changed is refused, naming the setting."""
+    section, _, field = name.partition(".")
+    config = RunConfig()
+    try:
+        changed = dataclasses.replace(getattr(config, section), **{field: value})
+    except UserError as error:
+        return field in str(error)
+    found = dataclasses.replace(config, **{section: changed}).problems()
+    return any(problem.startswith(f"{name}={value} ") for problem in found)
+
+
+def outside(setting: Setting) -> st.SearchStrategy:
+    """Numbers that a setting's range leaves out, its own limits and beyond."""
+    bounds, whole = setting.range, "int" in setting.type_name
+    low, high = bounds.low, bounds.high
+    numbers = [st.integers(max_value=int(low) - 1) if whole else st.floats(max_value=low - 1e-6)]
+    if math.isfinite(high):
+        numbers.append(
+            st.integers(min_value=int(high) + 1) if whole else st.floats(min_value=high + 1e-6)
+        )
+    edges = [low] * bounds.above + [high] * bounds.below
+    return st.one_of(*numbers, *map(st.just, edges)).filter(lambda n: n not in bounds.also)
+
+
+def test_there_is_no_setting_without_docstring_and_no_number_without_range():
+    for section, cls in SECTIONS.items():
+        assert set(field_docs(cls)) == {one.name for one in settings_of(cls)}, section
+    for name, setting in SETTINGS.items():
+        if setting.type_name.startswith(("int", "float")):
+            assert setting.range is not None, name
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(data=st.data())
+def test_what_a_setting_may_not_hold_is_a_problem(name, data):
+    setting = SETTINGS[name]
+    wrong = [st.just(object()), st.just("no such choice"), st.just([1]), st.just(b"x")]
+    if setting.type_name.startswith(("int", "float")):
+        wrong = [
+            outside(setting),
+            st.sampled_from([math.nan, math.inf, -math.inf, True, "3", (1,), 2.5j, 10**400]),
+        ]
+    elif setting.type_name.startswith("str"):
+        wrong = [st.sampled_from(["", " ", 3, True, ("a",)])]
+    elif setting.type_name.startswith("list"):
+        wrong = [st.sampled_from(["a", ["a"], (1,), ("",), None])]
+    elif setting.type_name == "bool":
+        wrong = [st.sampled_from([0, 1, 2, -1, "true", None])]
+    else:
+        wrong += [st.just(None), st.just(1), st.just(""), st.text(min_size=12)]
+    if "none" not in setting.type_name:
+        wrong.append(st.none())
+    assert has_problem(name, data.draw(st.one_of(*wrong)))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_defaults_are_no_problem_and_survive_the_command_line(name):
+    setting = SETTINGS[name]
+    assert setting.problem(setting.default) is None
+    text = ",".join(setting.default) if isinstance(setting.default, tuple) else setting.default
+    assert setting.read(str(text)) == setting.default
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.sets(st.sampled_from(sorted(SETTINGS.keys() - {"model.d_model"})), max_size=6))
+def test_every_wrong_setting_is_named_in_one_message(names):
+    assignments = []
+    for name in names:
+        if SETTINGS[name].type_name.startswith(("int", "float", "bool", "one of")):
+            assignments.append(f"{name}=-7")
+    with pytest.raises(UserError) as caught:
+        with_overrides(RunConfig(), [*assignments, "model.d_model=0", "stesp=1"])
+    assert all(one.partition(".")[2] in str(caught.value) for one in assignments)
+    assert "model.d_model=0 " in str(caught.value) and "nearest: steps" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "text", ["n_heads=0", "log_every=0", "seed=-1", "b1=2", "eps=nan", "clip_norm=inf", "z_loss=-1"]
+)
+def test_what_would_have_failed_late_or_never_is_refused(text):
+    with pytest.raises(UserError, match=text.partition("=")[0]):
+        with_overrides(RunConfig(), [text]).validate()

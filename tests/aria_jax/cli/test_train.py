@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import yaml
 
 from aria_jax.cli.main import main
+from aria_jax.config import SETTINGS
 
 SMALL = ["d_model=16", "n_heads=2", "n_layers=1", "seq_len=32", "global_batch=8", "mesh.data=8"]
 
@@ -50,3 +52,36 @@ def test_a_dry_run_plans_for_machines_that_are_not_here(corpus, tmp_path, capsys
 def test_unknown_chips_are_a_user_error(on, corpus, tmp_path, capsys):
     assert train(corpus, tmp_path, "--dry-run", "--on", on) == 2
     assert "expected CHIP:COUNT" in capsys.readouterr().err
+
+
+def test_a_run_writes_its_settings_and_takes_them_back(corpus, tmp_path, capsys):
+    assert train(corpus, tmp_path / "a", "steps=1", "peak_lr=3e-3", "eval_batches=1") == 0
+    written = tmp_path / "a" / "config.yaml"
+    values = yaml.safe_load(written.read_text())
+    assert values["train"]["steps"] == 1 and values["optimizer"]["peak_lr"] == 3e-3
+    again = ["train", "pretrain", "--data", str(corpus), "--workdir", str(tmp_path / "b")]
+    assert main([*again, "--config", str(written)]) == 0
+    losses = [
+        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0])["loss"]
+        for run in "ab"
+    ]
+    assert losses[0] == losses[1]
+    assert yaml.safe_load((tmp_path / "b" / "config.yaml").read_text()) == values
+
+
+def test_the_command_line_goes_before_the_file(corpus, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("steps: 123\nlog_every: 7\n")
+    arguments = ["--config", str(tmp_path / "run.yaml"), "--dry-run", "steps=77"]
+    assert train(corpus, tmp_path / "run", *arguments) == 0
+    assert "77 steps" in capsys.readouterr().out
+
+
+def test_all_settings_are_listed_without_a_run(capsys):
+    assert main(["train", "--settings"]) == 0
+    text = capsys.readouterr().out
+    for name, setting in SETTINGS.items():
+        assert f"  {name.partition('.')[2]}=" in text and setting.type_name in text
+    assert main(["train", "contrastive", "--settings", "--json"]) == 0
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)["settings"]}
+    assert rows.keys() == SETTINGS.keys() and all(row["doc"] for row in rows.values())
+    assert rows["model.head"]["preset"] == "embedding" and rows["model.head"]["default"] == "lm"
