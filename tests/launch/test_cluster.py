@@ -13,16 +13,6 @@ import pytest
 from launch.cluster import main, tpu_slice
 
 
-@pytest.fixture(autouse=True)
-def wheel(tmp_path, monkeypatch):
-    """What `make wheel` leaves behind."""
-    monkeypatch.setattr("launch.cluster.WHEELS", tmp_path / "it's dist")
-    (tmp_path / "it's dist").mkdir()
-    made = tmp_path / "it's dist" / "aria_jax-0.1.0-py3-none-any.whl"
-    made.touch()
-    return made
-
-
 COMMAND = ["train", "pretrain", "--data", "/mnt/it's here", "--workdir", "/mnt/run", "mesh.fsdp=64"]
 KINDS = {
     "tpu-pod": ["--zone", "us-east5-a", "--accelerator", "v5p-128", "--spot"],
