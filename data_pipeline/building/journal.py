@@ -194,9 +194,11 @@ def rejection(path: str, stage: str, reason: str, value: Any = None) -> dict[str
     return {"path": printable(path), "stage": stage, "reason": reason, "value": value}
 
 
-def printable(path: str) -> str:
-    """The path with bytes that are not UTF-8 replaced, so that any format can hold it."""
-    return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+def printable(text: str) -> str:
+    """Text with lone surrogates (bytes of a name that are not UTF-8, among others) replaced by
+    U+FFFD, so that any format can hold it.
+    """
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def digest(value: Any) -> str:

@@ -3,6 +3,7 @@
 import heapq
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,8 @@ from data_pipeline.shards import (
     shard_name,
     write_index,
 )
+
+_MADE_BY_MERGE = re.compile(r"[a-z]+-\d{5}-of-\d{5}\.arrayrecord|[a-z]+-index\.npz")
 
 
 def merge(
@@ -54,6 +57,9 @@ def merge(
         rejects.flush()
         os.fsync(rejects.fileno())
     splits = {split: writer.close() for split, writer in writers.items()}
+    for path in out_dir.iterdir():  # of a corpus that this one replaces
+        if _MADE_BY_MERGE.fullmatch(path.name):
+            path.unlink()
     for path in sorted(work.iterdir()):
         publish(path, out_dir / path.name)
     return {

@@ -36,7 +36,7 @@ class PieceMaker:
         self._fingerprints = settings["fingerprints"]
 
     def warm_up(self) -> None:
-        """Loads or compiles all that `make` uses, so that no file has to pay for it."""
+        """Loads or compiles all that `process_midi` uses, so that no file has to pay for it."""
         performance = read_midi(_WARM_UP)
         filters.check(self._cleaning.clean(performance), self._filters)
         self._tokenizer.encode(performance)
@@ -44,7 +44,9 @@ class PieceMaker:
         if self._fingerprints:
             dedup.fingerprint(performance)
 
-    def make(self, path: str, data: bytes, labels: dict[str, str]) -> tuple[dict[str, Any], bytes]:
+    def process_midi(
+        self, path: str, data: bytes, labels: dict[str, str]
+    ) -> tuple[dict[str, Any], bytes]:
         """Summary for the merge and ids as little-endian uint16 bytes (none for a rejected file).
 
         An error nobody foresaw costs its file only: it is rejected with the error as the reason.
@@ -62,6 +64,7 @@ class PieceMaker:
             stage = "tokenize"
             # What the tables and the file's name say counts more than what its text says.
             labels = {**labels_from_texts(performance.texts), **labels}
+            labels = {printable(name): printable(value) for name, value in labels.items()}
             ids = self._tokenizer.encode(performance, labels=labels)
             summary = {
                 "path": printable(path),

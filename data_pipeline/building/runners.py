@@ -11,29 +11,45 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import astuple
 from functools import lru_cache, partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.building.journal import rejection
-from data_pipeline.building.unit_worker import Job, Limits
+from data_pipeline.building.journal import pack_unit, rejection
+from data_pipeline.building.unit_worker import (
+    GarbledError,
+    Job,
+    Limits,
+    pack,
+    receive_frame,
+    send_frame,
+    unpack_result,
+)
 from data_pipeline.errors import UserError
 
 Store = Callable[[int, bytes], None]
 """Keeps the results of unit `number`."""
-Tick = Callable[[int, int], None]
-"""Hears that `n` files of unit `number` are begun."""
+Progress = Callable[[int, int], None]
+"""Hears that `n` files of unit `number` are done."""
+
+_WORKER = "data_pipeline.building.unit_worker"
 
 _DEATHS_TO_QUARANTINE = 2  # one may be an accident: the system's out-of-memory killer, an operator
+_MAX_IDLE_DEATHS = 3
+"""Deaths with no file in hand in one unit: what kills an idle process kills the next one too."""
+_MAX_RAY_RETRIES = 20
+"""Nodes that may die under one unit."""
+_START_S = 600.0
+"""Until a new worker has compiled what it needs; seconds, on a machine that is busy."""
 
 
 class _WorkerDiedError(Exception):
-    """Attributes: file (index in the unit), reason, value for rejected.jsonl."""
+    """Attributes: in_hand (whether it had a file in hand), reason, value for rejected.jsonl."""
 
-    def __init__(self, file: int, reason: str, value: Any):
-        super().__init__(reason)
-        self.file, self.reason, self.value = file, reason, value
+    def __init__(self, in_hand: bool, reason: str, value: Any):
+        super().__init__(f"{reason}: {value}")
+        self.in_hand, self.reason, self.value = in_hand, reason, value
 
 
 class IsolatedWorker:
@@ -43,21 +59,35 @@ class IsolatedWorker:
         self._settings = settings
         self._limits = limits
         self._process: subprocess.Popen[bytes] | None = None
-        self._connection: Connection | None = None
+        self._connection: socket.socket | None = None
         self._stopped = False
 
-    def run(self, job: Job, tick: Tick | None = None) -> bytes:
-        """The results of a unit, whatever its files do to the process."""
+    def run(self, job: Job, progress: Progress | None = None) -> bytes:
+        """The results of a unit, whatever its files do to the process.
+
+        Raises:
+            UserError: processes die that have no file in hand, or do not start.
+        """
+        results: list[tuple[dict[str, Any], bytes]] = []
         deaths: Counter[int] = Counter()
-        quarantined: dict[int, dict[str, Any]] = {}
-        while True:
+        idle_deaths = 0
+        while len(results) < len(job.entries):
             try:
-                return self._attempt(job, quarantined, tick)
+                self._attempt(job, results, progress)
             except _WorkerDiedError as death:
-                deaths[death.file] += 1
-                if deaths[death.file] == _DEATHS_TO_QUARANTINE:
-                    path = job.entries[death.file].path
-                    quarantined[death.file] = rejection(path, "worker", death.reason, death.value)
+                file = len(results)
+                deaths[file] += death.in_hand
+                idle_deaths += not death.in_hand
+                if idle_deaths == _MAX_IDLE_DEATHS:
+                    raise UserError(
+                        f"a worker process died {idle_deaths} times with no file in hand "
+                        f"({death}); free some memory or use fewer --workers, then run the same "
+                        "command again"
+                    ) from None
+                if deaths[file] == _DEATHS_TO_QUARANTINE:
+                    path = job.entries[file].path
+                    results.append((rejection(path, "worker", death.reason, death.value), b""))
+        return pack_unit(*map(list, zip(*results, strict=True)))
 
     def stop(self) -> None:
         """Ends the process; a `run` under way in another thread fails with RuntimeError."""
@@ -65,38 +95,48 @@ class IsolatedWorker:
         self._end()
 
     def _attempt(
-        self, job: Job, quarantined: dict[int, dict[str, Any]], tick: Tick | None
-    ) -> bytes:
+        self,
+        job: Job,
+        results: list[tuple[dict[str, Any], bytes]],
+        progress: Progress | None,
+    ) -> None:
+        """Appends the results that are missing, as far as the process gets."""
         connection = self._connection or self._start()
-        file = 0
+        limits, in_hand = self._limits, False
         try:
-            connection.send((job, quarantined))
-            while connection.poll(self._limits.wall_s):
-                kind, value = connection.recv()
-                if kind == "unit":
-                    return value
-                file = value
-                if tick is not None:
-                    tick(job.number, file)
-        except (EOFError, ConnectionError):
-            raise self._death(file) from None
-        self._end()
-        raise _WorkerDiedError(file, "time-limit", f"{self._limits.wall_s:g} s")
+            connection.settimeout(limits.wall_s)
+            send_frame(connection, job.packed(len(results)))
+            receive_frame(connection, max_bytes=0, wall_s=limits.wall_s)
+            in_hand = True
+            while len(results) < len(job.entries):
+                frame = receive_frame(
+                    connection, max_bytes=limits.result_bytes, wall_s=limits.wall_s
+                )
+                results.append(unpack_result(frame, job.entries[len(results)].path))
+                if progress is not None:
+                    progress(job.number, len(results))
+        except TimeoutError:
+            self._end()
+            raise _WorkerDiedError(in_hand, "time-limit", f"{limits.wall_s:g} s") from None
+        except GarbledError as error:
+            self._end()
+            raise _WorkerDiedError(in_hand, "worker-garbled", str(error)) from None
+        except (EOFError, OSError):
+            raise self._death(in_hand) from None
 
-    def _death(self, file: int) -> Exception:
+    def _death(self, in_hand: bool) -> Exception:
         status = self._process.wait() if self._process is not None else 0
         self._end()
         if self._stopped:
             return RuntimeError("the worker was stopped")
         if status == -signal.SIGPROF:
-            return _WorkerDiedError(
-                file, "time-limit", f"{self._limits.cpu_s:g} s of processor time"
-            )
+            value = f"{self._limits.cpu_s:g} s of processor time"
+            return _WorkerDiedError(in_hand, "time-limit", value)
         name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        return _WorkerDiedError(file, "worker-died", name)
+        return _WorkerDiedError(in_hand, "worker-died", name)
 
-    def _start(self) -> Connection:
-        ours, theirs = socket.socketpair()
+    def _start(self) -> socket.socket:
+        connection, theirs = socket.socketpair()
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(
@@ -109,7 +149,7 @@ class IsolatedWorker:
         }
         with tempfile.TemporaryFile() as errors, theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "data_pipeline.building.unit_worker", str(theirs.fileno())],
+                [sys.executable, "-m", _WORKER, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -119,17 +159,16 @@ class IsolatedWorker:
                 start_new_session=True,
             )
             theirs.close()
-            connection = Connection(ours.detach())
+            self._connection = connection
             try:
-                connection.send((self._settings, self._limits))
-                connection.recv()
-            except (EOFError, ConnectionError):
-                self._process.wait()
-                connection.close()
+                send_frame(connection, pack([self._settings, astuple(self._limits)]))
+                receive_frame(connection, max_bytes=0, wall_s=_START_S)
+            except (EOFError, OSError, GarbledError) as error:
+                self._end()
                 errors.seek(0)
-                text = errors.read().decode(errors="replace").strip().splitlines() or ["no message"]
-                raise RuntimeError(f"a worker process did not start: {text[-1]}") from None
-        self._connection = connection
+                text = errors.read().decode(errors="replace").strip().splitlines()
+                reason = text[-1] if text else type(error).__name__
+                raise UserError(f"a worker process did not start: {reason}") from None
         return connection
 
     def _end(self) -> None:
@@ -144,7 +183,7 @@ class IsolatedWorker:
 def run_local(
     jobs: Iterator[Job],
     store: Store,
-    tick: Tick,
+    progress: Progress,
     *,
     workers: int,
     settings: dict[str, Any],
@@ -152,7 +191,7 @@ def run_local(
 ) -> None:
     """Does the jobs on `workers` processes of this machine; holds one unit per worker in memory."""
     lock = threading.Lock()
-    crew = [IsolatedWorker(settings, limits) for _ in range(workers)]
+    isolated = [IsolatedWorker(settings, limits) for _ in range(workers)]
     stopping = threading.Event()
 
     def serve(worker: IsolatedWorker) -> None:
@@ -161,16 +200,16 @@ def run_local(
                 job = next(jobs, None)
             if job is None:
                 return
-            store(job.number, worker.run(job, tick))
+            store(job.number, worker.run(job, progress))
 
     with ThreadPoolExecutor(workers) as pool:
-        futures = [pool.submit(serve, worker) for worker in crew]
+        futures = [pool.submit(serve, worker) for worker in isolated]
         try:
             done, _ = wait(futures, return_when=FIRST_EXCEPTION)
             errors = [error for future in done if (error := future.exception()) is not None]
         finally:
             stopping.set()
-            for worker in crew:
+            for worker in isolated:
                 worker.stop()
     if errors:
         raise errors[0]
@@ -179,7 +218,7 @@ def run_local(
 def run_ray(
     jobs: Iterator[Job],
     store: Store,
-    tick: Tick,
+    progress: Progress,
     *,
     workers: int,
     settings: dict[str, Any],
@@ -201,14 +240,16 @@ def run_ray(
         local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
         ray.init(log_to_driver=False, logging_level="ERROR", **local)
     try:
-        task = ray.remote(num_cpus=1, max_retries=-1)(_ray_task)
-        _submit(jobs, partial(task.remote, ray.put((settings, limits))), store, tick)
+        task = ray.remote(num_cpus=1, max_retries=_MAX_RAY_RETRIES)(_ray_task)
+        _submit(jobs, partial(task.remote, ray.put((settings, limits))), store, progress)
     finally:
         if started_here:
             ray.shutdown()
 
 
-def _submit(jobs: Iterator[Job], submit: Callable[[Job], Any], store: Store, tick: Tick) -> None:
+def _submit(
+    jobs: Iterator[Job], submit: Callable[[Job], Any], store: Store, progress: Progress
+) -> None:
     """Keeps two tasks per processor under way: no node waits, and results do not pile up."""
     import ray
 
@@ -228,8 +269,14 @@ def _submit(jobs: Iterator[Job], submit: Callable[[Job], Any], store: Store, tic
                 if isinstance(error.cause, UserError):
                     raise UserError(str(error.cause)) from error
                 raise
+            except ray.exceptions.RayError as error:
+                raise UserError(
+                    f"Ray gave up the files from {finished_job.entries[0].path} on after "
+                    f"{_MAX_RAY_RETRIES} tries ({type(error).__name__}); look at the cluster, then "
+                    "run the same command again"
+                ) from error
             store(finished_job.number, results)
-            tick(finished_job.number, len(finished_job.entries))
+            progress(finished_job.number, len(finished_job.entries))
 
 
 def _ray_task(shared: tuple[dict[str, Any], Limits], job: Job) -> bytes:

@@ -1,23 +1,35 @@
 """The process that opens files nobody vouches for; started with a socket's number.
 
 It may be killed at any file, by its own limits or by its parent; it writes nothing to the disk.
-It is told its settings once, then units of files; it answers ("file", i) before file i, so that
-its parent knows which one killed it, and ("unit", results) at the end.
+Both ends speak frames of bytes, and nothing that a file could have taken over is ever unpickled:
+
+    to the worker     [settings, limits] once, then [root, [[file, labels], …]] for each unit
+    from the worker   an empty frame when it has understood, then one [summary, ids] per file
+
+So the parent has the results of all files before the one in hand: a death costs no finished work,
+and one between two units is nobody's fault.
 """
 
 import resource
 import signal
+import socket
 import sys
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
+import time
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.building.journal import pack_unit, rejection
+import msgpack
+
+from data_pipeline.building.journal import printable, rejection
 from data_pipeline.building.sources import Entry, read_entry
 
 if TYPE_CHECKING:
     from data_pipeline.building.pieces import PieceMaker
+
+READY = b""
+_HEADER_BYTES = 8
+_RECEIVED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,11 @@ class Limits:
     memory_bytes: int = 2 << 30
     file_bytes: int = 32 << 20
 
+    @property
+    def result_bytes(self) -> int:
+        """More than any file's result takes: three bytes of MIDI make at most one token of two."""
+        return 4 * self.file_bytes + (1 << 20)
+
 
 @dataclass(frozen=True)
 class Job:
@@ -53,25 +70,108 @@ class Job:
     entries: list[Entry]
     labels: list[dict[str, str]]
 
+    def packed(self, first: int) -> bytes:
+        """The files from number `first` on, as the worker is sent them."""
+        files = zip(self.entries[first:], self.labels[first:], strict=True)
+        return pack([str(self.root), [[astuple(entry), labels] for entry, labels in files]])
 
-def process(
-    job: Job,
-    maker: "PieceMaker",
-    limits: Limits,
-    quarantined: dict[int, dict[str, Any]],
-    before: Any,
+
+# --- frames --------------------------------------------------------------------------------------
+
+
+class GarbledError(Exception):
+    """Bytes that no worker in its senses sends."""
+
+
+def pack(message: Any) -> bytes:
+    """For the worker; names that are not UTF-8 survive."""
+    return msgpack.packb(message, unicode_errors="surrogatepass")
+
+
+def send_frame(connection: socket.socket, data: bytes) -> None:
+    """Raises ConnectionError where nobody listens."""
+    connection.sendall(len(data).to_bytes(_HEADER_BYTES, "big"))
+    connection.sendall(data)
+
+
+def receive_frame(
+    connection: socket.socket, *, max_bytes: int | None = None, wall_s: float | None = None
 ) -> bytes:
-    """Results of a unit; calls `before(i)` before file i and skips the quarantined ones."""
-    summaries, ids = [], []
-    for i, (entry, labels) in enumerate(zip(job.entries, job.labels, strict=True)):
-        before(i)
-        if i in quarantined:
-            summary, piece = quarantined[i], b""
-        else:
-            summary, piece = _process_file(job.root, entry, labels, maker, limits)
-        summaries.append(summary)
-        ids.append(piece)
-    return pack_unit(summaries, ids)
+    """The next frame.
+
+    Args:
+        max_bytes: of a frame; nothing is reserved for a longer one.
+        wall_s: seconds until all of it must be here.
+
+    Raises:
+        EOFError: the other end hung up. TimeoutError. GarbledError: too long.
+    """
+    deadline = None if wall_s is None else time.monotonic() + wall_s
+
+    def exactly(size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            if deadline is not None:
+                connection.settimeout(max(deadline - time.monotonic(), 1e-3))
+            part = connection.recv(min(size - len(data), _RECEIVED_BYTES))
+            if not part:
+                raise EOFError
+            data += part
+        return bytes(data)
+
+    size = int.from_bytes(exactly(_HEADER_BYTES), "big")
+    if max_bytes is not None and size > max_bytes:
+        raise GarbledError(f"a frame of {size} bytes")
+    return exactly(size)
+
+
+# --- results -------------------------------------------------------------------------------------
+
+_REJECTED = {"path": str, "stage": str, "reason": str}
+_ACCEPTED = {
+    "path": str,
+    "sha256": str,
+    "duration_ms": int,
+    "n_notes": int,
+    "n_tokens": int,
+    "labels": dict,
+    "content": str,
+}
+
+
+def pack_result(path: str, summary: dict[str, Any], ids: bytes) -> bytes:
+    """A file's result for the parent, or the rejection of one that cannot be put into bytes."""
+    try:
+        return msgpack.packb([summary, ids])
+    except MemoryError:
+        return msgpack.packb([rejection(path, "worker", "memory-limit"), b""])
+    except (ValueError, TypeError, OverflowError) as error:
+        reason = printable(f"{type(error).__name__}: {error}")
+        return msgpack.packb([rejection(path, "worker", "error", reason), b""])
+
+
+def unpack_result(frame: bytes, path: str) -> tuple[dict[str, Any], bytes]:
+    """Inverse of `pack_result`; checks all that the merge relies on.
+
+    Raises:
+        GarbledError: not the result of the file `path`.
+    """
+    try:
+        summary, ids = msgpack.unpackb(frame)
+        fields = _ACCEPTED if "n_tokens" in summary else _REJECTED
+        whole = all(type(summary[name]) is kind for name, kind in fields.items())
+        whole &= summary["path"] == printable(path) and len(ids) == 2 * summary.get("n_tokens", 0)
+        if fields is _ACCEPTED:
+            whole &= all(type(text) is str for pair in summary["labels"].items() for text in pair)
+            whole &= len(bytes.fromhex(summary["content"])) > 0
+    except (ValueError, TypeError, KeyError, AttributeError, msgpack.UnpackException) as error:
+        raise GarbledError(f"{type(error).__name__}: {error}") from error
+    if not whole:
+        raise GarbledError("not the result of a file")
+    return summary, ids
+
+
+# --- the process ---------------------------------------------------------------------------------
 
 
 def _process_file(
@@ -83,7 +183,7 @@ def _process_file(
         data = read_entry(root, entry)
     except OSError as error:
         return rejection(entry.path, "read", "unreadable", error.strerror), b""
-    return maker.make(entry.path, data, labels)
+    return maker.process_midi(entry.path, data, labels)
 
 
 def _limit_memory(extra_bytes: int) -> None:
@@ -97,27 +197,31 @@ def main(argv: list[str]) -> None:
     # Here and not above: the parent process imports this module, and has no use for a parser.
     from data_pipeline.building.pieces import PieceMaker
 
-    connection = Connection(int(argv[1]))
-    settings, limits = connection.recv()
+    connection = socket.socket(fileno=int(argv[1]))
+
+    def receive() -> Any:
+        return msgpack.unpackb(receive_frame(connection), unicode_errors="surrogatepass")
+
+    settings, limit_values = receive()
+    limits = Limits(*limit_values)
     maker = PieceMaker(settings)
     maker.warm_up()  # before the limits: compiling takes longer and more than a file may
     if sys.platform == "linux":
         _limit_memory(limits.memory_bytes)
-    connection.send(("ready", None))
-
-    def before(i: int) -> None:
-        connection.send(("file", i))
-        # SIGPROF's default action ends the process, even inside compiled code.
-        signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
-
+    send_frame(connection, READY)
     while True:
         try:
-            job, quarantined = connection.recv()
+            root, files = receive()
         except EOFError:
             return
-        result = process(job, maker, limits, quarantined, before)
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        connection.send(("unit", result))
+        send_frame(connection, READY)
+        for entry_values, labels in files:
+            # SIGPROF's default action ends the process, even inside compiled code.
+            signal.setitimer(signal.ITIMER_PROF, limits.cpu_s)
+            entry = Entry(*entry_values)
+            result = _process_file(Path(root), entry, labels, maker, limits)
+            send_frame(connection, pack_result(entry.path, *result))
+            signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 if __name__ == "__main__":
