@@ -32,7 +32,9 @@ class BuildSummary:
     """What a build made.
 
     Attributes:
+        n_test: pieces that the metadata's split keeps for testing; their shards are apart.
         rejected: number of files by "stage/reason".
+        warnings: what was not done, and had better be known.
         hours: of music in the accepted pieces.
     """
 
@@ -46,6 +48,8 @@ class BuildSummary:
     n_notes: int
     hours: float
     rejected: dict[str, int]
+    n_test: int
+    warnings: list[str]
 
 
 def build(
@@ -55,6 +59,7 @@ def build(
     workers: int | None = None,
     filters: str | Path = "light",
     metadata: str | Path | None = None,
+    split_column: str | None = None,
     val_fraction: float = 0.1,
     tokenizer_preset: str = "aria",
     cleaning: Cleaning | None = None,
@@ -73,6 +78,8 @@ def build(
         workers: processes; None for one per core.
         filters: "light", "heavy", "none" or a file of thresholds.
         metadata: JSON or CSV of labels; None to look for tables beside the files.
+        split_column: label whose train/val/test is followed; None: "split", if every piece has it
+            (a test piece is never trained on); "none": no published split is followed.
         cleaning: what to take out of every performance first; None for nothing.
         dedup: "exact", "near" or "none"; see `MergeSettings`.
         val_fraction: share of the compositions kept for validation, in [0, 1).
@@ -89,7 +96,7 @@ def build(
         "cleaning": asdict(cleaning or Cleaning()),
         "fingerprints": dedup == "near",
     }
-    how = MergeSettings(val_fraction, dedup, max_per_composition, shards)
+    how = MergeSettings(val_fraction, dedup, max_per_composition, shards, split_column)
     tokenizer_hash = Tokenizer.preset(tokenizer_preset).hash
     settings = {**unit_settings, **asdict(how), "tokenizer_hash": tokenizer_hash}
     if metadata is not None or source.is_dir():  # the tables of an archive are found by listing it
@@ -99,22 +106,24 @@ def build(
         if _prepare(journal, source, out, settings, overwrite):
             tables = find_tables(source if source.is_dir() else journal.tables, metadata)
             settings["metadata"] = tables_digest(tables)
+            labels = read_labels(source, tables, None if split_column == "none" else split_column)
+            warnings = labels.warnings(entry.path for entry in journal.entries())
             work = _Work(journal, progress)
             RUNNERS[runner](
-                work.missing_jobs(
-                    readable_root(source, journal.spool), read_labels(source, tables)
-                ),
+                work.missing_jobs(readable_root(source, journal.spool), labels),
                 work.store,
                 work.tick,
                 workers=workers or os.cpu_count() or 1,
                 settings=unit_settings,
                 limits=limits or Limits(),
             )
-            _finish(journal, out, how, settings)
+            _finish(journal, out, how, settings, warnings)
     return _summary(out, load_manifest(out))
 
 
-def _finish(journal: Journal, out: Path, how: MergeSettings, settings: dict[str, Any]) -> None:
+def _finish(
+    journal: Journal, out: Path, how: MergeSettings, settings: dict[str, Any], warnings: list[str]
+) -> None:
     """Makes the corpus of the finished units; its manifest, written last, says that it is whole."""
     n_files = sum(1 for _ in journal.entries())
     units = [journal.unit_path(number) for number, _ in journal.units()]
@@ -126,6 +135,7 @@ def _finish(journal: Journal, out: Path, how: MergeSettings, settings: dict[str,
         "settings": settings,
         "source": {"n_files": n_files, "listing": journal.listing_digest()},
         **counts,
+        "warnings": [*warnings, *counts["warnings"]],
     }
     write_atomically(out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
     journal.remove()
@@ -228,5 +238,7 @@ def _summary(out: Path, manifest: dict[str, Any]) -> BuildSummary:
         n_files=manifest["source"]["n_files"],
         n_train=manifest["splits"]["train"]["n_pieces"],
         n_val=manifest["splits"]["val"]["n_pieces"],
+        n_test=manifest["splits"].get("test", {}).get("n_pieces", 0),
+        warnings=manifest.get("warnings", []),
         **{name: manifest[name] for name in names},
     )

@@ -1,4 +1,15 @@
-"""The errors a user can cause, told in a way that says what to do."""
+"""The errors a user can cause, told in a way that says what to do, and names fit to print."""
+
+
+def printable(text: str) -> str:
+    """The text as any format can hold it: lone surrogates become U+FFFD.
+
+    They stand for the bytes of a file name that is not UTF-8, or come from JSON that was cut in
+    the middle of a character.
+    """
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 class UserError(Exception):

@@ -24,7 +24,8 @@ import numpy as np
 from data_pipeline.errors import UserError
 
 FORMAT_VERSION = 1
-SPLITS = ("train", "val")
+SPLITS = ("train", "val", "test")
+"""The third is there where the metadata names pieces of a published test set."""
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
 
@@ -186,7 +187,7 @@ class TokenShards:
 
     Args:
         data_dir: folder written by `data build`.
-        split: "train" or "val".
+        split: one of `SPLITS`.
         tokenizer: the tokenizer the ids will be used with (its `hash` must be the shards'); None
             where ids are not interpreted.
 

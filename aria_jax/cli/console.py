@@ -2,11 +2,11 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, printable
 
 Progress = Callable[[int, int], None]
 """Libraries report `progress(done, total)`; they never print."""
@@ -38,9 +38,24 @@ def progress_bar(description: str, unit: str):
             bar.close()
 
 
-def print_result(result: dict[str, Any], as_json: bool, text: str) -> None:
-    """Prints `result` as one JSON line where a script asked for it, else `text`."""
-    print(json.dumps(result) if as_json else text)
+def print_result(
+    result: dict[str, Any], as_json: bool, text: str, warnings: Sequence[str] = ()
+) -> None:
+    """Prints `result` as one JSON line where a script asked for it, else `text`.
+
+    Names that are not UTF-8 are shown as `printable`; warnings go to stderr.
+    """
+    for warning in warnings:
+        print(f"aria-jax: warning: {warning}", file=sys.stderr)
+    print(json.dumps(_printable(result)) if as_json else printable(text))
+
+
+def _printable(value: Any) -> Any:
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(item) for key, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def numbers(text: str, option: str) -> list[int]:

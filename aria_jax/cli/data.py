@@ -21,8 +21,10 @@ BUILD = """\
 Read, filter, tokenise and shard every MIDI file of a folder (or tar archive). Killed at any moment
 and run again, it goes on, and ends with the same bytes. Files that cannot be used are named in
 rejected.jsonl with the reason; the rest goes on. The validation split holds whole compositions.
-Labels come from metadata.json beside the files (Aria-MIDI, MAESTRO and ASAP layouts) or --metadata,
-then from the names of files and folders, then from the text inside the MIDI files."""
+Labels come from metadata.json, .jsonl or .csv beside the files (Aria-MIDI, MAESTRO and ASAP
+layouts) or --metadata, then from the names of files and folders, then from the text inside the
+MIDI files. Where every piece has a label "split" (train, val or validation, test), that is the
+split; a piece that is labelled test is never in a shard of train or val."""
 
 DETAILS = """\
 filters: "none" keeps all that can be read; "light" drops broken and degenerate files, "heavy" has
@@ -60,6 +62,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("out_dir", help="folder for the shards")
     build.add_argument("--workers", type=int, help="processes (default: one per core)")
     build.add_argument("--metadata", help="JSON or CSV of labels (default: beside the files)")
+    build.add_argument(
+        "--split-column",
+        metavar="NAME",
+        help="label whose train/val/test is followed (default: split, if every piece has it; none)",
+    )
     build.add_argument("--filters", default="light", help="light, heavy, none or a file (light)")
     build.add_argument("--val-fraction", type=float, default=0.1, help="held out (0.1)")
     build.add_argument("--preset", default="aria", help="tokenizer: aria or pedal (aria)")
@@ -133,6 +140,7 @@ def _build(args: argparse.Namespace) -> None:
             workers=args.workers,
             filters=args.filters,
             metadata=args.metadata,
+            split_column=args.split_column,
             val_fraction=args.val_fraction,
             tokenizer_preset=args.preset,
             cleaning=Cleaning(
@@ -152,11 +160,12 @@ def _build(args: argparse.Namespace) -> None:
         f"{summary.out_dir}: {summary.n_accepted:,} of {summary.n_files:,} files, "
         f"{summary.hours:.1f} h, {summary.n_notes:,} notes, {summary.n_tokens:,} tokens; "
         f"{summary.n_train:,} train, {summary.n_val:,} val"
+        + (f", {summary.n_test:,} test" if summary.n_test else "")
     )
     if summary.n_rejected:
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in summary.rejected.items())
         text += f"\n{summary.n_rejected:,} rejected ({reasons}): see {args.out_dir}/rejected.jsonl"
-    print_result(dataclasses.asdict(summary), args.json, text)
+    print_result(dataclasses.asdict(summary), args.json, text, summary.warnings)
 
 
 def _inspect(args: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from typing import Any
 import msgpack
 
 from data_pipeline.building.sources import Entry, list_source
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, printable
 
 UNIT_FILES = 256
 """Files in one work unit: the most work that a killed build repeats, per worker."""
@@ -192,13 +192,6 @@ def _open_unit(path: Path) -> tuple[list[dict[str, Any]], int]:
 def rejection(path: str, stage: str, reason: str, value: Any = None) -> dict[str, Any]:
     """A line of rejected.jsonl; `path` may hold bytes that are not UTF-8."""
     return {"path": printable(path), "stage": stage, "reason": reason, "value": value}
-
-
-def printable(text: str) -> str:
-    """Text with lone surrogates (bytes of a name that are not UTF-8, among others) replaced by
-    U+FFFD, so that any format can hold it.
-    """
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def digest(value: Any) -> str:

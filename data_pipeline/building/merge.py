@@ -15,7 +15,6 @@ from data_pipeline.building.journal import publish, read_unit, rejection
 from data_pipeline.building.plan import MergeSettings, make_plan
 from data_pipeline.shards import (
     REJECTED,
-    SPLITS,
     IndexWriter,
     ShardWriter,
     index_name,
@@ -31,13 +30,14 @@ def merge(
 ) -> dict[str, Any]:
     """Writes shards, indexes and rejected.jsonl of finished units to `out_dir`.
 
-    Returns the manifest's counts: "splits", "rejected" and the totals. May be repeated after a
-    kill: everything is made in `work` first.
+    Returns the manifest's counts ("splits", "rejected", the totals) and warnings. May be repeated
+    after a kill: everything is made in `work` first.
     """
     plan = make_plan(units, settings)
     work.mkdir(exist_ok=True)
     writers = {
-        split: _SplitWriter(split, plan.n_shards(split, settings.shards), work) for split in SPLITS
+        split: _SplitWriter(split, plan.n_shards(split, settings.shards), work)
+        for split in plan.splits
     }
     rejected: Counter[str] = Counter()
     piece = -1
@@ -69,6 +69,8 @@ def merge(
         "n_notes": sum(split["n_notes"] for split in splits.values()),
         "hours": sum(split["duration_ms"] for split in splits.values()) / 3.6e6,
         "splits": splits,
+        "published_split": plan.published,
+        "warnings": plan.warnings,
         "rejected": dict(sorted(rejected.items())),
     }
 

@@ -4,8 +4,8 @@ import hashlib
 from typing import Any
 
 from data_pipeline import cleaning, dedup, filters
-from data_pipeline.building.journal import printable, rejection
-from data_pipeline.errors import InvalidMidi
+from data_pipeline.building.journal import rejection
+from data_pipeline.errors import InvalidMidi, printable
 from data_pipeline.metadata import labels_from_texts
 from data_pipeline.midi import read_midi
 from data_pipeline.tokenizer import Tokenizer

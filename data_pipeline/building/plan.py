@@ -1,4 +1,4 @@
-"""What becomes of every accepted piece: kept or dropped, and on which side of the split.
+"""What becomes of every accepted piece: kept or dropped, and the split that it belongs to.
 
 Decided from summaries alone, in arrays: 40 bytes a piece, and 384 more where near-duplicates are
 looked for. Nothing depends on how the files were divided into units.
@@ -22,6 +22,8 @@ TOKENS_PER_SHARD = 64 << 20
 _KEPT, _EXACT, _NEAR, _CAPPED = range(4)
 _REASONS = {_EXACT: "exact-duplicate", _NEAR: "near-duplicate", _CAPPED: "composition-cap"}
 _NO_GROUP = -1
+_SAID = {name: i for i, name in enumerate(SPLITS)}
+_VAL, _TEST, _UNSAID = _SAID["val"], _SAID["test"], -1
 _CONTENT_BYTES = 16  # of the hash's 32: two of a billion pieces share them once in 10^21 corpora
 
 
@@ -35,12 +37,15 @@ class MergeSettings:
             was transposed, stretched, trimmed or exported) or "none".
         max_per_composition: most pieces of one composition; None for no limit.
         shards: shards of the train split; None: one for each TOKENS_PER_SHARD tokens.
+        split_column: where the label "split" comes from, which is then honoured wherever a piece
+            has one; None: it is honoured if every piece has one; "none": it is not.
     """
 
     val_fraction: float
     dedup: str
     max_per_composition: int | None
     shards: int | None
+    split_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -48,11 +53,15 @@ class Plan:
     """The fate of pieces 0..N-1, numbered in the order of the units.
 
     Attributes:
-        in_val: bool [N].
+        side: of each piece its number in SPLITS, int8 [N].
+        published: whether the split of the metadata was followed.
+        warnings: what was not done about it.
         n_pieces, n_tokens: of the kept pieces of each split.
     """
 
-    in_val: np.ndarray
+    side: np.ndarray
+    published: bool
+    warnings: list[str]
     n_pieces: dict[str, int]
     n_tokens: dict[str, int]
     _fate: np.ndarray
@@ -60,7 +69,12 @@ class Plan:
 
     def split(self, piece: int) -> str:
         """Where a piece goes."""
-        return SPLITS[int(self.in_val[piece])]
+        return SPLITS[int(self.side[piece])]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Those that are written: without published test pieces there is no test split."""
+        return tuple(name for name in SPLITS if name != "test" or self.n_pieces[name])
 
     def dropped(self, piece: int, labels: dict[str, str]) -> tuple[str, str] | None:
         """Reason and value for rejected.jsonl; None for a piece that is kept."""
@@ -90,12 +104,14 @@ def make_plan(units: Sequence[Path], settings: MergeSettings) -> Plan:
         )
         fate[kept[~stays]] = _CAPPED
     kept = fate == _KEPT
-    in_val = in_validation(pieces.work, kept, settings.val_fraction)
-    sides = {split: kept & (in_val == bool(i)) for i, split in enumerate(SPLITS)}
+    side, published = _sides(pieces, kept, representative, settings)
+    here = {split: kept & (side == i) for i, split in enumerate(SPLITS)}
     return Plan(
-        in_val=in_val,
-        n_pieces={split: int(here.sum()) for split, here in sides.items()},
-        n_tokens={split: int(pieces.n_tokens[here].sum()) for split, here in sides.items()},
+        side=side,
+        published=published,
+        warnings=_warnings(pieces.split, published, settings),
+        n_pieces={split: int(mask.sum()) for split, mask in here.items()},
+        n_tokens={split: int(pieces.n_tokens[mask].sum()) for split, mask in here.items()},
         _fate=fate,
         _same_as=_paths_of(units, fate, representative),
     )
@@ -131,15 +147,56 @@ def in_validation(works: np.ndarray, kept: np.ndarray, val_fraction: float) -> n
     return in_val
 
 
+def _sides(
+    pieces: "_Pieces", kept: np.ndarray, representative: np.ndarray, settings: MergeSettings
+) -> tuple[np.ndarray, bool]:
+    """Number in SPLITS of each piece, int8 [N], and whether the published split decided.
+
+    A test piece is never trained on, whatever else is decided, and nor is a piece that stands for
+    a duplicate of one. A published split without validation pieces gives up some of its training
+    compositions for them.
+    """
+    said = pieces.split.copy()
+    if settings.split_column == "none":
+        said[:] = _UNSAID
+    published = bool(len(said)) and (
+        bool((said != _UNSAID).all())
+        if settings.split_column is None
+        else bool((said != _UNSAID).any())
+    )
+    np.maximum.at(said, representative, said.copy())
+    by_composition = in_validation(pieces.work, kept & (said != _TEST), settings.val_fraction)
+    side = by_composition.astype(np.int8)
+    if published and (said[kept] == _VAL).any():
+        side = np.where(said == _UNSAID, side, said)
+    side[said == _TEST] = _TEST
+    return side, published
+
+
+def _warnings(said: np.ndarray, published: bool, settings: MergeSettings) -> list[str]:
+    n, n_said = len(said), int((said != _UNSAID).sum())
+    if not n_said or n_said == n or settings.split_column == "none":
+        return []
+    text = f"{n_said:,} of {n:,} pieces have a published split"
+    if published:
+        return [f"{text}; the others are divided by composition"]
+    return [
+        f"{text}, so it is not followed, except that its test pieces are kept out of train and val;"
+        " --split-column split follows it where there is one, --split-column none ignores it"
+    ]
+
+
 @dataclass(frozen=True)
 class _Pieces:
     """Columns over the accepted pieces: content hash S16, composition key uint64, whether that
-    comes from a label, notes and tokens int64, fingerprints uint32 [N, H] or None.
+    comes from a label, published split int8 (number in SPLITS or -1), notes and tokens int64,
+    fingerprints uint32 [N, H] or None.
     """
 
     content: np.ndarray
     work: np.ndarray
     labelled: np.ndarray
+    split: np.ndarray
     n_notes: np.ndarray
     n_tokens: np.ndarray
     fingerprints: np.ndarray | None
@@ -152,6 +209,7 @@ class _Columns:
     content: bytearray = field(default_factory=bytearray)
     work: "array[int]" = field(default_factory=lambda: array("Q"))
     labelled: bytearray = field(default_factory=bytearray)
+    split: "array[int]" = field(default_factory=lambda: array("b"))
     n_notes: "array[int]" = field(default_factory=lambda: array("q"))
     n_tokens: "array[int]" = field(default_factory=lambda: array("q"))
     fingerprints: bytearray = field(default_factory=bytearray)
@@ -173,6 +231,7 @@ def _read(units: Sequence[Path], *, with_fingerprints: bool) -> _Pieces:
         columns.content += bytes.fromhex(summary["content"])[:_CONTENT_BYTES]
         columns.work.append(composition_key(name))
         columns.labelled.append(bool(composition))
+        columns.split.append(_SAID.get(summary["labels"].get("split"), _UNSAID))
         columns.n_notes.append(summary["n_notes"])
         columns.n_tokens.append(summary["n_tokens"])
         if with_fingerprints:
@@ -182,6 +241,7 @@ def _read(units: Sequence[Path], *, with_fingerprints: bool) -> _Pieces:
         content=np.frombuffer(columns.content, f"S{_CONTENT_BYTES}"),
         work=np.frombuffer(columns.work, np.uint64),
         labelled=np.frombuffer(columns.labelled, bool),
+        split=np.frombuffer(columns.split, np.int8),
         n_notes=np.frombuffer(columns.n_notes, np.int64),
         n_tokens=np.frombuffer(columns.n_tokens, np.int64),
         fingerprints=prints if with_fingerprints else None,

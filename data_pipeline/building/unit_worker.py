@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 import msgpack
 
-from data_pipeline.building.journal import printable, rejection
+from data_pipeline.building.journal import rejection
 from data_pipeline.building.sources import Entry, read_entry
+from data_pipeline.errors import printable
 
 if TYPE_CHECKING:
     from data_pipeline.building.pieces import PieceMaker

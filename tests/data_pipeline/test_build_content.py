@@ -1,6 +1,7 @@
 """What ends up in a corpus: one piece for each performance, labelled, cleaned, filtered."""
 
 import json
+import shutil
 import tarfile
 from dataclasses import replace
 
@@ -11,8 +12,9 @@ from data_pipeline.build import build
 from data_pipeline.building.plan import DEDUP
 from data_pipeline.cleaning import Cleaning
 from data_pipeline.errors import UserError
+from data_pipeline.inspection import inspect
 from data_pipeline.midi import NOTE, PEDAL, PROGRAM, Performance, midi_bytes, read_midi
-from data_pipeline.shards import TokenShards, rejections
+from data_pipeline.shards import TokenShards, load_manifest, rejections
 from data_pipeline.tokenizer import Tokenizer
 from tests.corpora import random_performance
 from tests.smf import midi_file, track
@@ -124,6 +126,99 @@ def test_texts_name_what_tables_and_file_names_do_not(texts, tmp_path):
     tokenizer = Tokenizer.preset("aria")
     prefix = pieces(tmp_path / "data")["1.mid"].ids[:3].tolist()
     assert tokenizer.id_of(("prefix", "composer", "chopin")) in prefix
+
+
+def paths_of(out):
+    """Paths of each split."""
+    shards = {split: TokenShards(out, split) for split in load_manifest(out)["splits"]}
+    return {name: {s[i].meta["path"] for i in range(len(s))} for name, s in shards.items()}
+
+
+@pytest.fixture
+def official(copies, tmp_path):
+    """Builds the originals with the split that their table gives them."""
+    folder = tmp_path / "midi"
+    folder.mkdir()
+    for i in range(4):
+        shutil.copy(copies / f"original-{i}.mid", folder / f"{i}.mid")
+
+    def run(splits, **settings):
+        rows = [{"path": f"{i}.mid", "split": split} for i, split in enumerate(splits) if split]
+        (folder / "metadata.json").write_text(json.dumps(rows))
+        out = tmp_path / f"data-{len(list(tmp_path.iterdir()))}"
+        return build(folder, out, workers=1, filters="none", **settings), paths_of(out)
+
+    return run
+
+
+def test_a_published_split_is_followed(official):
+    summary, found = official(["Train", "test", "VALIDATION", "dev"])
+    assert found == {"train": {"0.mid"}, "val": {"2.mid", "3.mid"}, "test": {"1.mid"}}
+    assert (summary.n_train, summary.n_val, summary.n_test, summary.warnings) == (1, 2, 1, [])
+    _, found = official(["train", "train", "train", "val"])
+    assert found == {"train": {"0.mid", "1.mid", "2.mid"}, "val": {"3.mid"}}
+
+
+def test_without_validation_pieces_some_training_pieces_validate(official):
+    summary, found = official(["train", "test", "train", "train"], val_fraction=0.4)
+    assert found["test"] == {"1.mid"} and summary.n_val and not summary.warnings
+    assert found["train"] | found["val"] == {"0.mid", "2.mid", "3.mid"}
+
+
+def test_a_split_that_some_pieces_have_only_keeps_its_test_pieces_apart(official):
+    splits = ["test", "val", "val", None]
+    summary, found = official(splits, val_fraction=0.0)
+    assert found == {"train": {"1.mid", "2.mid", "3.mid"}, "val": set(), "test": {"0.mid"}}
+    assert "3 of 4 pieces have a published split, so it is not followed" in summary.warnings[0]
+    summary, found = official(splits, val_fraction=0.0, split_column="split")
+    assert found == {"train": {"3.mid"}, "val": {"1.mid", "2.mid"}, "test": {"0.mid"}}
+    assert "the others are divided by composition" in summary.warnings[0]
+    summary, found = official(splits, val_fraction=0.0, split_column="none")
+    assert found == {"train": {f"{i}.mid" for i in range(4)}, "val": set()}
+    assert not summary.warnings
+
+
+@pytest.mark.parametrize("dedup", ["exact", "near"])
+def test_what_stands_for_a_test_piece_is_not_trained_on(copies, tmp_path, dedup):
+    """Of equal pieces the first by path is kept; here the other one belongs to the test set."""
+    rows = [{"path": f"{path.stem}.mid", "split": "train"} for path in copies.glob("*.mid")]
+    for row in rows:
+        row["split"] = "test" if row["path"] == "zz-same.mid" else "train"
+    (tmp_path / "m.json").write_text(json.dumps(rows))
+    build(copies, tmp_path / "d", metadata=tmp_path / "m.json", **{**ALL, "dedup": dedup})
+    found = paths_of(tmp_path / "d")
+    assert len(found["test"]) == 1 and not found["test"] & found["train"]
+    assert rejected(tmp_path / "d").get("zz-same.mid", ("", *found["test"]))[1] in found["test"]
+
+
+def test_maestro_as_it_ships(copies, tmp_path):
+    root = tmp_path / "maestro-v3.0.0"
+    for i in range(4):
+        (root / f"{2004 + i}").mkdir(parents=True)
+        shutil.copy(copies / f"original-{i}.mid", root / f"{2004 + i}" / "a.midi")
+    rows = {
+        "canonical_composer": ["Frédéric Chopin"] * 4,
+        "canonical_title": [f"Étude {i}" for i in range(4)],
+        "split": ["train", "validation", "test", "train"],
+        "year": [2004, 2005, 2006, 2007],
+        "midi_filename": [f"{2004 + i}/a.midi" for i in range(4)],
+        "duration": [9.5] * 4,
+    }
+    numbered = {name: dict(enumerate(column)) for name, column in rows.items()}
+    (root / "maestro-v3.0.0.json").write_text(json.dumps(numbered))
+    build(root, tmp_path / "here", workers=1, filters="none", dedup="none")
+    found = paths_of(tmp_path / "here")
+    assert found["test"] == {"2006/a.midi"} and found["val"] == {"2005/a.midi"}
+    test = TokenShards(tmp_path / "here", "test")[0].meta["labels"]
+    assert (test["composer"], test["title"], test["year"]) == ("chopin", "Étude 2", "2006")
+    assert inspect(tmp_path / "here").splits["test"]["n_pieces"] == 1
+
+
+def test_a_table_that_names_no_file_is_told_in_the_summary(texts, tmp_path):
+    (texts / "metadata.json").write_text('[{"path": "/home/me/2.mid", "composer": "Salieri"}]')
+    for _ in range(2):  # also where the corpus is finished
+        summary = build(texts, tmp_path / "data", **ALL)
+        assert "/home/me/2.mid; the files are 1.mid, 2.mid, 3.mid" in summary.warnings[0]
 
 
 def test_another_table_beside_the_files_is_another_corpus(texts, tmp_path):

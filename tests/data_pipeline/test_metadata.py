@@ -2,11 +2,12 @@
 
 import json
 import pickle
+import unicodedata
 
 import pytest
 
 from data_pipeline.errors import UserError
-from data_pipeline.metadata import labels_from_path, labels_from_texts, load_labels
+from data_pipeline.metadata import labels_from_path, labels_from_texts, load_labels, read_labels
 
 BACH = "asap/Bach/Fugue/bwv_848/Lin04M.mid"
 ASAP = [
@@ -76,6 +77,100 @@ def test_maestro(tmp_path, content, name):
         "composer": "chopin", "title": "Étude Op. 10 No. 4", "form": "etude", "split": "val",
         "year": "2018", "composition": "chopin: etude op. 10 no. 4",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
+def test_a_csv_is_read_as_csv(tmp_path, delimiter, newline):
+    """Byte order mark, quoted delimiters and newlines, and U+2028 as web pages have it."""
+    rows = [
+        ["path", "title", "composer"],
+        ["a.mid", '"No. 1\nin C, ""the; first"""', "Chopin"],
+        ["b.mid", "Fugue\u2028No. 2\x85\x0b", "Bach"],
+    ]
+    (tmp_path / "metadata.csv").write_bytes(
+        ("\ufeff" + newline.join(map(delimiter.join, rows[:1] + rows[2:] + rows[1:2]))).encode()
+        if delimiter != ","
+        else "\ufeff".encode() + newline.join(map(",".join, rows)).encode()
+    )
+    labels = load_labels(tmp_path)
+    assert len(labels) == 2
+    assert labels.labels_for("a.mid")["title"] == 'No. 1\nin C, "the; first"'
+    assert labels.labels_for("a.mid")["composer"] == "chopin"
+    assert labels.labels_for("b.mid")["composer"] == "bach"
+
+
+def test_json_lines(tmp_path):
+    lines = (
+        '{"file_name": "a.mid", "composer": "Bach"}\n\n{"file_name": "b.mid", "title": "\u2028"}\n'
+    )
+    labels = table(tmp_path, lines, "metadata.jsonl")
+    assert labels.labels_for("a.mid") == {"composer": "bach"} and len(labels) == 2
+
+
+@pytest.mark.parametrize("of_table, of_file", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_match_in_either_unicode_form(tmp_path, of_table, of_file):
+    folder, name = "Fauré", "Élégie.mid"
+    (tmp_path / unicodedata.normalize(of_file, folder)).mkdir()
+    rows = [{"path": f"{folder}/{name}", "composer": "Fauré"}, {"path": name, "mood": "sad"}]
+    path = tmp_path / unicodedata.normalize(of_file, folder) / "metadata.json"
+    path.write_text(unicodedata.normalize(of_table, json.dumps(rows, ensure_ascii=False)))
+    labels = load_labels(tmp_path)
+    found = labels.labels_for(unicodedata.normalize(of_file, f"{folder}/{name}"))
+    assert found["composer"] == "faure"
+    assert labels.labels_for(unicodedata.normalize(of_file, f"{folder}/x/{name}"))["mood"] == "sad"
+
+
+def test_a_compressed_file_has_the_row_of_the_plain_one(tmp_path):
+    labels = table(tmp_path, [{"path": "a/x.mid", "mood": "sad"}, {"path": "y.mid", "mood": "mad"}])
+    assert labels.labels_for("a/x.mid.gz") == {"mood": "sad"}
+    assert labels.labels_for("b/y.mid.gz") == {"mood": "mad"}
+
+
+def test_values_of_every_kind(tmp_path):
+    """Lone surrogates are replaced; measurements, nothing and nested values are no labels."""
+    row = (
+        '{"path": "a.mid", "title": "Nocturne \\ud83c", "mo\\udc00od": "\\udcff", "a": NaN, '
+        '"b": -Infinity, "c": null, "d": "  ", "e": [1], "f": {"x": 1}, "g": true, '
+        f'"h": {"9" * 5000}, "i": 2.5}}'
+    )
+    labels = table(tmp_path, f"[{row}]").labels_for("a.mid")
+    big = labels.pop("h")
+    assert big == "9" * 5000
+    assert labels == {
+        "title": "Nocturne \ufffd", "mo\ufffdod": "\ufffd", "g": "true", "form": "nocturne",
+    }  # fmt: skip
+    json.dumps(labels, ensure_ascii=False).encode()
+
+
+def test_another_column_may_be_the_split(tmp_path):
+    rows = [{"path": "a.mid", "split": "train", "Fold": "Test"},
+            {"path": "b.mid", "split": "train", "Fold": "dev"}]  # fmt: skip
+    (tmp_path / "m.json").write_text(json.dumps(rows))
+    (tmp_path / "s.json").write_text(json.dumps(SPLITS))
+    tables = [("", tmp_path / "m.json")]
+    labels = read_labels(tmp_path, tables, "fold")
+    assert [labels.labels_for(name)["split"] for name in ("a.mid", "b.mid")] == ["test", "val"]
+    with pytest.raises(UserError, match=r"--split-column none-such: no file has such a label"):
+        read_labels(tmp_path, tables, "none-such")
+    with pytest.raises(UserError, match=r"'a.mid': split 'A' is none of train, val, test"):
+        (tmp_path / "m.json").write_text('[{"path": "a.mid", "x": "A"}]')
+        read_labels(tmp_path, tables, "x")
+    labels = read_labels(tmp_path, [("", tmp_path / "s.json")], "composer_split")
+    assert labels.labels_for("data/aa/000002_0.mid")["split"] == "test"
+
+
+def test_a_table_that_names_no_file_says_so(tmp_path):
+    rows = [{"path": f"/home/x/{i}.mid", "composer": "Bach"} for i in range(9)]
+    labels = table(tmp_path, rows)
+    (warning,) = labels.warnings(f"{i}\udce9.mid" for i in range(100, 200))
+    assert "metadata.json: not one of its 9 rows names a file here" in warning
+    assert "/home/x/0.mid, /home/x/1.mid, /home/x/2.mid;" in warning
+    assert warning.endswith("100\ufffd.mid, 101\ufffd.mid, 102\ufffd.mid")
+    assert not labels.warnings(["x.mid", "/home/x/8.mid"])
+    (warning,) = table(tmp_path, ARIA_MIDI).warnings(["a.mid"])
+    assert "it has 17; the files are a.mid" in warning
+    assert not table(tmp_path, {}).warnings(["a.mid"])
 
 
 def test_two_composers_are_not_one(tmp_path):
@@ -159,12 +254,30 @@ def test_file_names_and_texts_fill_gaps(tmp_path):
         ({"composer": {"train": {"a.mid": "x"}, "val": {"a.mid": "x"}}},
          "two values of 'composer_split'"),
         ({"midi_filename": {"0": "a.mid"}, "split": {}}, "column 'split' has not the rows"),
+        ("[" * 20_000, "nested too deeply"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ("", "not valid JSON"),
+        ({"a.mid": ["x" * 1000] * 9}, r"expected an object of labels, got \['xxx.{,100}$"),
     ],
 )  # fmt: skip
 def test_unusable_metadata_is_explained(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as error:
         table(tmp_path, content)
     assert "metadata.json" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("path,path\na.mid,b.mid\n", "column 'path' twice"),
+        ("path,composer\na.mid,Bach, Johann\n", "line 2: more fields than the header"),
+        ("composer\nBach\n", "entry 1: no file named"),
+        (f"path,title\na.mid,{'x' * 200_000}\n", "after line 1: not valid CSV"),
+    ],
+)
+def test_unusable_csv_is_explained(tmp_path, content, message):
+    with pytest.raises(UserError, match=message):
+        table(tmp_path, content, "metadata.csv")
 
 
 def test_missing_or_binary_file_is_explained(tmp_path):
