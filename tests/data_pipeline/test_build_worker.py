@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.build import build
 from data_pipeline.building import merge, runners
-from data_pipeline.building.journal import printable, read_unit
+from data_pipeline.building.journal import read_unit
 from data_pipeline.building.runners import IsolatedWorker
 from data_pipeline.building.sources import Entry
 from data_pipeline.building.unit_worker import (
@@ -21,7 +21,7 @@ from data_pipeline.building.unit_worker import (
     unpack_result,
 )
 from data_pipeline.cleaning import Cleaning
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, printable
 from data_pipeline.midi import midi_bytes
 from data_pipeline.shards import TokenShards, rejections
 from tests.corpora import random_performance
