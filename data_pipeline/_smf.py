@@ -1,17 +1,23 @@
-"""Standard MIDI File bytes to notes and controllers, compiled; exact to mido and aria-utils.
+"""Standard MIDI File bytes to notes and controllers, compiled: one decoder, two readings.
 
-The notes, times and controllers are those of `mido.MidiFile` followed by aria-utils
-`_extract_track_data`, on overlapping and zero-length notes too. Files that mido refuses are
-refused, except for the content of messages that no token depends on: system-exclusive bytes above
-127, key and time signatures that do not exist.
+By the standard a track ends with its end-of-track event, running status belongs to channel
+messages, all events take time, and a drum hit may last no time. The other reading has the notes,
+times and controllers of `mido.MidiFile` followed by aria-utils `_extract_track_data`, faults
+included; it refuses the files that mido refuses, except for the content of messages that no token
+depends on: system-exclusive bytes above 127, key and time signatures that do not exist.
 """
+
+import struct
 
 import numba
 import numpy as np
 
+from data_pipeline.errors import InvalidMidi
+
 # Why a file is refused: status codes of `decode_track`, and the word `rejected.jsonl` gets.
+_TRUNCATED = 1
 REASONS = {
-    1: "truncated",
+    _TRUNCATED: "truncated",
     2: "running-status-without-status",
     3: "undefined-status-byte",
     4: "data-byte-out-of-range",
@@ -21,12 +27,18 @@ REASONS = {
 }
 MAX_MESSAGE_BYTES = 1_000_000  # mido refuses longer system-exclusive and meta messages
 MAX_TICK = 1 << 40
+OPEN = 2 * MAX_TICK
+"""End tick of a note that nothing ends before its track does."""
 
-# Columns of what `decode_track` counts.
-_STATUS, _NOTES, _PEDALS, _TEMPI, _PROGRAMS, _TEXTS = range(6)
+# What `decode_track` returns: status, rows per table, where it stopped, whether the track ended.
+_STATUS, _NOTES, _PEDALS, _TEMPI, _PROGRAMS, _TEXTS, _STOP, _ENDED = range(8)
 
 _SYSEX, _ESCAPE, _META = 0xF0, 0xF7, 0xFF
-_TEXT, _COPYRIGHT, _TEMPO = 0x01, 0x02, 0x51
+_TEXT, _COPYRIGHT, _END_OF_TRACK, _TEMPO = 0x01, 0x02, 0x2F, 0x51
+_DRUMS = 9
+_PEDAL, ALL_SOUND_OFF, RESET_CONTROLLERS, _LOCAL_CONTROL = 64, 120, 121, 122
+CHANNEL_MODE = 128
+"""Added to the controller number of a channel mode message where pedal values stand."""
 
 _compiled = numba.njit(cache=True, nogil=True)
 
@@ -41,15 +53,90 @@ _KNOWN_META = np.zeros(256, np.bool_)
 _KNOWN_META[[*range(8), 9, 0x20, 0x21, 0x2F, 0x51, 0x54, 0x58, 0x59, 0x7F]] = True
 
 
+def unwrapped(data: bytes, name: str) -> bytes:
+    """The MIDI file inside a RIFF envelope, else `data`."""
+    if data[:4] == b"RIFF" and data[8:12] == b"RMID":
+        position = 12
+        while data[position : position + 4] != b"data" and position + 8 <= len(data):
+            position += 8 + int.from_bytes(data[position + 4 : position + 8], "little")
+            position += position % 2 and data[position : position + 1] == b"\0"  # padding
+        size = int.from_bytes(data[position + 4 : position + 8], "little")
+        data = data[position + 8 : position + 8 + size]
+    if data[:4] != b"MThd":
+        raise InvalidMidi("not-midi", f"{name}: not a MIDI file (it does not start with MThd)")
+    return data
+
+
+def decoded_tracks(
+    data: bytes, name: str, standard: bool, repair: bool
+) -> tuple[int, int, list[list[np.ndarray]], str]:
+    """Format, division, the tables of each track, and what is missing of a file that is cut.
+
+    By the standard tracks go on to the end of the file whatever the header says, a track ends
+    where it says so, and chunks of other types are skipped.
+    """
+    size = int.from_bytes(data[4:8], "big")
+    if len(data) < 14 or size < 6:
+        raise InvalidMidi("truncated", f"{name}: cut inside the header")
+    kind, n_declared, division = struct.unpack(">hHh" if standard else ">hhh", data[8:14])
+    tracks: list[list[np.ndarray]] = []
+    missing = []
+    position = 8 + size
+    while position + 8 <= len(data) and (standard or len(tracks) < n_declared):
+        chunk, start = data[position : position + 4], position + 8
+        end = start + int.from_bytes(data[position + 4 : start], "big")
+        number = f"track {len(tracks) + 1} of {max(n_declared, len(tracks) + 1)}"
+        position = end
+        if chunk != b"MTrk":
+            if standard and chunk.isascii() and chunk.decode().isprintable():
+                continue
+            if standard and len(tracks) >= n_declared:
+                break  # padding
+            raise InvalidMidi("no-track-header", f"{name}: {number} has no MTrk header")
+        tables, stop, ended, cut = _decode_track(data, start, end, f"{name}: {number}", standard)
+        tracks.append(tables)
+        if standard and ended:
+            if data[stop : stop + 4] == b"MTrk":
+                position = stop  # its length was too large
+        elif cut or end > len(data):
+            missing.append(f"{number} is cut after {stop - start} of {end - start} bytes")
+    if len(tracks) < n_declared:
+        missing.append(f"track {len(tracks) + 1} of {n_declared} is missing")
+    if missing and not repair:
+        raise InvalidMidi("truncated", f"{name}: {missing[0]}; repairing keeps what is before")
+    return kind, division, tracks, "; ".join(missing)
+
+
+def _decode_track(
+    data: bytes, start: int, end: int, name: str, standard: bool
+) -> tuple[list[np.ndarray], int, bool, bool]:
+    """Notes, pedals, tempi, programs and places of texts of one track, int64 [N, columns] each;
+    where it stops, whether it says that it ends, and whether it is cut inside an event.
+    """
+    # No kind of event can outgrow these: (fewest bytes one takes, columns).
+    sizes = ((3, 5), (3, 3), (7, 2), (2, 3), (4, 2))
+    bytes_N = np.frombuffer(data, np.uint8)[:end]
+    end = max(start, len(bytes_N))
+    tables = [np.empty(((end - start) // n + 1, columns), np.int64) for n, columns in sizes]
+    counts = decode_track(bytes_N, start, end, standard, *tables)
+    status = int(counts[_STATUS])
+    if status not in (0, _TRUNCATED):
+        reason = REASONS[status]
+        raise InvalidMidi(reason, f"{name}: broken MIDI data ({reason.replace('-', ' ')})")
+    rows = [table[:n] for table, n in zip(tables, counts[1:], strict=False)]
+    return rows, int(counts[_STOP]), bool(counts[_ENDED]), status == _TRUNCATED
+
+
 @_compiled
-def _varint(data, position):
+def _varint(data, position, standard):
     """Value and next position of a variable-length number; value -1 when cut, -2 when absurd."""
     value = 0
+    begin = position
     while position < len(data):
         byte = data[position]
         position += 1
         value = (value << 7) | (byte & 0x7F)
-        if value > MAX_TICK:
+        if value > MAX_TICK or (standard and position - begin > 4):
             return -2, position
         if byte < 0x80:
             return value, position
@@ -64,75 +151,86 @@ def _put(table, row, values):
 
 
 @_compiled
-def decode_track(data, start, end, notes, pedals, tempi, programs, texts):
+def decode_track(data, start, end, standard, notes, pedals, tempi, programs, texts):
     """Decodes one track chunk.
 
     Args:
         data: uint8 [end], the file as far as the chunk's end.
         start, end: the chunk's content.
-        notes: int64 [_, 5] out: start tick, end tick, pitch, velocity, channel.
-        pedals: int64 [_, 3] out: tick, value, channel.
-        tempi: int64 [_, 2] out: tick, microseconds a beat.
-        programs: int64 [_, 3] out: tick, program, channel.
+        standard: which reading; False is aria-utils.
+        notes: int64 [_, 5] out: start tick, end tick, pitch, velocity, channel. By the standard
+            also notes without an end: they end at `OPEN`, or where a track that is cut breaks off.
+        pedals: int64 [_, 3] out: tick, value, channel. By the standard also channel mode messages,
+            in place of the value `CHANNEL_MODE` + controller.
+        tempi: int64 [_, 2] out: tick, microseconds per beat.
+        programs: int64 [_, 3] out: tick, program, channel. By the standard a change that is
+            written after a note of its tick counts from the next tick.
         texts: int64 [_, 2] out: first byte and length of text and copyright messages.
 
     Returns:
-        int64 [6]: status (0 or a key of `REASONS`), and how many rows of each were written.
+        int64 [8]: status (0 or a key of `REASONS`), how many rows of each were written, where
+        decoding stopped, and 1 if that was at an end-of-track event. What lies before a fault has
+        been written.
     """
-    counts = np.zeros(6, np.int64)
+    counts = np.zeros(8, np.int64)
     # Notes as they begin, linked to lists of open notes per channel and pitch.
     first = np.full(2048, -1, np.int64)
     last = np.full(2048, -1, np.int64)
+    last_onset = np.full(16, -1, np.int64)
     pool = np.empty((len(notes), 3), np.int64)  # start tick, velocity, next row
     n_opened = tick = 0
     running = np.int64(0)
     position = start
     while position != end:
-        delta, position = _varint(data, position)
+        delta, position = _varint(data, position, standard)
         if delta < 0 or tick + delta > MAX_TICK:
-            counts[_STATUS] = 1 if delta == -1 else 6
-            return counts
-        tick += delta
+            counts[_STATUS] = _TRUNCATED if delta == -1 else 6
+            break
         if position >= end:
-            counts[_STATUS] = 1
-            return counts
+            counts[_STATUS] = _TRUNCATED
+            break
+        tick += delta
         status = np.int64(data[position])
         if status >= 0x80:
             position += 1
-            if status != _META:
+            if status < _SYSEX or (status != _META and not standard):
                 running = status
         else:
             status = running
             if running == 0 or _N_DATA[running] == 0:
                 counts[_STATUS] = 2
-                return counts
+                break
             if running in (_SYSEX, _ESCAPE):
                 position += 1  # mido drops the byte it looked at
         if status in (_META, _SYSEX, _ESCAPE):
-            position, lost = _skip_message(
-                data, position, status, tick, delta, tempi, texts, counts
+            position, known = _skip_message(
+                data, position, status, tick, standard, tempi, texts, counts
             )
-            tick -= lost
-            if counts[_STATUS]:
-                return counts
+            if counts[_STATUS] or (standard and counts[_ENDED]):
+                break
+            if not known and not standard:
+                tick -= delta  # mido loses the time of meta messages that it does not know
             continue
         n_data = _N_DATA[status]
         if n_data < 0 or position + n_data > end:
-            counts[_STATUS] = 3 if n_data < 0 else 1
-            return counts
+            counts[_STATUS] = 3 if n_data < 0 else _TRUNCATED
+            break
         one = np.int64(data[position]) if n_data > 0 else 0
         two = np.int64(data[position + 1]) if n_data > 1 else 0
         if one > 127 or two > 127:
             counts[_STATUS] = 4
-            return counts
+            break
         position += n_data
         kind, channel = status & 0xF0, status & 0x0F
         if kind == 0xC0:
-            _put(programs, counts[_PROGRAMS], (tick, one, channel))
+            after_note = standard and last_onset[channel] == tick
+            _put(programs, counts[_PROGRAMS], (tick + after_note, one, channel))
             counts[_PROGRAMS] += 1
-        elif kind == 0xB0 and one == 64:
-            _put(pedals, counts[_PEDALS], (tick, two, channel))
-            counts[_PEDALS] += 1
+        elif kind == 0xB0 and (one == _PEDAL or (standard and one >= ALL_SOUND_OFF)):
+            if one != _LOCAL_CONTROL:
+                value = two if one == _PEDAL else CHANNEL_MODE + one
+                _put(pedals, counts[_PEDALS], (tick, value, channel))
+                counts[_PEDALS] += 1
         elif kind == 0x90 and two > 0:
             key = channel * 128 + one
             _put(pool, n_opened, (tick, two, -1))
@@ -141,64 +239,78 @@ def decode_track(data, start, end, notes, pedals, tempi, programs, texts):
             else:
                 pool[last[key], 2] = n_opened
             last[key] = n_opened
+            last_onset[channel] = tick
             n_opened += 1
         elif kind == 0x80 or kind == 0x90:
             key = channel * 128 + one
             n = counts[_NOTES]
-            first[key], last[key], counts[_NOTES] = _close(pool, first[key], tick, key, notes, n)
+            keep_short = standard and channel == _DRUMS
+            first[key], last[key], counts[_NOTES] = _close(
+                pool, first[key], tick, key, notes, n, keep_short
+            )
+    counts[_STOP] = position
+    if standard:
+        close_at = OPEN if counts[_ENDED] else tick
+        for slot in range(2048):
+            if first[slot] >= 0:
+                n, drum = counts[_NOTES], slot >> 7 == _DRUMS
+                newest, _, n = _close(pool, first[slot], close_at, slot, notes, n, drum)
+                _, _, counts[_NOTES] = _close(pool, newest, close_at, slot, notes, n, drum)
     return counts
 
 
 @_compiled
-def _skip_message(data, position, status, tick, delta, tempi, texts, counts):
+def _skip_message(data, position, status, tick, standard, tempi, texts, counts):
     """Steps over a meta or system-exclusive message and keeps its tempo or text.
 
     Returns:
-        Next position, and the ticks that mido loses: the delta time of a meta message it does not
-        know. Faults go to `counts`.
+        Next position, and whether mido knows the message. Faults and the end of the track go to
+        `counts`.
     """
     kind = np.int64(-1)
     if status == _META:
         if position >= len(data):
-            counts[_STATUS] = 1
-            return position, 0
+            counts[_STATUS] = _TRUNCATED
+            return position, True
         kind = np.int64(data[position])
         position += 1
-    length, position = _varint(data, position)
-    if length > MAX_MESSAGE_BYTES or length == -2:
+    length, position = _varint(data, position, standard)
+    if length == -2 or (length > MAX_MESSAGE_BYTES and not standard):
         counts[_STATUS] = 5
     elif length < 0 or position + length > len(data):
-        counts[_STATUS] = 1
+        counts[_STATUS] = _TRUNCATED
     elif kind in (_TEXT, _COPYRIGHT):
         _put(texts, counts[_TEXTS], (position, length))
         counts[_TEXTS] += 1
+    elif kind == _END_OF_TRACK:
+        counts[_ENDED] = 1
     elif kind == _TEMPO and length < 3:
-        counts[_STATUS] = 7
+        counts[_STATUS] = 0 if standard else 7
     elif kind == _TEMPO:
         tempo = np.int64(0)
         for byte in data[position : position + 3]:
             tempo = tempo * 256 + np.int64(byte)
-        _put(tempi, counts[_TEMPI], (tick, tempo))
-        counts[_TEMPI] += 1
-    elif kind >= 0 and not _KNOWN_META[kind]:
-        return position + length, delta
-    return position + length, 0
+        if tempo or not standard:  # a beat of no time is impossible
+            _put(tempi, counts[_TEMPI], (tick, tempo))
+            counts[_TEMPI] += 1
+    return position + length, kind < 0 or _KNOWN_META[kind]
 
 
 @_compiled
-def _close(pool, row, tick, key, notes, n):
+def _close(pool, row, tick, key, notes, n, keep_short):
     """Ends the open notes of one pitch and channel at `tick`.
 
     Args:
         pool: notes as they began; row: the first open one.
         key: channel * 128 + pitch.
         notes, n: where finished notes go, and how many there are.
+        keep_short: whether notes that began at this very tick are notes.
 
     Returns:
         First and last row of the notes that stay open, and the new `n`. Notes that began at this
-        very tick stay open if earlier ones were ended, else they are forgotten.
+        very tick stay open if earlier ones were ended; else they end, or are forgotten.
     """
-    before = n
+    before, begin = n, row
     kept_first = kept_last = -1
     while row >= 0:
         following = pool[row, 2]
@@ -213,88 +325,11 @@ def _close(pool, row, tick, key, notes, n):
                 pool[kept_last, 2] = row
             kept_last = row
         row = following
-    if n == before:
-        return -1, -1, n
-    return kept_first, kept_last, n
-
-
-@_compiled
-def durations_ms(starts, ends, tempo_ticks, tempi, ticks_per_beat):
-    """Milliseconds between ticks, rounded half to even (reference: get_duration_ms).
-
-    The reference sums the tempo segments in floating point beginning one segment early where the
-    start lies beyond the last tempo change; ids depend on it, so it is kept.
-
-    Args:
-        starts, ends: int64 [N] ticks.
-        tempo_ticks, tempi: int64 [M >= 1], sorted by tick; microseconds a beat.
-
-    Returns:
-        int64 [N].
-    """
-    n_tempi = len(tempo_ticks)
-    out = np.empty(len(starts), np.int64)
-    segment = now = 0
-    seconds = 0.0
-    for i in range(len(starts)):
-        start, end = starts[i], ends[i]
-        if i == 0 or start != starts[i - 1] or end < ends[i - 1]:
-            segment = min(np.searchsorted(tempo_ticks, start), n_tempi - 1)
-            segment = max(segment - 1, 0)
-            seconds, now = 0.0, start
-        # Else: goes on from where the last sum stood, so that sorted ends cost one pass.
-        while segment + 1 < n_tempi and tempo_ticks[segment + 1] <= end:
-            following = tempo_ticks[segment + 1]
-            seconds += (following - now) * (tempi[segment] * 1e-6 / ticks_per_beat)
-            now = following
-            segment += 1
-        total = seconds
-        if segment + 1 < n_tempi or end > tempo_ticks[n_tempi - 1]:
-            total += (end - now) * (tempi[segment] * 1e-6 / ticks_per_beat)
-        out[i] = np.int64(np.rint(total * 1e3))
-    return out
-
-
-@_compiled
-def pedalled_ends(ends, channels, pedal_ticks, pedal_down, pedal_channels, final_tick):
-    """Note ends, each moved to the pedal's release where the pedal held the note.
-
-    Args:
-        ends: int64 [N] ticks; channels: uint8 [N].
-        pedal_ticks: int64 [P] sorted; pedal_down: bool [P]; pedal_channels: uint8 [P].
-        final_tick: where a pedal that is never released lets go.
-
-    Returns:
-        int64 [N] (reference: _build_pedal_intervals, resolve_pedal).
-    """
-    out = ends.copy()
-    counts = np.zeros(16, np.int64)
-    for channel in pedal_channels:
-        counts[channel] += 1
-    for channel in range(16):
-        if counts[channel] == 0:
-            continue
-        presses = np.empty(counts[channel], np.int64)
-        releases = np.empty(counts[channel], np.int64)
-        n = 0
-        down = False
-        for p in range(len(pedal_ticks)):
-            if pedal_channels[p] != channel:
-                continue
-            if pedal_down[p] and not down:
-                presses[n] = pedal_ticks[p]
-                down = True
-            elif not pedal_down[p] and down:
-                releases[n] = pedal_ticks[p]
-                n += 1
-                down = False
-        if down:
-            releases[n] = final_tick
-            n += 1
-        for i in range(len(ends)):
-            if channels[i] == channel:
-                # Intervals are disjoint: only the last one pressed before the end can hold it.
-                at = np.searchsorted(presses[:n], ends[i]) - 1
-                if at >= 0 and ends[i] < releases[at]:
-                    out[i] = releases[at]
-    return out
+    if n != before:
+        return kept_first, kept_last, n
+    row = begin
+    while keep_short and row >= 0:
+        _put(notes, n, (tick, tick, key & 127, pool[row, 1], key >> 7))
+        n += 1
+        row = pool[row, 2]
+    return -1, -1, n

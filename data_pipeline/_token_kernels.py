@@ -19,13 +19,13 @@ _PITCHES, _VELOCITIES = 128, 13
 
 
 @_compiled
-def note_tokens(pitch, velocity, channel, durations_ms, of_channel, first_ids, unknown_id):
+def note_tokens(pitch, velocity, channel, durations_ms, instrument, first_ids, unknown_id):
     """First and third token of notes.
 
     Args:
         pitch, velocity, channel: uint8 [N].
         durations_ms: int64 [N].
-        of_channel: int64 [16] instrument index of each channel.
+        instrument: int64 [N], index into the vocabulary's instruments; of drums ignored.
         first_ids: the first note, drum and duration id.
         unknown_id: stands for a drum that the vocabulary does not have.
 
@@ -41,7 +41,7 @@ def note_tokens(pitch, velocity, channel, durations_ms, of_channel, first_ids, u
             known = LOWEST_DRUM <= key <= HIGHEST_DRUM
             heads[i] = first_drum + key - LOWEST_DRUM if known else unknown_id
             continue
-        row = of_channel[channel[i]] * _PITCHES + key
+        row = instrument[i] * _PITCHES + key
         heads[i] = first_note + row * _VELOCITIES + VELOCITY_INDEX[velocity[i]]
         duration = DUR_INDEX[min(max(durations_ms[i], 0), SEGMENT_MS)]
         durations[i] = first_dur + max(duration, 1)  # nothing sounds for no time
@@ -53,7 +53,8 @@ def write_events(heads, onsets_ms, durations, order, first_onset, time_id):
     """Ids of events (first token, onset, duration) in `order`, `<T>` where a segment begins.
 
     Args:
-        heads: int64 [N]; onsets_ms: int64 [N] from 0; durations: int64 [N], -1 for none.
+        heads: int64 [N]; onsets_ms: int64 [N], below 0 only as aria-utils counts; durations:
+            int64 [N], -1 for none.
         order: int64 [N], by onset.
         first_onset: id of onset 0; time_id: of `<T>`.
 
@@ -62,9 +63,10 @@ def write_events(heads, onsets_ms, durations, order, first_onset, time_id):
     """
     n_tokens = segment = 0
     for i in order:
-        segment = max(segment, onsets_ms[i] // SEGMENT_MS)
-        n_tokens += 2 if durations[i] < 0 else 3
-    out = np.empty(n_tokens + segment, np.uint16)
+        here = onsets_ms[i] // SEGMENT_MS
+        n_tokens += max(here - segment, 0) + (2 if durations[i] < 0 else 3)
+        segment = here
+    out = np.empty(n_tokens, np.uint16)
     at = segment = 0
     for i in order:
         here = onsets_ms[i] // SEGMENT_MS
@@ -72,6 +74,7 @@ def write_events(heads, onsets_ms, durations, order, first_onset, time_id):
             out[at] = time_id
             at += 1
             segment += 1
+        segment = here  # less than it was after an onset below 0
         out[at] = heads[i]
         out[at + 1] = first_onset + ONSET_INDEX[onsets_ms[i] - here * SEGMENT_MS]
         at += 2

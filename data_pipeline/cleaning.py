@@ -6,7 +6,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.midi import DRUM_CHANNEL, PEDAL_DOWN, Performance, resolve_overlaps
+from data_pipeline.midi import (
+    DRUM_CHANNEL,
+    PEDAL_DOWN,
+    Performance,
+    note_programs,
+    resolve_overlaps,
+)
 from data_pipeline.vocabulary import FAMILIES, IGNORED
 
 
@@ -17,8 +23,8 @@ class Cleaning:
     The tokenizer leaves instruments out that it has no tokens for, whatever is set here.
 
     Attributes:
-        solo_piano: drop the channels that ever play anything but a piano, and the drums.
-        remove_instruments: families whose channels are dropped.
+        solo_piano: drop what anything but a piano plays, and the drums.
+        remove_instruments: families whose notes are dropped.
         remove_redundant_pedals: drop pedal events without effect on any note.
         resolve_overlaps: end a note where the next of its pitch and channel begins.
     """
@@ -49,35 +55,45 @@ class Cleaning:
 def remove_instruments(
     performance: Performance, families: Collection[str] = IGNORED
 ) -> Performance:
-    """Without the channels that ever play one of `families`; drums stay (reference:
-    remove_instruments).
+    """Without what instruments of `families` play; drums stay.
+
+    A channel that changes its program loses the notes under the unwanted ones; in the reference,
+    and under `compat`, all of them (remove_instruments).
     """
-    named = np.array([family in families for family in FAMILIES])
-    programs = performance.programs
-    channels = set(programs["channel"][named[programs["program"] // 8]].tolist())
-    return _without_channels(performance, channels - {DRUM_CHANNEL})
+    return _without(performance, np.array([family in families for family in FAMILIES]))
 
 
 def keep_piano(performance: Performance) -> Performance:
-    """Without the channels that ever play anything but a piano, and without drums."""
-    programs = performance.programs
-    channels = set(
-        programs["channel"][programs["program"] // 8 != FAMILIES.index("piano")].tolist()
-    )
-    return _without_channels(performance, channels | {DRUM_CHANNEL})
+    """Without what anything but a piano plays, and without drums."""
+    return _without(performance, np.array([family != "piano" for family in FAMILIES]), drums=True)
 
 
-def _without_channels(performance: Performance, channels: Collection[int]) -> Performance:
-    def kept(rows: np.ndarray) -> np.ndarray:
-        return rows[~np.isin(rows["channel"], list(channels))]
-
-    if not channels:
+def _without(performance: Performance, unwanted: np.ndarray, drums: bool = False) -> Performance:
+    """Without the notes of `unwanted` families, bool [16], and of drums; channels of which nothing
+    is left go with all they say.
+    """
+    notes, programs = performance.notes, performance.programs
+    named = unwanted[programs["program"] // 8] & (programs["channel"] != DRUM_CHANNEL)
+    if not (drums or named.any() or unwanted[0]):
         return performance
+    is_drum = notes["channel"] == DRUM_CHANNEL
+    if performance.compat:
+        drop = np.isin(notes["channel"], programs["channel"][named])
+    else:
+        drop = unwanted[note_programs(performance) // 8] & ~is_drum
+    drop |= is_drum & drums
+    left = np.unique(notes["channel"][~drop])
+    gone = {*notes["channel"][drop].tolist(), *programs["channel"][named].tolist()} - {*left}
+    gone |= {DRUM_CHANNEL} if drums else set()
+
+    def kept(rows: np.ndarray) -> np.ndarray:
+        return ~np.isin(rows["channel"], list(gone))
+
     return replace(
         performance,
-        notes=kept(performance.notes),
-        pedals=kept(performance.pedals),
-        programs=kept(performance.programs),
+        notes=notes[~drop],
+        pedals=performance.pedals[kept(performance.pedals)],
+        programs=programs[kept(programs) & ~named],
     )
 
 

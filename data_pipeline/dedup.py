@@ -24,7 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.midi import DRUM_CHANNEL, PEDAL_DOWN, Performance
+from data_pipeline.midi import DRUM_CHANNEL, PEDAL_DOWN, Performance, note_programs, programs_at
 
 BANDS = 48
 ROWS_PER_BAND = 2
@@ -59,20 +59,20 @@ def content_hash(performance: Performance) -> str:
     leading silence. Reference: MidiDict.calculate_hash, which depends on ticks and channels.
     """
     notes, pedals = performance.notes, performance.pedals
-    program = np.zeros(16, dtype=np.int64)
-    for event in performance.programs:
-        program[event["channel"]] = event["program"]
-    program[DRUM_CHANNEL] = 128
+    program = note_programs(performance).astype(np.int64)
+    program[notes["channel"] == DRUM_CHANNEL] = 128
+    pedal_program = programs_at(performance, pedals["channel"], pedals["tick"]).astype(np.int64)
+    pedal_program[pedals["channel"] == DRUM_CHANNEL] = 128
     start, end = performance.ms(notes["start"]), performance.ms(notes["end"])
     first = int(start.min()) if len(start) else 0
-    sound = (notes["pitch"].astype(np.int64) << 16) | (program[notes["channel"]] << 8)
+    sound = (notes["pitch"].astype(np.int64) << 16) | (program << 8)
     sound |= notes["velocity"]
     played = np.stack([start - first, end - first, sound], axis=1)
     played = played[np.lexsort(played.T[::-1])]
     pedal = np.stack(
         [
             np.asarray(performance.ms(pedals["tick"]), dtype=np.int64) - first,
-            program[pedals["channel"]],
+            pedal_program,
             (pedals["value"] >= PEDAL_DOWN).astype(np.int64),
         ],
         axis=1,

@@ -1,14 +1,17 @@
-"""Standard MIDI Files to `Performance` (structured NumPy arrays) and back."""
+"""Standard MIDI Files to `Performance` (structured NumPy arrays) and back.
+
+Two readings: what the file says by the standard, and what EleutherAI's aria-utils makes of it
+(`compat="aria-utils"`), its faults included.
+"""
 
 import io
-import struct
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.errors import InvalidMidi
+from data_pipeline.errors import InvalidMidi, UserError
 
 NOTE = np.dtype(
     [("pitch", "u1"), ("velocity", "u1"), ("channel", "u1"), ("start", "i8"), ("end", "i8")]
@@ -17,6 +20,9 @@ PEDAL = np.dtype([("tick", "i8"), ("value", "u1"), ("channel", "u1")])
 TEMPO = np.dtype([("tick", "i8"), ("tempo", "i8")])
 PROGRAM = np.dtype([("tick", "i8"), ("program", "u1"), ("channel", "u1")])
 
+STANDARD = "standard"
+COMPAT = ("aria-utils",)
+"""Readings other than the standard's, as `read_midi` takes them."""
 DRUM_CHANNEL = 9
 PEDAL_DOWN = 64  # controller values from here on press the pedal
 MAX_HOURS = 24
@@ -25,21 +31,45 @@ _DEFAULT_TEMPO = np.array([(0, 500_000)], TEMPO)
 _DEFAULT_PROGRAM = np.array([(0, 0, 0)], PROGRAM)
 
 
+def check_compat(compat: str | None) -> None:
+    """Raises UserError unless `compat` is None or one of `COMPAT`."""
+    if compat is not None and compat not in COMPAT:
+        raise UserError(f"no reading {compat!r} of MIDI files; there is {', '.join(COMPAT)}")
+
+
+def reading_name(compat: str | None) -> str:
+    """The word for a reading in manifests: "standard", or the name in `COMPAT`."""
+    check_compat(compat)
+    return compat or STANDARD
+
+
+def compat_of(reading: str) -> str | None:
+    """`compat` of the word that `reading_name` gives; UserError for any other word."""
+    compat = None if reading == STANDARD else reading
+    check_compat(compat)
+    return compat
+
+
 def _none(dtype: np.dtype) -> np.ndarray:
     return np.zeros(0, dtype)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Performance:
     """What a MIDI file says, in ticks (reference: aria-utils MidiDict).
+
+    Equal to another that says the same: events of one tick may stand in another order where they
+    belong to different channels, and so may notes.
 
     Attributes:
         ticks_per_beat: positive.
         notes: `NOTE` [N] sorted by start (stable).
         pedals: `PEDAL` [P] sustain-pedal events sorted by tick.
-        tempi: `TEMPO` [>= 1] microseconds a beat, sorted by tick.
+        tempi: `TEMPO` [>= 1] microseconds per beat, sorted by tick.
         programs: `PROGRAM` [>= 1] program changes sorted by tick.
         texts: text and copyright messages.
+        compat: the reading it comes from; times, programs in force and pedal follow it.
+        repaired: why a file that is cut was read in part only; empty for a whole one.
     """
 
     ticks_per_beat: int
@@ -48,14 +78,29 @@ class Performance:
     tempi: np.ndarray = field(default_factory=lambda: _DEFAULT_TEMPO)
     programs: np.ndarray = field(default_factory=lambda: _DEFAULT_PROGRAM)
     texts: tuple[str, ...] = ()
+    compat: str | None = None
+    repaired: str = ""
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Performance):
+            return NotImplemented
+
+        def says(p: Performance) -> list:
+            by_channel = [x[np.lexsort((x["tick"], x["channel"]))] for x in (p.pedals, p.programs)]
+            tables = [np.sort(p.notes), p.tempi, *by_channel]
+            return [p.ticks_per_beat, p.texts, p.compat, p.repaired, *(t.tolist() for t in tables)]
+
+        return says(self) == says(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
     def between_ms(self, starts: np.ndarray | int, ends: np.ndarray) -> np.ndarray:
-        """Milliseconds from `starts` to `ends` (ticks), int64, rounded as the reference rounds."""
-        from data_pipeline._smf import durations_ms
+        """Milliseconds from `starts` to `ends` (ticks), int64, rounded half to even."""
+        from data_pipeline._time_kernels import exact_ms, reference_ms
 
         ends = np.ascontiguousarray(ends, np.int64)
         starts = np.ascontiguousarray(np.broadcast_to(np.asarray(starts, np.int64), ends.shape))
-        return durations_ms(
+        return (reference_ms if self.compat else exact_ms)(
             starts,
             ends,
             np.ascontiguousarray(self.tempi["tick"]),
@@ -79,9 +124,33 @@ class Performance:
         return replace(self, notes=self.notes[start:stop])
 
 
+def programs_at(performance: Performance, channels: np.ndarray, ticks: np.ndarray) -> np.ndarray:
+    """Program in force on `channels` at `ticks`, uint8 as long as they are.
+
+    Program 0, a piano, before a channel's first change. Under `compat` a channel has one program,
+    its last.
+    """
+    programs = performance.programs
+    out = np.zeros(len(ticks), np.uint8)
+    if not programs["program"].any():
+        return out
+    for channel in np.unique(programs["channel"]):
+        changes, here = programs[programs["channel"] == channel], channels == channel
+        at = np.searchsorted(changes["tick"], ticks[here], side="right") - 1
+        if performance.compat:
+            at[:] = len(changes) - 1
+        out[here] = np.where(at < 0, 0, changes["program"][at])
+    return out
+
+
+def note_programs(performance: Performance) -> np.ndarray:
+    """Program in force where each note begins, uint8 [N]; on the drum channel it names the kit."""
+    return programs_at(performance, performance.notes["channel"], performance.notes["start"])
+
+
 def pedalled_ends(performance: Performance) -> np.ndarray:
     """End tick of each note once the sustain pedal is folded into it, int64 [N]."""
-    from data_pipeline._smf import pedalled_ends as compiled
+    from data_pipeline._time_kernels import pedalled_ends as compiled
 
     notes, pedals = performance.notes, performance.pedals
     if not len(notes):
@@ -120,33 +189,50 @@ def resolve_pedal(performance: Performance) -> Performance:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def read_midi(source: str | Path | bytes) -> Performance:
+def read_midi(
+    source: str | Path | bytes, *, compat: str | None = None, repair: bool = False
+) -> Performance:
     """Reads a MIDI file, from disk or from its bytes.
+
+    Args:
+        source: a path, or the file's bytes; a RIFF envelope (.rmi) is opened.
+        compat: None for the standard; one of `COMPAT` for that program's reading.
+        repair: of a file that is cut, read what is whole before the break; `repaired` says so.
+            Notes that still sound end at the break (under `compat` they are left out, as in a
+            whole file).
 
     Raises:
         InvalidMidi: not a readable MIDI file; `reason` says why in a word.
+        UserError: no such `compat`.
         OSError: the file cannot be opened.
     """
+    from data_pipeline import _smf
+
+    check_compat(compat)
     name = "MIDI bytes" if isinstance(source, bytes) else str(source)
-    data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    ticks_per_beat, tracks = _chunks(data, name)
-    if ticks_per_beat <= 0:
-        raise InvalidMidi("no-ticks-per-beat", f"{name}: its time division is not ticks per beat")
-    bytes_N = np.frombuffer(data, np.uint8)
-    decoded = [_decode_track(bytes_N, start, end, name) for start, end in tracks]
+    data = _smf.unwrapped(source if isinstance(source, bytes) else Path(source).read_bytes(), name)
+    kind, division, tracks, repaired = _smf.decoded_tracks(data, name, not compat, repair)
+    if kind == 2 and len(tracks) > 1 and not compat:
+        raise InvalidMidi("format-2", f"{name}: format 2, {len(tracks)} pieces in one file")
     notes, pedals, tempi, programs = (
-        _sorted_by_tick([track[i] for track in decoded], dtype)
+        _sorted_by_tick([track[i] for track in tracks], dtype)
         for i, dtype in enumerate((NOTE, PEDAL, TEMPO, PROGRAM))
     )
+    ticks_per_beat, smpte_tempo = _time_division(division, name, compat)
+    if smpte_tempo is not None:
+        tempi = np.array([(0, smpte_tempo)], TEMPO)
+    notes, pedals = _apply_channel_modes(notes, pedals)
+    notes = _without_open_notes(notes)
+    texts = (data[at : at + n] for track in tracks for at, n in track[4].tolist())
     performance = Performance(
         ticks_per_beat=ticks_per_beat,
         notes=notes,
         pedals=pedals,
         tempi=tempi if len(tempi) else _DEFAULT_TEMPO,
         programs=programs if len(programs) else _DEFAULT_PROGRAM,
-        texts=tuple(
-            data[at : at + n].decode("latin1") for track in decoded for at, n in track[4].tolist()
-        ),
+        texts=tuple(text.decode("latin1") if compat else _text(text) for text in texts),
+        compat=compat,
+        repaired=repaired,
     )
     refuse_overlong(performance.ms(notes["start"][-1:]), name)
     return performance
@@ -159,50 +245,26 @@ def refuse_overlong(onsets_ms: np.ndarray, name: str) -> None:
         raise InvalidMidi("too-long", f"{name}: lasts {hours:,.0f} hours; the limit is {MAX_HOURS}")
 
 
-def _chunks(data: bytes, name: str) -> tuple[int, list[tuple[int, int]]]:
-    """Ticks per beat, and (start, end) of each track's content."""
-    if data[:4] == b"RIFF" and data[8:12] == b"RMID":  # a MIDI file in a RIFF envelope
-        found = data.find(b"MThd", 12, 64)
-        data = data[found:] if found > 0 else b""
-        offset = max(found, 0)
-    else:
-        offset = 0
-    if data[:4] != b"MThd":
-        raise InvalidMidi("not-midi", f"{name}: not a MIDI file (it does not start with MThd)")
-    if len(data) < 14:
-        raise InvalidMidi("truncated", f"{name}: cut inside the header")
-    size, _, n_tracks, division = struct.unpack(">Lhhh", data[4:14])
-    position, tracks = 8 + size, []
-    if size < 6:
-        raise InvalidMidi("truncated", f"{name}: its header is too short")
-    for number in range(n_tracks):
-        if position + 8 > len(data):
-            raise InvalidMidi("truncated", f"{name}: track {number + 1} of {n_tracks} is missing")
-        if data[position : position + 4] != b"MTrk":
-            raise InvalidMidi("no-track-header", f"{name}: track {number + 1} has no MTrk header")
-        (length,) = struct.unpack(">L", data[position + 4 : position + 8])
-        start, position = position + 8, position + 8 + length
-        if position > len(data):
-            raise InvalidMidi(
-                "truncated",
-                f"{name}: track {number + 1} declares {length} bytes, {len(data) - start} are left",
-            )
-        tracks.append((start + offset, position + offset))
-    return division, tracks
+def _text(content: bytes) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return content.decode("latin1")
 
 
-def _decode_track(bytes_N: np.ndarray, start: int, end: int, name: str) -> list[np.ndarray]:
-    """Notes, pedals, tempi, programs and places of texts of one track, int64 [N, columns] each."""
-    from data_pipeline._smf import REASONS, decode_track
+def _time_division(division: int, name: str, compat: str | None) -> tuple[int, int | None]:
+    """Ticks per beat, and the tempo in microseconds that holds where a beat is a second of SMPTE.
 
-    # No kind of event can outgrow these: (fewest bytes one takes, columns).
-    sizes = ((3, 5), (3, 3), (7, 2), (2, 3), (4, 2))
-    tables = [np.empty(((end - start) // n + 1, columns), np.int64) for n, columns in sizes]
-    counts = decode_track(bytes_N[:end], start, end, *tables)
-    if counts[0]:
-        reason = REASONS[int(counts[0])]
-        raise InvalidMidi(reason, f"{name}: broken MIDI data ({reason.replace('-', ' ')})")
-    return [table[:n] for table, n in zip(tables, counts[1:], strict=True)]
+    aria-utils takes a division of frames for a negative number of ticks per beat.
+    """
+    frames, ticks_per_frame = -(division >> 8), division & 0xFF
+    if division > 0 or (division and compat):
+        return division, None
+    if frames not in (24, 25, 29, 30) or not ticks_per_frame:
+        raise InvalidMidi("no-ticks-per-beat", f"{name}: {division} is no time division")
+    if frames == 29:  # 30 frames with some left out: 29.97 per second
+        return 30 * ticks_per_frame, 1_001_000
+    return frames * ticks_per_frame, 1_000_000
 
 
 # Fields in the order of the columns that `decode_track` writes.
@@ -225,6 +287,49 @@ def _sorted_by_tick(tables: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
     for column, field_name in enumerate(columns):
         out[field_name] = rows[:, column]
     return out
+
+
+def _apply_channel_modes(notes: np.ndarray, pedals: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Notes and pedals with the channel mode messages among the pedals carried out.
+
+    All of them but the reset of controllers end the notes of their channel, in whatever track;
+    "all sound off" also ends what the pedal holds, which is written as a release and a press. The
+    reset releases the pedal.
+    """
+    from data_pipeline._smf import ALL_SOUND_OFF, CHANNEL_MODE, RESET_CONTROLLERS
+
+    mode = pedals["value"].astype(np.int64) - CHANNEL_MODE
+    ending = (mode >= 0) & (mode != RESET_CONTROLLERS)
+    for channel in np.unique(pedals["channel"][ending]):
+        ticks = pedals["tick"][ending & (pedals["channel"] == channel)]
+        here = notes["channel"] == channel
+        after = np.searchsorted(ticks, notes["start"][here], side="right")
+        ends = np.append(ticks, np.iinfo(np.int64).max)[after]
+        notes["end"][here] = np.minimum(notes["end"][here], ends)
+    if not (mode >= 0).any():
+        return notes, pedals
+    rows, held = [], [0] * 16
+    for tick, value, channel in pedals.tolist():
+        if value < CHANNEL_MODE:
+            rows.append((tick, value, channel))
+            held[channel] = value
+        elif value == CHANNEL_MODE + RESET_CONTROLLERS and held[channel]:
+            rows.append((tick, 0, channel))
+            held[channel] = 0
+        elif value == CHANNEL_MODE + ALL_SOUND_OFF and held[channel] >= PEDAL_DOWN:
+            rows += [(tick, 0, channel), (tick, held[channel], channel)]
+    return notes, np.array(rows, PEDAL)
+
+
+def _without_open_notes(notes: np.ndarray) -> np.ndarray:
+    """Without notes that never end, as the reference; a drum hit needs no end."""
+    from data_pipeline._smf import OPEN
+
+    never_ends = notes["end"] == OPEN
+    if not never_ends.any():
+        return notes
+    notes["end"] = np.where(never_ends, notes["start"], notes["end"])
+    return notes[~never_ends | (notes["channel"] == DRUM_CHANNEL)]
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from data_pipeline.midi import (
     PEDAL_DOWN,
     PROGRAM,
     Performance,
+    note_programs,
     pedalled_ends,
     refuse_overlong,
 )
@@ -45,6 +46,9 @@ from data_pipeline.vocabulary import (
 _LABEL_TOKENS = {
     (label, normalise_class(name)): name for label, names in LABELS.items() for name in names
 }
+_INSTRUMENT_OF_PROGRAM = np.array(
+    [INSTRUMENTS.index(f) if f in INSTRUMENTS else -1 for f in FAMILIES for _ in range(8)]
+)
 DIM_FROM_END = 100
 DIM_JITTER = 10
 
@@ -204,8 +208,9 @@ class Tokenizer:
         performance = remove_instruments(performance)
         if not len(performance.notes):
             raise InvalidMidi("no-notes", "no notes of a supported instrument")
-        instrument_of_channel, prefix = self._prefix(performance, labels or {})
-        body = self._body(performance, instrument_of_channel, remove_preceding_silence)
+        instruments = _INSTRUMENT_OF_PROGRAM[note_programs(performance)]
+        prefix = self._prefix(performance, instruments, labels or {})
+        body = self._body(performance, instruments, remove_preceding_silence)
         if rng is not None:
             prefix = rng.permutation(prefix)
         if add_dim and len(body) > 150:
@@ -214,30 +219,29 @@ class Tokenizer:
         return np.concatenate([prefix, [self.bos_id], body, ending]).astype(np.uint16)
 
     def _prefix(
-        self, performance: Performance, labels: Mapping[str, str]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Instrument index per channel, int64 [16], and the prefix ids in ascending order."""
-        of_channel = np.zeros(16, np.int64)  # a channel without program change plays the piano
-        counts = np.bincount(performance.notes["channel"], minlength=16)
-        used = set(np.flatnonzero(counts).tolist())
-        named = {int(c) for c in performance.programs["channel"]} - {DRUM_CHANNEL}
-        for row in performance.programs:
-            if row["channel"] != DRUM_CHANNEL:
-                of_channel[row["channel"]] = INSTRUMENTS.index(FAMILIES[row["program"] // 8])
-        present = {int(of_channel[c]) for c in named | (used - {DRUM_CHANNEL})}
+        self, performance: Performance, instruments: np.ndarray, labels: Mapping[str, str]
+    ) -> np.ndarray:
+        """Prefix ids in ascending order: what the notes are played on (`instruments` [N]), the last
+        program of each channel without notes (as in the reference), and labels.
+        """
+        is_drum = performance.notes["channel"] == DRUM_CHANNEL
+        present = set(np.unique(instruments[~is_drum]).tolist())
+        used = {DRUM_CHANNEL, *np.unique(performance.notes["channel"]).tolist()}
+        silent = {int(row["channel"]): int(row["program"]) for row in performance.programs}
+        present |= {int(_INSTRUMENT_OF_PROGRAM[p]) for c, p in silent.items() if c not in used}
         if self.has_pedal and present != {0}:
             raise InvalidMidi("not-piano", "the pedal preset takes solo piano only")
         ids = [len(SPECIAL) + i for i in present]
-        if DRUM_CHANNEL in used:
+        if is_drum.any():
             ids.append(len(SPECIAL) + len(INSTRUMENTS))
         for label in LABELS:
             name = _LABEL_TOKENS.get((label, normalise_class(labels.get(label, ""))))
             if name is not None:
                 ids.append(self.id_of(("prefix", label, name)))
-        return of_channel, np.array(sorted(ids), np.int64)
+        return np.array(sorted(ids), np.int64)
 
     def _body(
-        self, performance: Performance, of_channel: np.ndarray, remove_preceding_silence: bool
+        self, performance: Performance, instruments: np.ndarray, remove_preceding_silence: bool
     ) -> np.ndarray:
         """Ids between `<S>` and `<E>`, uint16: up to three tokens an event, after its `<T>`s."""
         from data_pipeline import _token_kernels as kernels
@@ -258,7 +262,7 @@ class Tokenizer:
             np.ascontiguousarray(notes["velocity"]),
             np.ascontiguousarray(notes["channel"]),
             durations_ms,
-            of_channel,
+            instruments,
             (self.first_note_id, self.first_drum_id, self.first_dur_id),
             self.unk_id,
         )

@@ -1,5 +1,7 @@
 """Cleaning takes away what it names and changes nothing else."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -33,11 +35,14 @@ def test_channels_of_other_instruments_go_with_all_they_say(clean, channels):
         assert rows["channel"].tolist() == channels
 
 
-def test_a_channel_that_changes_to_another_instrument_goes_as_a_whole():
-    programs = np.array([(0, PIANO, 0), (50, BELLS, 0)], PROGRAM)
-    performance = Performance(500, np.array([(60, 64, 0, 0, 10)], NOTE), programs=programs)
-    assert not len(remove_instruments(performance).notes)
-    assert not len(keep_piano(performance).notes)
+def test_notes_go_by_the_program_in_force_at_each():
+    notes = np.array([(60, 64, 0, 0, 10), (62, 64, 0, 50, 60), (64, 64, 0, 90, 99)], NOTE)
+    programs = np.array([(50, BELLS, 0), (80, PIANO, 0)], PROGRAM)
+    performance = Performance(500, notes, programs=programs)
+    for clean in (remove_instruments, keep_piano):
+        assert clean(performance).notes["pitch"].tolist() == [60, 64]
+        # In the reference the channel goes as a whole.
+        assert not len(clean(replace(performance, compat="aria-utils")).notes)
 
 
 def pedalled(*pedals: tuple[int, int]) -> Performance:

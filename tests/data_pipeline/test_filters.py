@@ -18,7 +18,7 @@ def test_every_outcome_is_the_references(golden, golden_midi):
     case = json.loads((golden / "filters.json").read_text())
     n_compared = 0
     for path, outcomes in case["results"].items():
-        performance = read_midi(golden_midi / path)
+        performance = read_midi(golden_midi / path, compat="aria-utils")
         for name, expected in outcomes.items():
             if expected[0] == "error":
                 continue

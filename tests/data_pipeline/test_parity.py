@@ -23,7 +23,7 @@ def test_the_vocabulary_is_the_references(golden):
 
 def test_ids_of_every_file(golden, golden_midi):
     for case in golden_files(golden, "tokenizer"):
-        performance = read_midi(golden_midi / case["midi"])
+        performance = read_midi(golden_midi / case["midi"], compat="aria-utils")
         assert len(performance.notes) == case["num_notes"], case["midi"]
         ids = TOKENIZER.encode(performance).tolist()
         start = ids.index(TOKENIZER.bos_id)
@@ -60,7 +60,7 @@ def instrument_name(program: int) -> str:
 
 def test_parsed_notes_tempi_and_pedals_of_every_file(golden, golden_midi):
     for case in golden_files(golden, "midi"):
-        p = read_midi(golden_midi / case["midi"])
+        p = read_midi(golden_midi / case["midi"], compat="aria-utils")
         assert p.ticks_per_beat == case["ticks_per_beat"]
         columns = ("pitch", "start", "end", "velocity", "channel")
         assert [[int(n[c]) for c in columns] for n in p.notes] == case["notes_ticks"], case["midi"]
