@@ -11,7 +11,8 @@ the compiler cannot cut by itself run under `shard_map`. Without a mesh all of i
 """
 
 import os
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from aria_jax.config import MeshConfig
 from data_pipeline.errors import UserError
+from data_pipeline.loaders.stream import Batch, BatchStream, RowRange
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 
@@ -129,6 +131,71 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The whole array on every device."""
     return named_sharding(mesh, ())
+
+
+def put_rows(stream: BatchStream, step: int, sharding: NamedSharding) -> dict[str, jax.Array]:
+    """Batch `step` as global arrays, of which this process makes the rows its devices hold.
+
+    The batch is the same on any mesh and any number of processes. Rows that several devices of
+    this process hold are made once.
+
+    Raises:
+        UserError: the rows do not divide over the devices.
+    """
+    ranges = local_rows(sharding, stream.global_batch)
+    return _global_arrays(stream.rows(step, *ranges), ranges, stream.global_batch, sharding)
+
+
+def iterate_rows(
+    stream: BatchStream, sharding: NamedSharding, start_step: int = 0
+) -> Iterator[dict[str, jax.Array]]:
+    """`put_rows` of steps `start_step`, `start_step` + 1, … whose rows are read ahead."""
+    ranges = local_rows(sharding, stream.global_batch)
+    for rows in stream.iterate(start_step, *ranges):
+        yield _global_arrays(rows, ranges, stream.global_batch, sharding)
+
+
+def local_rows(sharding: NamedSharding, n_rows: int) -> tuple[RowRange, ...]:
+    """Which of `n_rows` rows the devices of this process hold: ascending, disjoint ranges.
+
+    Raises:
+        UserError: the rows do not divide over the devices.
+    """
+    axes = _axes(sharding.spec[0]) if sharding.spec else ()
+    parts = int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
+    if n_rows % parts:
+        raise UserError(
+            f"a batch of {n_rows} rows does not divide over {parts} devices "
+            f"({' × '.join(f'mesh.{axis}' for axis in axes)}); choose a multiple of {parts}"
+        )
+    indices = sharding.addressable_devices_indices_map((n_rows,)).values()
+    merged: list[RowRange] = []
+    for start, stop in sorted({index[0].indices(n_rows)[:2] for index in indices if index}):
+        if merged and start == merged[-1][1]:
+            merged[-1] = (merged[-1][0], stop)
+        else:
+            merged.append((start, stop))
+    return tuple(merged)
+
+
+def _global_arrays(
+    rows: Batch, ranges: Sequence[RowRange], n_rows: int, sharding: NamedSharding
+) -> dict[str, jax.Array]:
+    """Arrays of `n_rows` rows, of which `rows` are those in `ranges`, one range after the other."""
+    starts = [start for start, _ in ranges]
+    before = np.cumsum([0, *(stop - start for start, stop in ranges)])
+
+    def array(local: np.ndarray) -> jax.Array:
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            rows, *others = index or (slice(None),)
+            start, stop, _ = rows.indices(n_rows)
+            which = bisect_right(starts, start) - 1
+            at = int(before[which]) + start - starts[which]
+            return local[(slice(at, at + stop - start), *others)]
+
+        return jax.make_array_from_callback((n_rows, *local.shape[1:]), sharding, shard)
+
+    return {name: array(local) for name, local in rows.items()}
 
 
 def active_mesh() -> AbstractMesh | None:

@@ -25,7 +25,7 @@ from aria_jax.sharding import batch_sharding, make_mesh
 from aria_jax.train.start import Start
 from aria_jax.train.state import first_state
 from aria_jax.train.step import make_train_step
-from aria_jax.train.tasks import build_task, loss_function, to_device
+from aria_jax.train.tasks import build_task, loss_function
 from tests.corpora import random_performance, write_corpus
 
 
@@ -41,7 +41,7 @@ def our_steps(config: RunConfig, batches: Iterator[dict]) -> Callable[[int], flo
         began = time.perf_counter()
         with jax.set_mesh(mesh):
             for _ in range(n):
-                batch = to_device(next(batches), sharding)
+                batch = jax.device_put(next(batches), sharding)
                 held["state"], metrics = step(held["state"], batch, np.int32(held["number"]))
                 held["number"] += 1
             float(metrics["loss"])

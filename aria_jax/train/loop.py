@@ -12,7 +12,7 @@ import numpy as np
 from aria_jax.checkpoints.manager import DIRECTORY, Checkpointer
 from aria_jax.checkpoints.models import model_record
 from aria_jax.config import RunConfig, to_dict
-from aria_jax.sharding import batch_sharding, make_mesh
+from aria_jax.sharding import batch_sharding, iterate_rows, make_mesh
 from aria_jax.train.cost import chip_of, train_flops_per_token
 from aria_jax.train.files import file_metrics
 from aria_jax.train.metrics import Log, MetricSink, Watch
@@ -22,7 +22,7 @@ from aria_jax.train.profiling import Profiler
 from aria_jax.train.start import Start, decide
 from aria_jax.train.state import Merge, first_state
 from aria_jax.train.step import TrainState, make_eval_step, make_train_step
-from aria_jax.train.tasks import Task, build_task, resolve, to_device
+from aria_jax.train.tasks import Task, build_task, resolve
 from data_pipeline.errors import UserError
 from data_pipeline.shards import load_manifest
 
@@ -75,13 +75,7 @@ def run(
     config = resolve(config.validate(), data_dir)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    task = build_task(
-        config,
-        data_dir,
-        shard_index=jax.process_index(),
-        shard_count=jax.process_count(),
-        mesh=mesh,
-    )
+    task = build_task(config, data_dir, mesh=mesh)
     tokenizer = load_manifest(data_dir)["tokenizer"]["preset"]
     record = {**model_record(config.model, tokenizer), "config": to_dict(config)}
     workdir = Path(workdir)
@@ -153,12 +147,11 @@ class _Loop:
         """Advances to the last step, or until asked to stop (then True)."""
         settings, stopped = self._config.train, False
         with stop_requests() as asked, jax.set_mesh(self._mesh):
-            batches = self._task.train.iterate(self.step)
+            batches = iterate_rows(self._task.train, self._sharding, self.step)
             self._watch.restart_clock()
             while self.step < settings.steps and not stopped:
-                batch = to_device(next(batches), self._sharding)
                 number = jax.device_put(np.int32(self.step))
-                self.state, metrics = self._train_step(self.state, batch, number)
+                self.state, metrics = self._train_step(self.state, next(batches), number)
                 self.step += 1
                 self._watch.after(self.step, metrics)
                 profiler.after(self.step, metrics)
@@ -201,8 +194,8 @@ class _Loop:
             return
         seen = None if self._task.answers is not None else self._config.train.eval_batches
         found = [
-            self._eval_step(self.state, to_device(batch, self._sharding))
-            for batch in islice(self._task.evaluate.iterate(), seen)
+            self._eval_step(self.state, batch)
+            for batch in islice(iterate_rows(self._task.evaluate, self._sharding), seen)
         ]
         metrics, rows = zip(*jax.device_get(found), strict=True)
         values = [{name: float(v) for name, v in m.items()} for m in metrics]

@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from aria_jax.losses.language_model import next_token_loss
 from aria_jax.models.heads import Model
 from aria_jax.train.files import slice_answers
 from data_pipeline import loaders
+from data_pipeline.loaders import BatchStream
 from data_pipeline.shards import load_manifest
 from data_pipeline.tokenizer import Tokenizer
 
@@ -29,17 +30,6 @@ Answers = Callable[[Model, Batch], dict[str, jax.Array]]
 
 LEAST_TEMPERATURE = 0.01
 """Of a learned one: below, single pairs rule the gradient (CLIP, arXiv 2103.00020, section 2.5)."""
-
-
-class Batches(Protocol):
-    """Batches of this process in a fixed order; see data_pipeline.loaders."""
-
-    @property
-    def n_examples(self) -> int:
-        """Rows of an epoch, over all processes."""
-
-    def iterate(self, start_step: int = 0) -> Iterator[Batch]:
-        """Batches from a step on."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +86,8 @@ class Task:
     """
 
     loss: LossFunction
-    train: Batches
-    evaluate: Batches | None
+    train: BatchStream
+    evaluate: BatchStream | None
     answers: Answers | None = None
 
 
@@ -117,26 +107,19 @@ def resolve(config: RunConfig, data_dir: str | Path) -> RunConfig:
 
 
 def build_task(
-    config: RunConfig,
-    data_dir: str | Path,
-    *,
-    shard_index: int = 0,
-    shard_count: int = 1,
-    mesh: jax.sharding.Mesh | None = None,
+    config: RunConfig, data_dir: str | Path, *, mesh: jax.sharding.Mesh | None = None
 ) -> Task:
-    """The task of `config`, reading shard `shard_index` of `shard_count` of every batch."""
+    """The task of `config` on the corpus in `data_dir`."""
     common = {
         "seq_len": config.data.seq_len,
         "global_batch": config.data.global_batch,
         "seed": config.train.seed,
-        "shard_index": shard_index,
-        "shard_count": shard_count,
     }
     windows = {
         "packing": config.data.packing,
         "max_piece_tokens": config.data.max_piece_tokens,
     }
-    loaders_by_task: dict[str, tuple[Callable[..., Batches], dict[str, Any]]] = {
+    loaders_by_task: dict[str, tuple[Callable[..., BatchStream], dict[str, Any]]] = {
         "pretrain": (loaders.lm_windows, windows),
         "continue": (loaders.lm_windows, {**windows, "add_dim": True}),
         "contrastive": (
@@ -159,7 +142,7 @@ def build_task(
     }
     make, extra = loaders_by_task[config.task]
 
-    def batches(split: str, **options: Any) -> Batches:
+    def batches(split: str, **options: Any) -> BatchStream:
         return make(data_dir, split=split, **common, **extra, **options)
 
     augment = config.augmentation if config.data.augment else None
@@ -256,7 +239,7 @@ def _contrastive(config: RunConfig, mesh: jax.sharding.Mesh | None) -> BatchLoss
             global_negatives=settings.negatives == "global",
         )
         n_real = (composition_B >= 0).sum()
-        # Filler rows (end of the validation pieces) are easy negatives: a batch with some counts
+        # Padding rows (end of the validation pieces) are easy negatives: a batch with some counts
         # only where there is no full one.
         weight = jnp.where(n_real == n_rows, n_rows, n_real * 1e-6).astype(jnp.float32)
         n_tokens = (batch["eos"] + 1).sum().astype(jnp.float32)
@@ -295,11 +278,3 @@ def _class_answers(config: RunConfig) -> Answers:
         return slice_answers(logits, batch)
 
     return answers
-
-
-def to_device(batch: Batch, sharding: jax.sharding.NamedSharding) -> Batch:
-    """This process's rows as arrays of the global batch."""
-    return {
-        name: jax.make_array_from_process_local_data(sharding, np.asarray(rows))
-        for name, rows in batch.items()
-    }

@@ -1,8 +1,8 @@
 """Batches of token shards, as Grain delivers them to a training loop.
 
 Every loader is a `BatchStream`: batch number `step` is a function of (seed, step) and nothing
-else, so resuming is starting at another step, and a batch does not depend on the number of
-hosts or worker processes.
+else, so resuming is starting at another step, and any rows of it can be had alone: no loader knows
+how many hosts, devices or worker processes there are.
 """
 
 from data_pipeline.loaders.labelled import label_values, labelled_slices

@@ -38,8 +38,6 @@ def labelled_slices(
     seq_len: int,
     global_batch: int,
     seed: int,
-    shard_index: int = 0,
-    shard_count: int = 1,
     augment: AugmentConfig | None = None,
     min_slice_notes: int = 100,
     max_slice_notes: int = 650,
@@ -58,7 +56,7 @@ def labelled_slices(
 
     Yields:
         tokens int32 [B, L]; eos int32 [B], position of `<E>`; label int32 [B]; piece int32 [B],
-        number of the piece in its split, -1 in filler rows; n_tokens int32 [B] without padding.
+        number of the piece in its split, -1 in padding rows; n_tokens int32 [B] without padding.
 
     Raises:
         UserError: unusable arguments, or no piece with one of the classes.
@@ -80,7 +78,7 @@ def labelled_slices(
         examples = RandomSlices(slicer, seed, chosen, classes, (min_slice_notes, max_slice_notes))
     else:
         examples = AllSlices(slicer, seed, chosen, classes, slice_notes)
-    return BatchStream(examples, global_batch, shard_index, shard_count, epochs, workers)
+    return BatchStream(examples, global_batch, epochs, workers)
 
 
 class _LabelledSlices(ABC):

@@ -19,8 +19,6 @@ def contrastive_pairs(
     seq_len: int,
     global_batch: int,
     seed: int,
-    shard_index: int = 0,
-    shard_count: int = 1,
     augment: AugmentConfig | None = None,
     min_slice_notes: int = 100,
     max_slice_notes: int = 650,
@@ -41,7 +39,7 @@ def contrastive_pairs(
 
     Yields:
         tokens int32 [B, 2, L]; eos int32 [B, 2], position of `<E>`; composition int32 [B]: equal
-        where the pieces are of one composition, -1 in filler rows (finite streams only).
+        where the pieces are of one composition, -1 in padding rows (finite streams only).
 
     Raises:
         UserError: unusable data or arguments.
@@ -59,7 +57,7 @@ def contrastive_pairs(
         composer_group,
         shuffle,
     )
-    return BatchStream(examples, global_batch, shard_index, shard_count, epochs, workers)
+    return BatchStream(examples, global_batch, epochs, workers)
 
 
 class PairExamples:

@@ -29,8 +29,6 @@ def lm_windows(
     seq_len: int,
     global_batch: int,
     seed: int,
-    shard_index: int = 0,
-    shard_count: int = 1,
     augment: AugmentConfig | None = None,
     packing: str = "concat",
     workers: int = 0,
@@ -72,7 +70,7 @@ def lm_windows(
             "raise data.max_piece_tokens (none keeps all)"
         )
     examples = _PACKINGS[packing](corpus, seq_len, seed, shuffle, augment)
-    return BatchStream(examples, global_batch, shard_index, shard_count, epochs, workers)
+    return BatchStream(examples, global_batch, epochs, workers)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What every loader promises: any host count, any start, any number of workers, same batches."""
+"""What every loader promises: any rows, any start, any number of workers, the same batches."""
 
 import subprocess
 import sys
@@ -48,15 +48,21 @@ def assert_same(left, right):
             assert a[key].dtype == b[key].dtype
 
 
-def test_hosts_share_the_batches_of_one_host(loader):
-    whole = first(loader())
-    for count in (2, 3, 6):
-        parts = [first(loader(shard_index=h, shard_count=count)) for h in range(count)]
-        joined = [
-            {key: np.concatenate([part[key] for part in step]) for key in step[0]}
-            for step in zip(*parts, strict=True)
-        ]
-        assert_same(joined, whole)
+def test_any_rows_of_a_batch_are_those_of_the_whole_batch(loader):
+    """Each row depends on its own number alone, however many are asked for, in whatever order."""
+    whole, stream = first(loader()), loader()
+    for ranges in (((0, 6),), ((2, 3),), ((0, 1), (4, 6)), ((3, 6), (0, 2)), ((1, 1),)):
+        chosen = np.concatenate([np.arange(*rows) for rows in ranges])
+        expected = [{key: rows[chosen] for key, rows in batch.items()} for batch in whole]
+        assert_same([stream.rows(step, *ranges) for step in range(N_STEPS)], expected)
+        assert_same(list(islice(stream.iterate(0, *ranges), N_STEPS)), expected)
+        assert_same(list(islice(stream.iterate(5, *ranges), N_STEPS - 5)), expected[5:])
+
+
+@pytest.mark.parametrize("rows", [(-1, 2), (0, 7), (3, 2)])
+def test_rows_that_do_not_exist_are_refused(loader, rows):
+    with pytest.raises(IndexError, match=f"rows {rows[0]}:{rows[1]} of 6"):
+        loader().rows(0, rows)
 
 
 def test_resuming_in_the_middle_of_an_epoch_equals_going_on(loader):
@@ -73,26 +79,26 @@ def test_batches_differ_by_step_and_seed(loader, request):
 
 
 def test_worker_processes_change_nothing(corpus):
-    make = partial(LOADERS["pairs"], corpus)
-    assert_same(first(make(workers=2), 5, 2), first(make(), 5, 2))
+    make, rows = partial(LOADERS["pairs"], corpus), ((0, 1), (3, 5))
+    expected = [make().rows(step, *rows) for step in range(2, 7)]
+    assert_same(list(islice(make(workers=2).iterate(2, *rows), 5)), expected)
 
 
-def test_finite_stream_ends_with_filler_rows(corpus):
+def test_finite_stream_ends_with_padding_rows(corpus):
     stream = LOADERS["labelled"](corpus, epochs=1)
     batches = list(stream.iterate())
     assert len(batches) == stream.n_steps == 4
     pieces = np.concatenate([batch["piece"] for batch in batches])
     assert sorted(pieces) == [-1, *range(23)]  # every piece exactly once, and one row to fill up
-    filler = pieces == -1
-    assert (np.concatenate([batch["n_tokens"] for batch in batches])[filler] == 0).all()
+    padding = pieces == -1
+    assert (np.concatenate([batch["n_tokens"] for batch in batches])[padding] == 0).all()
+    assert stream.rows(3, (5, 6))["piece"].tolist() == [-1]
     assert list(stream.iterate(4)) == []
 
 
-def test_every_piece_once_an_epoch_on_two_hosts(corpus):
-    pieces = []
-    for host in range(2):
-        stream = LOADERS["labelled"](corpus, epochs=2, shard_index=host, shard_count=2)
-        pieces += [batch["piece"] for batch in stream.iterate()]
+def test_every_piece_twice_in_two_epochs(corpus):
+    stream = LOADERS["labelled"](corpus, epochs=2)
+    pieces = [batch["piece"] for batch in stream.iterate()]
     counts = np.bincount(np.concatenate(pieces) + 1, minlength=24)
     assert counts[1:].tolist() == [2] * 23
 
@@ -128,8 +134,7 @@ def test_label_values(corpus):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"shard_count": 4}, "global_batch=6 must be a positive multiple"),
-        ({"shard_index": 2, "shard_count": 2}, "host 2 of 2"),
+        ({"global_batch": 0}, "global_batch=0"),
         ({"epochs": 0}, "epochs=0"),
         ({"split": "test"}, "no split 'test'"),
     ],
@@ -155,11 +160,11 @@ def test_unusable_settings_are_explained(corpus, make, change, message):
 
 
 def test_loading_needs_no_jax(corpus):
-    """In a fresh interpreter: grain would import jax if it could."""
+    """In a fresh interpreter; only reading ahead does, by way of grain."""
     program = (
         "import sys; from data_pipeline.loaders import lm_windows; "
         f"s = lm_windows({str(corpus)!r}, split='train', seq_len=64, global_batch=2, seed=0); "
-        "print(next(s.iterate())['inputs'].shape, 'jax' in sys.modules)"
+        "print(s[0]['inputs'].shape, 'jax' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout.strip() == "(2, 64) False", done.stderr
@@ -167,10 +172,10 @@ def test_loading_needs_no_jax(corpus):
 
 
 def test_sizes_are_known_beforehand(corpus):
-    stream = lm_windows(corpus, **COMMON, shard_count=2, epochs=1)
+    stream = lm_windows(corpus, **COMMON, epochs=1)
     n_tokens = int(TokenShards(corpus, "train").lengths.sum())
     n_rows = -(-(n_tokens - 1) // COMMON["seq_len"])
-    assert (stream.batch_size, stream.global_batch, stream.n_examples) == (3, 6, n_rows)
+    assert (stream.global_batch, stream.n_examples) == (6, n_rows)
     assert (
         stream.steps_per_epoch == stream.n_steps == len(list(stream.iterate())) == -(-n_rows // 6)
     )

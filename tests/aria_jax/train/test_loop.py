@@ -9,12 +9,12 @@ import pytest
 
 from aria_jax.checkpoints.models import load_model
 from aria_jax.config import MeshConfig
-from aria_jax.sharding import batch_sharding, make_mesh
+from aria_jax.sharding import batch_sharding, iterate_rows, make_mesh
 from aria_jax.train.loop import run
 from aria_jax.train.start import Start
 from aria_jax.train.state import first_state
 from aria_jax.train.step import make_train_step
-from aria_jax.train.tasks import build_task, to_device
+from aria_jax.train.tasks import build_task
 from data_pipeline.errors import UserError
 
 
@@ -149,10 +149,10 @@ def test_no_step_waits_for_the_host(config, corpus):
     start = Start("scratch", None, "")
     merge, state, _ = first_state(settings, mesh, start, None, {})
     step = make_train_step(settings, merge, task.loss)
-    batches, sharding = task.train.iterate(), batch_sharding(mesh)
+    batches = iterate_rows(task.train, batch_sharding(mesh))
     with jax.set_mesh(mesh):
         for number in range(3):
-            batch = to_device(next(batches), sharding)
+            batch = next(batches)
             at = jax.device_put(np.int32(number))
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, batch, at)

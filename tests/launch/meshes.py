@@ -1,0 +1,92 @@
+"""Trains tiny models on several meshes in turn; test_meshes.py runs it as several processes.
+
+    python -m tests.launch.meshes CORPUS FOLDER CASES_JSON
+
+Process 0 writes what each case logged to FOLDER/NAME.json.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+from aria_jax.config import RunConfig, with_overrides
+from aria_jax.presets import for_task
+
+SETTINGS = [
+    "seq_len=32",
+    "global_batch=8",
+    "steps=3",
+    "log_every=1",
+    "eval_every=9",
+    "eval_batches=2",
+    "warmup_steps=2",
+    "min_slice_notes=4",
+    "max_slice_notes=8",
+    "peak_lr=1e-3",
+    "keep_checkpoints=1",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A run: its task, its mesh (data, fsdp, tensor, sequence), and what else it is told."""
+
+    task: str
+    mesh: tuple[int, int, int, int]
+    settings: tuple[str, ...] = ()
+    init_from: str | None = None
+
+    @property
+    def name(self) -> str:
+        return "-".join([self.task, *map(str, self.mesh), *self.settings])
+
+    @property
+    def config(self) -> RunConfig:
+        made = for_task("tiny", self.task)  # type: ignore[arg-type]
+        emb_size = 16 if self.task == "contrastive" else None
+        model = dataclasses.replace(
+            made.model, d_model=16, n_heads=4, n_layers=1, max_seq_len=64, emb_size=emb_size
+        )
+        label = ["label=composer"] if self.task == "classify" else []
+        axes = ("data", "fsdp", "tensor", "sequence")
+        mesh = [f"mesh.{axis}={size}" for axis, size in zip(axes, self.mesh, strict=True)]
+        made = dataclasses.replace(made, model=model)
+        return with_overrides(made, [*SETTINGS, *label, *mesh, *self.settings])
+
+
+class Recorder:
+    """A sink that remembers losses and numbers of tokens."""
+
+    def __init__(self):
+        self.rows = []
+
+    def write(self, step, metrics, split):
+        self.rows.append([step, split, metrics["loss"], metrics.get("n_tokens")])
+
+    def close(self):
+        pass
+
+
+def train(case: Case, corpus: str, folder: Path) -> list:
+    """[step, split, loss, n_tokens] of everything that `case` logs."""
+    from aria_jax.train.loop import run
+
+    sink = Recorder()
+    run(case.config, corpus, folder / case.name, init_from=case.init_from, sinks=[sink])
+    return sink.rows
+
+
+def main(corpus: str, folder: str, cases: str) -> None:
+    from aria_jax.train.processes import join_processes
+
+    first = join_processes() == 0
+    for fields in json.loads(cases):
+        case = Case(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        rows = train(case, corpus, Path(folder))
+        if first:
+            (Path(folder) / f"{case.name}.json").write_text(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
