@@ -12,7 +12,6 @@ import pytest
 
 from launch.cluster import main, tpu_slice
 
-
 COMMAND = ["train", "pretrain", "--data", "/mnt/it's here", "--workdir", "/mnt/run", "mesh.fsdp=64"]
 KINDS = {
     "tpu-pod": ["--zone", "us-east5-a", "--accelerator", "v5p-128", "--spot"],
