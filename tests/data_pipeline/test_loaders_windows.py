@@ -98,17 +98,12 @@ def test_packing_loses_nothing_and_fits(lengths, seq_len):
         for a, b in zip(plan.first[:-1], plan.first[1:], strict=True)
     ]
     assert min(space) >= 0
-    # No two rows could be one: best fit opens a row only when nothing fits.
-    shortest = [
-        plan.length[a:b].min() for a, b in zip(plan.first[:-1], plan.first[1:], strict=True)
+    # No two rows could be one: a row is opened only by a part that fits into no row so far.
+    opened_by = [
+        plan.length[a:b].max() for a, b in zip(plan.first[:-1], plan.first[1:], strict=True)
     ]
-    assert (
-        all(
-            shortest[later] > space[earlier]
-            for later in range(len(space))
-            for earlier in range(later)
-        )
-        or seq_len in plan.length
+    assert all(
+        opened_by[later] > space[earlier] for later in range(len(space)) for earlier in range(later)
     )
 
 
