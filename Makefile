@@ -10,7 +10,7 @@ FILES ?= 500000
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow fuzz lint bench bench-data bench-loaders bench-dedup bench-generate bench-train bench-contrastive bench-embed compile-check compile-table smoke-gpu wheel clean
+.PHONY: help setup demo test test-slow test-all fuzz lint bench bench-data bench-loaders bench-dedup bench-generate bench-train bench-contrastive bench-embed compile-check compile-table smoke-gpu wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,11 +28,16 @@ demo: setup ## sample corpus, training, embeddings, probe, continuation, report 
 	$(BIN)/aria-jax demo $(DEMO_OUT)
 
 # Most tests compile for longer than they compute, so they take machine code that is made quickly.
+# Parity with the reference and resuming bit for bit are proven of the code that users run.
+FAST := not slow and not aot
 test: setup ## the test suite
-	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(BIN)/python -m pytest -n 2 -m "not slow and not aot"
+	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(BIN)/python -m pytest -n 2 -m "$(FAST) and not optimized"
+	$(BIN)/python -m pytest -n 2 -m "$(FAST) and optimized"
 
 test-slow: setup ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow"
+
+test-all: lint test test-slow compile-check ## everything: lint, all tests, slow and aot too (over an hour)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

@@ -58,6 +58,7 @@ def test_continuing_with_adapters(config, corpus, base, tmp_path, recorder, weig
     assert "val/loss" in result.metrics
 
 
+@pytest.mark.optimized
 def test_stopped_and_resumed_equals_straight(config, corpus, base, tmp_path, recorder, weights):
     settings = config("continue", *LORA, "ema_decay=0.5")
     straight, resumed = recorder(), recorder()

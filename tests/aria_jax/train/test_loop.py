@@ -18,6 +18,7 @@ from aria_jax.train.tasks import build_task
 from data_pipeline.errors import UserError
 
 
+@pytest.mark.optimized
 def test_stopped_and_resumed_equals_straight_bit_for_bit(
     config, corpus, tmp_path, recorder, weights
 ):
