@@ -109,6 +109,7 @@ def _performance(folder: Path, path: str, slice_notes: int) -> Any:
 
     from data_pipeline.errors import UserError
     from data_pipeline.midi import read_midi
+    from data_pipeline.slices import with_tokens
 
     name, _, number = path.rpartition("#") if re.search(r"#\d+$", path) else (path, "", "")
     if not (folder / name).is_file():
@@ -119,4 +120,6 @@ def _performance(folder: Path, path: str, slice_notes: int) -> Any:
         return None
     if not number:
         return performance
-    return performance.slice_notes(int(number) * slice_notes, (int(number) + 1) * slice_notes)
+    return with_tokens(performance).slice_notes(
+        int(number) * slice_notes, (int(number) + 1) * slice_notes
+    )

@@ -19,6 +19,7 @@ from data_pipeline.loaders.pieces import Pieces
 from data_pipeline.metadata import LabelTable, find_tables, read_labels
 from data_pipeline.midi import Performance, read_midi
 from data_pipeline.shards import MANIFEST, TokenShards, load_manifest
+from data_pipeline.slices import encode_slices, truncated, with_tokens
 from data_pipeline.tokenizer import Tokenizer
 
 
@@ -50,12 +51,12 @@ class Rejection:
 
 @dataclass(frozen=True)
 class Slicing:
-    """How files are cut.
+    """How files are sliced.
 
     Attributes:
         tokenizer: preset.
         slice_notes: notes of a slice.
-        max_tokens: where slices are cut off.
+        max_tokens: where slices are truncated.
     """
 
     tokenizer: str = "aria"
@@ -120,6 +121,7 @@ class _MidiFiles:
         try:
             data = read_entry(self.root, entry)
             performance = read_midi(data)
+            n_notes = len(with_tokens(performance).notes)
             slices = midi_slices(performance, self.slicing)
         except InvalidMidi as error:
             return Rejection(entry.path, error.reason, str(error))
@@ -129,7 +131,7 @@ class _MidiFiles:
             path=entry.path,
             sha256=hashlib.sha256(data).hexdigest(),
             slices=slices,
-            n_notes=len(performance.notes),
+            n_notes=n_notes,
             duration_ms=performance.duration_ms,
             labels=self.labels.labels_for(entry.path, performance.texts),
         )
@@ -159,9 +161,6 @@ class _Shards:
         return {name: value for name, value in self.__dict__.items() if name != "_opened"}
 
     def cut(self, i: int) -> Piece | Rejection:
-        """Slices of shard records start at a token boundary: their onsets are already quantised,
-        so they can differ by one 10 ms step from slices of the MIDI file.
-        """
         slicing = self.slicing
         split = int(np.searchsorted(np.cumsum(self.sizes), i, side="right"))
         pieces, number = self._opened[split], i - sum(self.sizes[:split])
@@ -173,7 +172,7 @@ class _Shards:
         return Piece(
             path=record.meta["path"],
             sha256=record.meta["sha256"],
-            slices=[_cut_off(ids, pieces.tokenizer, slicing.max_tokens) for ids in slices],
+            slices=[truncated(ids, slicing.max_tokens, pieces.tokenizer.eos_id) for ids in slices],
             n_notes=record.meta["n_notes"],
             duration_ms=record.meta["duration_ms"],
             labels={**record.meta["labels"], "split": self.splits[split]},
@@ -181,23 +180,11 @@ class _Shards:
 
 
 def midi_slices(performance: Performance, slicing: Slicing) -> list[np.ndarray]:
-    """Consecutive slices, each tokenised on its own and cut off at `max_tokens` with `<E>` last
-    (reference: aria/embedding.py get_global_embedding_from_midi).
+    """Consecutive slices of a file, each at most `max_tokens` long.
 
     Raises:
-        InvalidMidi: no notes.
+        InvalidMidi: no notes that have tokens.
     """
-    if not len(performance.notes):
-        raise InvalidMidi("no-notes", "no notes")
     tokenizer = Tokenizer.preset(slicing.tokenizer)
-    slices = []
-    for start in range(0, len(performance.notes), slicing.slice_notes):
-        part = performance.slice_notes(start, start + slicing.slice_notes)
-        slices.append(_cut_off(tokenizer.encode(part), tokenizer, slicing.max_tokens))
-    return slices
-
-
-def _cut_off(ids: np.ndarray, tokenizer: Tokenizer, max_tokens: int) -> np.ndarray:
-    ids = ids[:max_tokens].copy()
-    ids[-1] = tokenizer.eos_id
-    return ids
+    slices = encode_slices(with_tokens(performance), tokenizer, slicing.slice_notes)
+    return [truncated(ids, slicing.max_tokens, tokenizer.eos_id) for ids in slices]

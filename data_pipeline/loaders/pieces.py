@@ -1,4 +1,4 @@
-"""Decoded pieces of a split, kept in memory up to a limit, and note slices of them."""
+"""Decoded pieces of a split, kept in memory up to a limit, and rows of their slices."""
 
 import threading
 from collections import OrderedDict
@@ -12,7 +12,8 @@ from data_pipeline import augment
 from data_pipeline.augment import AugmentConfig
 from data_pipeline.errors import UserError
 from data_pipeline.shards import TokenShards, load_manifest
-from data_pipeline.tokenizer import Kind, Tokenizer
+from data_pipeline.slices import note_positions, slice_ids, truncated
+from data_pipeline.tokenizer import Tokenizer
 
 CACHE_BYTES = 256 << 20
 
@@ -83,21 +84,9 @@ class Pieces:
         return len(self._get(piece).note_at)
 
     def notes(self, piece: int, start: int, stop: int) -> np.ndarray:
-        """Notes `start:stop` as a piece that begins at onset 0: instruments, `<S>`, …, `<E>`.
-
-        Composer, form and genre are left out: they would give away what is to be learned
-        (reference: ContrastiveDataset.get_slice empties the metadata).
-        """
+        """Notes `start:stop`, as `slice_ids` takes them."""
         found = self._get(piece)
-        ids, at = found.ids, found.note_at
-        prefix = ids[: int(np.argmax(ids == self.tokenizer.bos_id))]
-        prefix = prefix[self.tokenizer.instrument[prefix] >= 0]
-        stop = min(stop, len(at))
-        body = (
-            ids[at[start] : at[stop] if stop < len(at) else len(ids)] if start < stop else ids[:0]
-        )
-        cut = np.concatenate([prefix, [self.tokenizer.bos_id], body])
-        return self.tokenizer.slice_notes(cut, 0, len(cut))
+        return slice_ids(found.ids, found.note_at, start, stop, self.tokenizer)
 
     def _get(self, piece: int) -> _Piece:
         with self._lock:
@@ -105,8 +94,7 @@ class Pieces:
                 self._cached.move_to_end(piece)
                 return found
         ids = self.shards[piece].ids
-        kind = self.tokenizer.kind[ids]
-        note_at = np.flatnonzero((kind == Kind.NOTE) | (kind == Kind.DRUM)).astype(np.int32)
+        note_at = note_positions(ids, self.tokenizer)
         ids.flags.writeable = note_at.flags.writeable = False
         loaded = _Piece(ids, note_at)
         with self._lock:
@@ -135,7 +123,7 @@ def augmented(
 
 @dataclass(frozen=True)
 class Slicer:
-    """Cuts slices to rows for a head that reads its answer at `<E>`.
+    """Slices as rows for a head that reads its answer at `<E>`.
 
     Attributes:
         pieces: where from.
@@ -150,16 +138,12 @@ class Slicer:
     def write(
         self, row: np.ndarray, piece: int, start: int, stop: int, rng: np.random.Generator
     ) -> int:
-        """Writes notes `start:stop` into `row` (int [L], full of padding); position of its `<E>`.
-
-        A slice that is too long is cut and `<E>` takes the place of its last token.
-        """
+        """Writes notes `start:stop` into `row` (int [L], full of padding); where its `<E>` is."""
         tokenizer = self.pieces.tokenizer
         ids = augmented(self.pieces.notes(piece, start, stop), self.config, rng, tokenizer)
-        ids = ids[ids != tokenizer.eos_id][: self.seq_len - 1]
+        ids = truncated(ids, self.seq_len, tokenizer.eos_id)
         row[: len(ids)] = ids
-        row[len(ids)] = tokenizer.eos_id
-        return len(ids)
+        return len(ids) - 1
 
 
 def check_slice_notes(min_slice_notes: int, max_slice_notes: int) -> None:
