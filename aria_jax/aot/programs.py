@@ -14,8 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from aria_jax.checkpoints.manager import shapes_like
 from aria_jax.config import RunConfig
 from aria_jax.generate.cache import LayerCache, PromptCache, cache_sharding, decode_step, prefill
-from aria_jax.generate.quantize import DecodingMatrix
-from aria_jax.generate.weights import DecoderWeights
+from aria_jax.generate.weights import DecoderWeights, DecodingMatrix
 from aria_jax.models.heads import Parameters, abstract_model, split_model
 from aria_jax.sharding import batch_sharding, replicated
 from aria_jax.train.loop import check_batch

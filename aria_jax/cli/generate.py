@@ -234,5 +234,8 @@ def _remark(continuation: "Continuation") -> str:
 def _save(args, name: str, continuations: "list[Continuation]") -> list[dict[str, str]]:
     from aria_jax.report.continuations import Result, save_continuations
 
-    results = [Result(c.whole, c.prompt, c.added, c.alone, _remark(c)) for c in continuations]
+    results = [
+        Result(c.full, c.prompt, c.continuation, c.continuation_from_zero, _remark(c))
+        for c in continuations
+    ]
     return save_continuations(args.out, name, results, soundfont=args.wav)

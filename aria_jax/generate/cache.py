@@ -21,7 +21,7 @@ from aria_jax.sharding import LOGICAL_RULES
 
 QUERY_CHUNK = 256
 """Prompt positions attended at a time: bounds the score matrix of a long prefill."""
-_LOWEST = float(jnp.finfo(jnp.float32).min)  # a row that sees nothing must stay finite
+NEG_INF = float(jnp.finfo(jnp.float32).min)  # finite: softmax of a row that sees nothing is not NaN
 
 
 class LayerCache(NamedTuple):
@@ -71,7 +71,7 @@ def _causal_attention(
         q = jax.lax.dynamic_slice_in_dim(q_PxTxHxK, start, chunk, axis=1)
         scores = jnp.einsum("pqhk,phtk->phqt", q, shared.keys, preferred_element_type=jnp.float32)
         seen = (slot_T <= start + jnp.arange(chunk)[:, None]) & visible_PxT[:, None, None, :]
-        scores = jnp.where(seen, scores * width**-0.5, _LOWEST)
+        scores = jnp.where(seen, scores * width**-0.5, NEG_INF)
         weights = jax.nn.softmax(scores, axis=-1).astype(shared.values.dtype)
         return jnp.einsum("phqt,phkt->pqhk", weights, shared.values)
 
@@ -183,9 +183,9 @@ def _cached_attention(
     of_prompt = jnp.einsum(
         "pshk,phtk->psht", q_PxSxHxK, shared.keys, preferred_element_type=jnp.float32
     )
-    of_prompt = jnp.where(visible_PxT[:, None, None, :], of_prompt, _LOWEST)
+    of_prompt = jnp.where(visible_PxT[:, None, None, :], of_prompt, NEG_INF)
     of_past = jnp.einsum("rhk,rhgk->rhg", q_RxHxK, past.keys, preferred_element_type=jnp.float32)
-    of_past = jnp.where(jnp.arange(past.keys.shape[2]) < filled, of_past, _LOWEST)
+    of_past = jnp.where(jnp.arange(past.keys.shape[2]) < filled, of_past, NEG_INF)
     of_new = jnp.einsum("rhk,rhk->rh", q_RxHxK, k_RxHxK, preferred_element_type=jnp.float32)
     scores = jnp.concatenate(
         [of_prompt.reshape(rows, heads, prompt_slots), of_past, of_new[..., None]], axis=-1

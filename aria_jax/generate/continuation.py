@@ -31,44 +31,45 @@ class Continuation:
     tokenizer: Tokenizer
 
     @property
-    def whole(self) -> Performance:
+    def full(self) -> Performance:
         """Prompt and continuation, in ms from the prompt's first note."""
         return self.tokenizer.decode(np.concatenate([self.prompt_ids, self.ids]))
 
     @property
     def prompt(self) -> Performance:
         """The notes of the prompt, each with its full duration."""
-        return self.tokenizer.decode(self.prompt_ids[: self._border])
+        return self.tokenizer.decode(self.prompt_ids[: self.n_complete])
 
     @property
-    def added(self) -> Performance:
-        """The generated notes alone, on the timeline of `whole`."""
-        prompt, begun = self.prompt_ids[: self._border], self.prompt_ids[self._border :]
+    def continuation(self) -> Performance:
+        """The generated notes alone, on the timeline of `full`."""
+        prompt = self.prompt_ids[: self.n_complete]
+        partial_event = self.prompt_ids[self.n_complete :]
         kind = self.tokenizer.kind[prompt]
         header = prompt[np.isin(kind, (Kind.PREFIX, Kind.TIME)) | (prompt == self.tokenizer.bos_id)]
-        return self.tokenizer.decode(np.concatenate([header, begun, self.ids]))
+        return self.tokenizer.decode(np.concatenate([header, partial_event, self.ids]))
 
     @property
-    def alone(self) -> Performance:
-        """The generated notes, counted from the onset of the prompt's last note."""
-        added, join_ms = self.added, self.join_ms
-        notes, pedals = added.notes.copy(), added.pedals.copy()
-        notes["start"] -= join_ms
-        notes["end"] -= join_ms
-        pedals["tick"] -= join_ms
+    def continuation_from_zero(self) -> Performance:
+        """The generated notes, in ms from the onset of the prompt's last note."""
+        continuation, prompt_end_ms = self.continuation, self.prompt_end_ms
+        notes, pedals = continuation.notes.copy(), continuation.pedals.copy()
+        notes["start"] -= prompt_end_ms
+        notes["end"] -= prompt_end_ms
+        pedals["tick"] -= prompt_end_ms
         # Without the grammar a model may step back in time; nothing begins before the file does.
         notes = notes[notes["start"] >= 0]
-        return replace(added, notes=notes, pedals=pedals[pedals["tick"] >= 0])
+        return replace(continuation, notes=notes, pedals=pedals[pedals["tick"] >= 0])
 
     @property
-    def join_ms(self) -> int:
+    def prompt_end_ms(self) -> int:
         """Onset of the prompt's last event, in ms from its first."""
-        onsets_ms = self.tokenizer.events(self.prompt_ids[: self._border])[1]
+        onsets_ms = self.tokenizer.events(self.prompt_ids[: self.n_complete])[1]
         return int(onsets_ms[-1]) if len(onsets_ms) else 0
 
     @property
-    def _border(self) -> int:
-        """Where the prompt's last complete event ends; an event begun there is the model's."""
+    def n_complete(self) -> int:
+        """Prompt tokens up to its last complete event; a partial one after it is the model's."""
         kind = self.tokenizer.kind[self.prompt_ids]
         last, before = kind[-1], kind[-2] if len(kind) > 1 else Kind.SPECIAL
         if last in (Kind.NOTE, Kind.DRUM, Kind.PEDAL):
@@ -83,17 +84,17 @@ class Continuation:
     @property
     def n_notes(self) -> int:
         """Generated notes and drum hits."""
-        return len(self.added.notes)
+        return len(self.continuation.notes)
 
     @property
     def seconds(self) -> float:
         """Music generated: from the prompt's last onset to the last generated one."""
-        notes = self.alone.notes
+        notes = self.continuation_from_zero.notes
         return float(notes["start"].max()) / 1000 if len(notes) else 0.0
 
 
 @dataclass(frozen=True)
-class Pace:
+class Throughput:
     """How far a batch of continuations is.
 
     Attributes:
@@ -187,7 +188,7 @@ def continue_prompt(
     settings: Decoding,
     condition_E: np.ndarray | None = None,
     mesh: Mesh | None = None,
-    progress: Callable[[Pace], None] | None = None,
+    progress: Callable[[Throughput], None] | None = None,
 ) -> list[Continuation]:
     """`n` continuations of a prompt; variation i of a seed is the same whatever `n` is.
 
@@ -209,7 +210,7 @@ def continue_prompt(
         mesh=mesh,
     ):
         if progress is not None:
-            progress(_pace(tokenizer, prompt, ids_SxN, room, time.monotonic() - began))
+            progress(_throughput(tokenizer, prompt, ids_SxN, room, time.monotonic() - began))
     return [Continuation(prompt, _until_end(tokenizer, ids), tokenizer) for ids in ids_SxN]
 
 
@@ -218,21 +219,21 @@ def _until_end(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
     return ids[: ends[0] + 1] if len(ends) else ids
 
 
-def _pace(
+def _throughput(
     tokenizer: Tokenizer,
     prompt: np.ndarray,
     ids_SxN: np.ndarray,
     max_tokens: int,
     wall_seconds: float,
-) -> Pace:
+) -> Throughput:
     segment_start_ms = np.count_nonzero(tokenizer.kind[prompt] == Kind.TIME) * SEGMENT_MS
     prompt_onsets_ms = tokenizer.events(prompt)[1]
-    join_ms = prompt_onsets_ms[-1] - segment_start_ms if len(prompt_onsets_ms) else 0
+    prompt_end_ms = prompt_onsets_ms[-1] - segment_start_ms if len(prompt_onsets_ms) else 0
     onsets_ms = [tokenizer.events(ids)[1] for ids in ids_SxN]
-    return Pace(
+    return Throughput(
         n_tokens=ids_SxN.shape[1],
         max_tokens=max_tokens,
         n_notes=sum(map(len, onsets_ms)),
-        music_seconds=max((o[-1] - join_ms for o in onsets_ms if len(o)), default=0) / 1000,
+        music_seconds=max((o[-1] - prompt_end_ms for o in onsets_ms if len(o)), default=0) / 1000,
         wall_seconds=wall_seconds,
     )

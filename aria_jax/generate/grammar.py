@@ -30,7 +30,7 @@ class Expect(IntEnum):
     NOTE_ONSET = 1
     SHORT_ONSET = 2
     DURATION = 3
-    NOTHING = 4
+    END = 4
 
 
 _AN_ONSET = len(Expect)  # in `next_V`: what follows an onset depends on what came before it
@@ -46,7 +46,7 @@ class GrammarState:
         silence_B: `<T>` since the last event, int32.
         dim_seen_B: whether `<D>` has come.
         key_B: key of the latest event begun within the segment, int32.
-        struck_BxK: latest onset of each key within the segment, -1 before the first; int16.
+        last_onset_BxK: latest onset of each key within the segment, -1 before the first; int16.
     """
 
     expect_B: jax.Array
@@ -54,7 +54,7 @@ class GrammarState:
     silence_B: jax.Array
     dim_seen_B: jax.Array
     key_B: jax.Array
-    struck_BxK: jax.Array
+    last_onset_BxK: jax.Array
 
 
 @flax.struct.dataclass
@@ -68,7 +68,7 @@ class Grammar:
         next_V: the state after this id, except for onsets; int32.
         key_V: the key that a note or drum token strikes, a number of instrument and pitch; others
             have the last one, which is never struck; int32.
-        last_onset: the greatest onset, after which no key can be struck again.
+        max_onset_ms: the greatest onset, after which no key can be struck again.
         time_id, dim_id: `<T>` and `<D>`.
     """
 
@@ -77,7 +77,7 @@ class Grammar:
     begins_V: jax.Array
     next_V: jax.Array
     key_V: jax.Array
-    last_onset: int = flax.struct.field(pytree_node=False)
+    max_onset_ms: int = flax.struct.field(pytree_node=False)
     time_id: int = flax.struct.field(pytree_node=False)
     dim_id: int = flax.struct.field(pytree_node=False)
 
@@ -87,15 +87,17 @@ class Grammar:
         No event begins that could not be finished within the space left.
         """
         ids_V = jnp.arange(self.onset_V.shape[0])
-        struck_B = jnp.take_along_axis(state.struck_BxK, state.key_B[:, None], axis=1)[:, 0]
-        free_B = jnp.where(state.expect_B == Expect.EVENT, 0, struck_B.astype(jnp.int32) + 1)
-        worn_BxK = state.struck_BxK >= self.last_onset
+        key_Bx1 = state.key_B[:, None]
+        last_onset_B = jnp.take_along_axis(state.last_onset_BxK, key_Bx1, axis=1)[:, 0]
+        after_last_B = last_onset_B.astype(jnp.int32) + 1
+        min_onset_B = jnp.where(state.expect_B == Expect.EVENT, 0, after_last_B)
+        exhausted_BxK = state.last_onset_BxK >= self.max_onset_ms
         forbidden_BxV = (
             ((ids_V == self.time_id) & (state.silence_B >= MAX_EMPTY_SEGMENTS)[:, None])
             | ((ids_V == self.dim_id) & state.dim_seen_B[:, None])
             | (self.begins_V & (jnp.asarray(remaining) < 3))
-            | (self.onset_V < jnp.maximum(state.onset_B, free_B)[:, None])
-            | worn_BxK[:, self.key_V]
+            | (self.onset_V < jnp.maximum(state.onset_B, min_onset_B)[:, None])
+            | exhausted_BxK[:, self.key_V]
         )
         return self.allowed_SxV[state.expect_B] & ~forbidden_BxV
 
@@ -107,18 +109,18 @@ class Grammar:
         )
         is_time_B = token_B == self.time_id
         silence_B = jnp.where(is_time_B, state.silence_B + 1, state.silence_B)
-        ended_B = state.expect_B == Expect.NOTHING
-        n_keys = state.struck_BxK.shape[1]
-        struck_BxK = jnp.where(
+        ended_B = state.expect_B == Expect.END
+        n_keys = state.last_onset_BxK.shape[1]
+        last_onset_BxK = jnp.where(
             is_onset_B[:, None] & (jnp.arange(n_keys - 1) == state.key_B[:, None]),
             self.onset_V[token_B].astype(jnp.int16)[:, None],
-            state.struck_BxK[:, :-1],
+            state.last_onset_BxK[:, :-1],
         )
-        never_Bx1 = state.struck_BxK[:, -1:]
+        unplayed_Bx1 = state.last_onset_BxK[:, -1:]
         return GrammarState(
             expect_B=jnp.where(
                 ended_B,
-                Expect.NOTHING,
+                Expect.END,
                 jnp.where(is_onset_B, after_onset_B, self.next_V[token_B]),
             ),
             onset_B=jnp.where(
@@ -127,8 +129,8 @@ class Grammar:
             silence_B=jnp.where(self.begins_V[token_B], 0, silence_B),
             dim_seen_B=state.dim_seen_B | (token_B == self.dim_id),
             key_B=jnp.where(self.begins_V[token_B] | is_time_B, self.key_V[token_B], state.key_B),
-            struck_BxK=jnp.concatenate(
-                [jnp.where(is_time_B[:, None], -1, struck_BxK), never_Bx1], axis=1
+            last_onset_BxK=jnp.concatenate(
+                [jnp.where(is_time_B[:, None], -1, last_onset_BxK), unplayed_Bx1], axis=1
             ),
         )
 
@@ -159,20 +161,20 @@ def make_grammar(tokenizer: Tokenizer, prompt: np.ndarray) -> Grammar:
     allowed[Expect.EVENT] = note | drum | pedal | between
     allowed[Expect.NOTE_ONSET] = allowed[Expect.SHORT_ONSET] = onset
     allowed[Expect.DURATION] = tokenizer.dur_ms > 0
-    allowed[Expect.NOTHING, tokenizer.pad_id] = True
+    allowed[Expect.END, tokenizer.pad_id] = True
 
     following = np.full(tokenizer.vocab_size, Expect.EVENT, np.int32)
     following[kind == Kind.NOTE] = Expect.NOTE_ONSET
     following[(kind == Kind.DRUM) | pedal] = Expect.SHORT_ONSET
     following[onset] = _AN_ONSET
-    following[tokenizer.eos_id] = Expect.NOTHING
+    following[tokenizer.eos_id] = Expect.END
     return Grammar(
         allowed_SxV=jnp.asarray(allowed),
         onset_V=jnp.asarray(np.where(onset, tokenizer.onset_ms, np.iinfo(np.int32).max)),
         begins_V=jnp.asarray((kind == Kind.NOTE) | (kind == Kind.DRUM) | pedal),
         next_V=jnp.asarray(following),
         key_V=jnp.asarray(_keys(tokenizer)),
-        last_onset=int(tokenizer.onset_ms.max()),
+        max_onset_ms=int(tokenizer.onset_ms.max()),
         time_id=tokenizer.time_id,
         dim_id=tokenizer.dim_id,
     )
@@ -188,18 +190,18 @@ def _keys(tokenizer: Tokenizer) -> np.ndarray:
     return key_V
 
 
-def _struck(tokenizer: Tokenizer, segment: np.ndarray) -> tuple[int, np.ndarray]:
+def _last_onsets(tokenizer: Tokenizer, segment: np.ndarray) -> tuple[int, np.ndarray]:
     """The latest key begun in a segment, and the latest onset of each key, int16 [K]."""
     key_V = _keys(tokenizer)
-    never = int(key_V.max())
-    key, struck = never, np.full(never + 1, -1, np.int16)
+    no_key = int(key_V.max())
+    key, last_onset_K = no_key, np.full(no_key + 1, -1, np.int16)
     for token in segment:
         kind = tokenizer.kind[token]
         if kind in (Kind.NOTE, Kind.DRUM, Kind.PEDAL):
             key = int(key_V[token])
-        elif kind == Kind.ONSET and key != never:
-            struck[key] = tokenizer.onset_ms[token]
-    return key, struck
+        elif kind == Kind.ONSET and key != no_key:
+            last_onset_K[key] = tokenizer.onset_ms[token]
+    return key, last_onset_K
 
 
 def state_after(tokenizer: Tokenizer, prompt: np.ndarray, batch: int) -> GrammarState:
@@ -214,7 +216,7 @@ def state_after(tokenizer: Tokenizer, prompt: np.ndarray, batch: int) -> Grammar
     elif last == Kind.ONSET and before == Kind.NOTE:
         expect = Expect.DURATION
     elif len(prompt) and prompt[-1] == tokenizer.eos_id:
-        expect = Expect.NOTHING
+        expect = Expect.END
     times = np.flatnonzero(kind == Kind.TIME)
     segment = prompt[times[-1] + 1 :] if len(times) else prompt
     onsets = tokenizer.onset_ms[segment]
@@ -222,12 +224,12 @@ def state_after(tokenizer: Tokenizer, prompt: np.ndarray, batch: int) -> Grammar
     events = np.flatnonzero(np.isin(kind, (Kind.NOTE, Kind.DRUM, Kind.PEDAL)))
     silence = int(np.count_nonzero(times > (events[-1] if len(events) else -1)))
     dim_seen = bool((prompt == tokenizer.dim_id).any())
-    key, struck = _struck(tokenizer, segment)
+    key, last_onset_K = _last_onsets(tokenizer, segment)
     return GrammarState(
         expect_B=jnp.full(batch, expect, jnp.int32),
         onset_B=jnp.full(batch, onset_ms, jnp.int32),
         silence_B=jnp.full(batch, silence, jnp.int32),
         dim_seen_B=jnp.full(batch, dim_seen),
         key_B=jnp.full(batch, key, jnp.int32),
-        struck_BxK=jnp.tile(jnp.asarray(struck), (batch, 1)),
+        last_onset_BxK=jnp.tile(jnp.asarray(last_onset_K), (batch, 1)),
     )

@@ -18,23 +18,23 @@ class Result:
     """One continuation as performances on one timeline.
 
     Attributes:
-        whole: prompt and continuation.
-        prompt, added: the notes of either, on the timeline of `whole`.
-        alone: the continuation as a piece of its own.
+        full: prompt and continuation.
+        prompt, continuation: the notes of either, on the timeline of `full`.
+        continuation_from_zero: the continuation as a piece of its own.
         remark: a few words under its heading.
     """
 
-    whole: Performance
+    full: Performance
     prompt: Performance
-    added: Performance
-    alone: Performance
+    continuation: Performance
+    continuation_from_zero: Performance
     remark: str = ""
 
     @property
     def parts(self) -> list[Part]:
         """Prompt and continuation as the two colours of a roll."""
         prompt = [Part.of(self.prompt, "prompt")] if len(self.prompt.notes) else []
-        return [*prompt, Part.of(self.added, "continuation")]
+        return [*prompt, Part.of(self.continuation, "continuation")]
 
 
 def save_continuations(
@@ -63,8 +63,8 @@ def save_continuations(
             "continuation": f"{base}-continuation.mid",
             "picture": f"{base}.png",
         }
-        write_midi(result.whole, paths["midi"])
-        write_midi(result.alone, paths["continuation"])
+        write_midi(result.full, paths["midi"])
+        write_midi(result.continuation_from_zero, paths["continuation"])
         save_piano_roll(paths["picture"], result.parts)
         if soundfont is not None:
             paths["sound"] = f"{base}.wav"

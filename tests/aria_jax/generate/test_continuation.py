@@ -84,13 +84,13 @@ def test_the_continuation_goes_on_by_the_prompts_clock():
     added = tokens(("piano", 64, 70), ("onset", 350), ("dur", 100), "<T>",
                    ("piano", 65, 70), ("onset", 20), ("dur", 50), "<E>")  # fmt: skip
     one = Continuation(prompt, added, ARIA)
-    assert one.whole.notes["start"].tolist() == [0, 5100, 5350, 10020]
+    assert one.full.notes["start"].tolist() == [0, 5100, 5350, 10020]
     assert one.prompt.notes["pitch"].tolist() == [60, 62]
     assert one.prompt.notes["end"].tolist() == [100, 8100]
-    assert one.added.notes["start"].tolist() == [5350, 10020]
-    assert one.join_ms == 5100
-    assert one.alone.notes["start"].tolist() == [250, 4920]
-    assert one.alone.notes["end"].tolist() == [350, 4970]
+    assert one.continuation.notes["start"].tolist() == [5350, 10020]
+    assert one.prompt_end_ms == 5100
+    assert one.continuation_from_zero.notes["start"].tolist() == [250, 4920]
+    assert one.continuation_from_zero.notes["end"].tolist() == [350, 4970]
     assert (one.n_notes, one.seconds, one.ended) == (2, 4.92, True)
 
 
@@ -102,8 +102,8 @@ def test_a_note_begun_in_the_prompt_is_the_continuations(cut):
     )
     one = Continuation(prompt, note[cut:], ARIA)
     assert one.prompt.notes["pitch"].tolist() == [60]
-    assert one.added.notes[["pitch", "start", "end"]].tolist() == [(62, 900, 930)]
-    assert len(one.whole.notes) == 2
+    assert one.continuation.notes[["pitch", "start", "end"]].tolist() == [(62, 900, 930)]
+    assert len(one.full.notes) == 2
 
 
 def test_variations_and_progress(tiny_model, piano_prompt):
@@ -192,7 +192,7 @@ def test_generated_midi_opens_in_other_libraries(tiny_model, tmp_path):
         decoder_weights(tiny_model), ARIA, prompt, n=1, seed=0, settings=Decoding(max_tokens=90)
     )
     path = tmp_path / "whole.mid"
-    write_midi(one.whole, path)
+    write_midi(one.full, path)
     ours = sorted(read_midi(path).notes[["pitch", "start"]].tolist())
     clock, onsets = 0, []
     for message in mido.merge_tracks(mido.MidiFile(path).tracks):

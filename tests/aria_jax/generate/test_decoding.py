@@ -12,9 +12,8 @@ from jax.sharding import PartitionSpec
 from aria_jax.config import MeshConfig
 from aria_jax.generate.cache import decode_step, empty_cache, prefill
 from aria_jax.generate.decoding import Decoding, decode
-from aria_jax.generate.quantize import DecodingMatrix, quantize
 from aria_jax.generate.sampler import Greedy, MinP, RepetitionPenalty, Temperature
-from aria_jax.generate.weights import decoder_weights
+from aria_jax.generate.weights import DecodingMatrix, decoder_weights, quantize
 from aria_jax.kernels import narrow_cpu
 from aria_jax.sharding import make_mesh, parameter_shardings
 from data_pipeline.errors import UserError

@@ -195,7 +195,7 @@ def test_scanning_a_prompt_equals_advancing_through_it():
         state = grammar.advance(state, jnp.array([token, token]))
         scanned = state_after(tokenizer, np.concatenate([prompt, body[: n + 1]]), 2)
         jax.tree.map(np.testing.assert_array_equal, state, scanned)
-    assert state.expect_B.tolist() == [Expect.NOTHING] * 2
+    assert state.expect_B.tolist() == [Expect.END] * 2
 
 
 def test_a_prompt_without_instrument_is_refused():
