@@ -37,12 +37,12 @@ class LayerCache(NamedTuple):
 
 @flax.struct.dataclass
 class PromptCache:
-    """What every continuation of one prompt shares.
+    """What continuations read and never write.
 
     Attributes:
-        layers: of P rows and T slots each.
+        layers: of P rows (or R, where every row has a prompt of its own) and T slots each.
         visible_PxT: bool; slots that hold a token this branch may see.
-        next_position: rotary position of the first generated token, int32.
+        next_position: rotary position of the first generated token; int32, or int32 [R].
     """
 
     layers: tuple[LayerCache, ...]
@@ -125,6 +125,28 @@ def prefill(
     last_PxD = jax.lax.dynamic_index_in_dim(x_PxTxD, length - 1, axis=1, keepdims=False)
     return _logits(weights, last_PxD), PromptCache(
         layers=tuple(layers), visible_PxT=visible_PxT, next_position=length.astype(jnp.int32)
+    )
+
+
+def prefill_each(
+    weights: DecoderWeights,
+    prompt_SxT: jax.Array,
+    length_S: jax.Array,
+    condition_E: jax.Array | None = None,
+) -> tuple[jax.Array, PromptCache]:
+    """`prefill` of a prompt of its own for every sequence: logits [R, V], and a cache of R rows."""
+    logits_SxPxV, cache = jax.lax.map(
+        lambda row: prefill(weights, row[0], row[1], condition_E), (prompt_SxT, length_S)
+    )
+
+    def rows(x_SxPx: jax.Array) -> jax.Array:
+        x_PxSx = jnp.swapaxes(x_SxPx, 0, 1)
+        return x_PxSx.reshape(-1, *x_PxSx.shape[2:])
+
+    return rows(logits_SxPxV), PromptCache(
+        layers=jax.tree.map(rows, cache.layers),
+        visible_PxT=rows(cache.visible_PxT),
+        next_position=jnp.tile(cache.next_position, logits_SxPxV.shape[1]),
     )
 
 
@@ -214,8 +236,8 @@ def decode_step(
         logits [R, V] (float32) of the next token, and the cache with this token in it.
     """
     x_Rx1xD = weights.embedding_VxD[token_R][:, None]
-    position = (prompt.next_position + filled)[None, None]
-    cos, sin = rope_tables(position, x_Rx1xD.shape[-1] // weights.n_heads)
+    position_Rx1 = jnp.reshape(prompt.next_position + filled, (-1, 1))  # one row serves all
+    cos, sin = rope_tables(position_Rx1, x_Rx1xD.shape[-1] // weights.n_heads)
     layers = []
     for block, shared, past in zip(weights.blocks, prompt.layers, own, strict=True):
         q, k, v = _queries_keys_values(block, x_Rx1xD, cos, sin, weights.n_heads)

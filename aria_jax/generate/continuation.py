@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from aria_jax.generate.decoding import Decoding, decode
+from aria_jax.generate.decoding import Decoding, decode, room_behind
 from aria_jax.generate.weights import DecoderWeights
-from data_pipeline.errors import UserError
+from data_pipeline.errors import InvalidMidi, UserError
 from data_pipeline.midi import Performance
 from data_pipeline.tokenizer import SEGMENT_MS, Kind, Tokenizer
 
@@ -120,6 +120,18 @@ def unconditional_prompt(tokenizer: Tokenizer, instrument: str = "piano") -> np.
     return np.array([tokenizer.id_of(("prefix", "instrument", instrument)), tokenizer.bos_id])
 
 
+def check_prompt_limits(*, seconds: float | None, notes: int | None) -> None:
+    """Raises UserError unless exactly one limit is given, and above 0."""
+    if (seconds is None) == (notes is None):
+        raise UserError("a prompt is measured in seconds or in notes: give one of them")
+    limit, unit = (seconds, "seconds") if seconds is not None else (notes, "notes")
+    if not (limit is not None and 0 < limit < float("inf")):
+        raise UserError(
+            f"a prompt of {limit} {unit} holds nothing to continue; take more, or leave the prompt "
+            "out to begin from nothing"
+        )
+
+
 def make_prompt(
     performance: Performance,
     tokenizer: Tokenizer,
@@ -132,23 +144,19 @@ def make_prompt(
 
     A note belongs to the prompt when it begins in it, and keeps its whole duration, the pedal's
     share included, even where that reaches past the prompt. Seconds count from the first note.
-    Without a single note (0 seconds) the prompt is the unconditional one.
 
     Raises:
-        UserError: both limits given, or a negative one.
+        UserError: both limits given, one that is not above 0, or a performance without notes:
+            what holds no note is no prompt (`unconditional_prompt` begins a piece from nothing).
     """
-    if (seconds is None) == (notes is None):
-        raise UserError("a prompt is measured in seconds or in notes: give one of them")
-    if (seconds is not None and seconds < 0) or (notes is not None and notes < 0):
-        raise UserError(f"a prompt cannot last {seconds if notes is None else notes}; 0 is empty")
+    check_prompt_limits(seconds=seconds, notes=notes)
     starts = performance.notes["start"]
-    starts_ms = performance.ms(starts)
-    n_notes = notes
-    if seconds is not None and len(starts):
-        n_notes = int(np.searchsorted(starts_ms - starts_ms[0], seconds * 1000, side="right"))
-    if not len(starts) or not n_notes or seconds == 0:
-        return unconditional_prompt(tokenizer)
-    cut = performance.slice_notes(0, n_notes)
+    if not len(starts):
+        raise InvalidMidi("no-notes", "no notes to continue; without a prompt a piece begins anew")
+    if seconds is not None:
+        starts_ms = performance.ms(starts)
+        notes = int(np.searchsorted(starts_ms - starts_ms[0], seconds * 1000, side="right"))
+    cut = performance.slice_notes(0, notes or 0)
     if tokenizer.has_pedal:
         last = cut.notes["start"][-1]
         cut = replace(cut, pedals=cut.pedals[cut.pedals["tick"] <= last])
@@ -156,26 +164,31 @@ def make_prompt(
 
 
 def prompt_of_file(path: str | Path, tokenizer: Tokenizer, **limits) -> np.ndarray:
-    """`make_prompt` of a MIDI file."""
+    """`make_prompt` of a MIDI file; errors name it."""
     from data_pipeline.midi import read_midi
 
-    return make_prompt(read_midi(path), tokenizer, **limits)
+    performance = read_midi(path)
+    try:
+        return make_prompt(performance, tokenizer, **limits)
+    except InvalidMidi as error:
+        raise InvalidMidi(error.reason, f"{path}: {error}") from None
 
 
-def fitting_tokens(weights: DecoderWeights, prompt: np.ndarray, wanted: int) -> int:
-    """How many of the wanted tokens fit behind the prompt.
+def fitting_tokens(weights: DecoderWeights, prompt: np.ndarray, settings: Decoding) -> int:
+    """How many of `settings.max_tokens` fit behind the prompt; all where the context slides.
 
     Raises:
         UserError: the prompt fills the context.
     """
-    # One position less, as a condition takes one.
-    room = weights.max_seq_len - len(prompt) - 1
+    if settings.sliding:
+        return settings.max_tokens
+    room = room_behind(weights, len(prompt))
     if room < 1:
         raise UserError(
             f"the prompt takes {len(prompt)} tokens of the {weights.max_seq_len} the model sees; "
-            "use a shorter one"
+            "use a shorter one, or a sliding context (--sliding)"
         )
-    return min(room, wanted)
+    return min(room, settings.max_tokens)
 
 
 def continue_prompt(
@@ -195,7 +208,7 @@ def continue_prompt(
     Raises:
         UserError: see `decode` and `fitting_tokens`.
     """
-    room = fitting_tokens(weights, prompt, settings.max_tokens)
+    room = fitting_tokens(weights, prompt, settings)
     settings = replace(settings, max_tokens=room)
     began = time.monotonic()
     ids_SxN = np.zeros((n, 0), np.int32)

@@ -1,4 +1,8 @@
-"""The sampling loop: a jitted `lax.while_loop` over cached steps, in chunks the host can watch."""
+"""The sampling loop: a jitted `lax.while_loop` over cached steps, in chunks the host can watch.
+
+With a sliding context a full cache is no end: each sequence keeps the younger half of what it has
+seen, in whole 5 s segments, which is read again as a prompt of its own (`slide`).
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,6 +20,7 @@ from aria_jax.generate.cache import (
     decode_step,
     empty_cache,
     prefill,
+    prefill_each,
 )
 from aria_jax.generate.grammar import Grammar, GrammarState, make_grammar, state_after
 from aria_jax.generate.sampler import MinP, RepetitionPenalty, Sampler, step_keys
@@ -42,6 +47,7 @@ class Decoding:
         force_end: ask for an ending with `<D>` where the space runs out.
         guidance: strength of classifier-free guidance; needs a condition.
         repetition: penalty on recently played notes.
+        sliding: where the context is full, forget the oldest events and go on.
         chunk: tokens between two looks of the host.
     """
 
@@ -51,6 +57,7 @@ class Decoding:
     force_end: bool = False
     guidance: float = 1.0
     repetition: RepetitionPenalty = field(default_factory=RepetitionPenalty)
+    sliding: bool = False
     chunk: int = 32
 
     def __post_init__(self) -> None:
@@ -71,6 +78,8 @@ class LoopState:
 
     Attributes:
         n: tokens generated so far, int32.
+        filled: slots of `cache` in use, int32; `n` until the context slides.
+        finite: whether all logits so far were finite, bool.
         ids_SxG: generated ids, int32, padded with `<P>`.
         logits_RxV: of the next token, float32.
         cache: keys and values of generated tokens.
@@ -80,6 +89,8 @@ class LoopState:
     """
 
     n: jax.Array
+    filled: jax.Array
+    finite: jax.Array
     ids_SxG: jax.Array
     logits_RxV: jax.Array
     cache: tuple[LayerCache, ...]
@@ -142,7 +153,7 @@ def _choose(
         logits_SxV = logits_SxV.at[:, vocabulary.dim_id].set(-jnp.inf)
     if grammar is not None and state.grammar is not None:
         allowed_SxV = grammar.allowed(state.grammar, settings.max_tokens - state.n)
-        logits_SxV = jnp.where(allowed_SxV, jnp.nan_to_num(logits_SxV), -jnp.inf)
+        logits_SxV = jnp.where(allowed_SxV, logits_SxV, -jnp.inf)
     keys_S = step_keys(key, jnp.arange(logits_SxV.shape[0]), state.n)
     token_S = settings.sampler.draw(logits_SxV, keys_S)
     if settings.force_end:
@@ -166,22 +177,24 @@ def _advance_chunk(
     key: jax.Array,
     grammar: Grammar | None,
     vocabulary: Vocabulary,
+    stop: jax.Array,
     *,
     settings: Decoding,
     n_branches: int,
 ) -> LoopState:
-    """Generates until the chunk is full, the space is, or every sequence has ended."""
-    stop = jnp.minimum(state.n + settings.chunk, settings.max_tokens)
+    """Generates up to `stop` tokens in all, or until every sequence has ended."""
 
     def unfinished(state: LoopState) -> jax.Array:
-        return (state.n < stop) & ~state.ended_S.all()
+        return (state.n < stop) & ~state.ended_S.all() & state.finite
 
     def step(state: LoopState) -> LoopState:
         token_S = _choose(state, key, grammar, vocabulary, settings, n_branches)
         token_R = jnp.tile(token_S, n_branches)
-        logits_RxV, cache = decode_step(weights, prompt, state.cache, token_R, state.n)
+        logits_RxV, cache = decode_step(weights, prompt, state.cache, token_R, state.filled)
         return LoopState(
             n=state.n + 1,
+            filled=state.filled + 1,
+            finite=jnp.isfinite(logits_RxV).all(),
             ids_SxG=jax.lax.dynamic_update_slice_in_dim(
                 state.ids_SxG, token_S[:, None], state.n, axis=1
             ),
@@ -197,6 +210,7 @@ def _advance_chunk(
 
 
 _prefill = jax.jit(prefill)
+_prefill_each = jax.jit(prefill_each)
 
 
 def _padded_size(n: int) -> int:
@@ -204,28 +218,65 @@ def _padded_size(n: int) -> int:
 
 
 def _initial_state(
-    weights: DecoderWeights,
     logits_PxV: jax.Array,
     prompt: np.ndarray,
     tokenizer: Tokenizer,
     n_sequences: int,
     settings: Decoding,
-    mesh: Mesh | None,
+    cache: tuple[LayerCache, ...],
 ) -> LoopState:
-    slots = _padded_size(settings.max_tokens)
     window = settings.repetition.window if settings.repetition.penalty != 1 else 1
     tail = np.full(window, -1, np.int32)
     tail[max(0, window - len(prompt)) :] = prompt[-window:]
     return LoopState(
         n=jnp.int32(0),
-        ids_SxG=jnp.full((n_sequences, slots), tokenizer.pad_id, jnp.int32),
+        filled=jnp.int32(0),
+        finite=jnp.isfinite(logits_PxV).all(),
+        ids_SxG=jnp.full(
+            (n_sequences, _padded_size(settings.max_tokens)), tokenizer.pad_id, jnp.int32
+        ),
         logits_RxV=jnp.repeat(logits_PxV, n_sequences, axis=0),
-        cache=empty_cache(weights, logits_PxV.shape[0] * n_sequences, slots, mesh),
+        cache=cache,
         ended_S=jnp.zeros(n_sequences, bool),
         dim_seen_S=jnp.full(n_sequences, bool((prompt == tokenizer.dim_id).any())),
         recent_SxW=jnp.tile(jnp.asarray(tail), (n_sequences, 1)),
         grammar=state_after(tokenizer, prompt, n_sequences) if settings.use_grammar else None,
     )
+
+
+def room_behind(weights: DecoderWeights, n_prompt: int) -> int:
+    """Tokens that the context holds behind a prompt; one position is a condition's."""
+    return weights.max_seq_len - n_prompt - 1
+
+
+def slide(tokenizer: Tokenizer, ids: np.ndarray, max_tokens: int) -> np.ndarray:
+    """`ids` [L] without their oldest events, at most `max_tokens` of them, as a piece of their own.
+
+    Prefix and `<S>` stay. Whole 5 s segments go, with their `<T>`s, so that onsets count from the
+    first segment kept and ids need no change; where the last segment alone is too long, its oldest
+    events go too. A partial event at the end stays.
+    """
+    if len(ids) <= max_tokens:
+        return ids
+    n_header = int(np.argmax(ids == tokenizer.bos_id)) + 1 if tokenizer.bos_id in ids else 0
+    body = ids[n_header:]
+    first = len(body) - (max_tokens - n_header)
+    kind = tokenizer.kind[body]
+    segments = np.flatnonzero(kind == Kind.TIME) + 1
+    starts = segments[segments >= first]
+    if not len(starts) or starts[0] == len(body):
+        inside = np.isin(kind, (Kind.ONSET, Kind.DUR))
+        starts = np.flatnonzero(~inside)
+        starts = starts[starts >= first]
+    return np.concatenate([ids[:n_header], body[starts[0] if len(starts) else len(body) :]])
+
+
+def _padded(rows: list[np.ndarray], size: int, pad_id: int) -> np.ndarray:
+    """Rows of at most `size` ids padded to one length, int32 [S, T]."""
+    padded = np.full((len(rows), _padded_size(size)), pad_id, np.int32)
+    for row, ids in zip(padded, rows, strict=True):
+        row[: len(ids)] = ids
+    return padded
 
 
 def decode(
@@ -241,7 +292,8 @@ def decode(
 ) -> Iterator[np.ndarray]:
     """Continues one prompt `n_sequences` times, yielding what there is after every chunk.
 
-    Sequence i depends on (key, i) only, not on how many others there are.
+    Sequence i depends on (key, i) only, not on how many others there are: a context slides after
+    a number of tokens, not when what a sequence keeps happens to fill it.
 
     Args:
         weights: see `aria_jax.generate.weights.decoder_weights`.
@@ -253,38 +305,68 @@ def decode(
         int32 [S, n]: generated ids so far, `<P>` after `<E>`; the last one is the result.
 
     Raises:
-        UserError: an empty or ended prompt, or a condition for a model without an adapter.
+        UserError: an empty or ended prompt, a condition for a model without an adapter, or logits
+            that are not finite.
     """
     prompt = np.asarray(prompt, np.int64)
     _check(weights, tokenizer, prompt, condition_E)
     guided = condition_E is not None
-    padded = np.full(_padded_size(len(prompt) + guided), tokenizer.pad_id, np.int32)
-    padded[: len(prompt)] = prompt
-    logits_PxV, cache = _prefill(
-        weights,
-        jnp.asarray(padded),
-        jnp.int32(len(prompt)),
-        jnp.asarray(condition_E, jnp.float32) if guided else None,
+    condition = jnp.asarray(condition_E, jnp.float32) if guided else None
+    # What slides keeps at most half of the context; the first round keeps the prompt if it fits.
+    half = weights.max_seq_len // 2
+    later_room = room_behind(weights, half)
+    first = prompt
+    if settings.sliding and room_behind(weights, len(prompt)) < 1:
+        first = slide(tokenizer, prompt, half)
+    room = room_behind(weights, len(first)) if settings.sliding else settings.max_tokens
+    (padded,) = _padded([first], len(first) + guided, tokenizer.pad_id)
+    logits_PxV, prompt_cache = _prefill(
+        weights, jnp.asarray(padded), jnp.int32(len(first)), condition
     )
-    state = _initial_state(weights, logits_PxV, prompt, tokenizer, n_sequences, settings, mesh)
+    n_branches = logits_PxV.shape[0]
+    slots = _padded_size(min(settings.max_tokens, max(room, later_room)))
+    cache = empty_cache(weights, n_branches * n_sequences, slots, mesh)
+    state = _initial_state(logits_PxV, prompt, tokenizer, n_sequences, settings, cache)
     grammar = make_grammar(tokenizer, prompt) if settings.use_grammar else None
     vocabulary = Vocabulary.of(tokenizer)
+    n, n_full = 0, room
     while True:
         state = _advance_chunk(
             weights,
-            cache,
+            prompt_cache,
             state,
             key,
             grammar,
             vocabulary,
+            jnp.int32(min(n + settings.chunk, settings.max_tokens, n_full)),
             settings=settings,
-            n_branches=logits_PxV.shape[0],
+            n_branches=n_branches,
         )
         n = int(state.n)
+        _refuse_not_finite(state, len(prompt) + n)
         ids_SxN = np.asarray(state.ids_SxG)[:, :n]
         yield ids_SxN
         if n >= settings.max_tokens or bool(state.ended_S.all()):
             return
+        if n >= n_full:
+            seen = [slide(tokenizer, np.concatenate([prompt, ids]), half) for ids in ids_SxN]
+            logits_RxV, prompt_cache = _prefill_each(
+                weights,
+                jnp.asarray(_padded(seen, half + guided, tokenizer.pad_id)),
+                jnp.asarray([len(ids) for ids in seen], jnp.int32),
+                condition,
+            )
+            finite = jnp.isfinite(logits_RxV).all()
+            state = state.replace(filled=jnp.int32(0), logits_RxV=logits_RxV, finite=finite)
+            n_full = n + later_room
+
+
+def _refuse_not_finite(state: LoopState, n_tokens: int) -> None:
+    if not state.finite:
+        raise UserError(
+            f"the model's logits are not finite after {n_tokens} tokens: its weights diverged in "
+            "training, or overflow in this precision; use an earlier checkpoint, or float32"
+        )
 
 
 def _check(

@@ -11,7 +11,6 @@ from aria_jax.generate.continuation import (
     continue_prompt,
     make_prompt,
     prompt_of_file,
-    unconditional_prompt,
 )
 from aria_jax.generate.decoding import Decoding, decode
 from aria_jax.generate.sampler import Temperature
@@ -46,16 +45,12 @@ PIECE = played(
         ({"seconds": 0.999}, [60, 62]),
         ({"seconds": 100.0}, [60, 62, 64, 65, 67]),
         ({"notes": 100}, [60, 62, 64, 65, 67]),
-        ({"seconds": 0.0}, []),
-        ({"notes": 0}, []),
     ],
 )
 def test_prompts_hold_the_notes_that_begin_in_them(limits, pitches):
     ids = make_prompt(PIECE, ARIA, **limits)
     assert ARIA.decode(ids).notes["pitch"].tolist() == pitches
     assert ids[-1] != ARIA.eos_id
-    if not pitches:
-        assert ids.tolist() == unconditional_prompt(ARIA).tolist()
 
 
 def test_the_last_notes_of_a_prompt_ring_on_past_its_end():
@@ -66,9 +61,20 @@ def test_the_last_notes_of_a_prompt_ring_on_past_its_end():
 
 
 def test_prompt_lengths_must_make_sense():
-    for limits in ({}, {"seconds": 1.0, "notes": 2}, {"seconds": -1.0}, {"notes": -1}):
+    both = {"seconds": 1.0, "notes": 2}
+    nothing = [{name: value} for name in ("seconds", "notes") for value in (0, -1)]
+    for limits in ({}, both, *nothing, {"seconds": float("nan")}, {"seconds": float("inf")}):
         with pytest.raises(UserError):
             make_prompt(PIECE, ARIA, **limits)
+
+
+def test_what_holds_no_note_is_no_prompt(tmp_path):
+    silent = played([], [], [], pedals=[(0, 127, 0), (500, 0, 0)])
+    with pytest.raises(UserError, match="no notes"):
+        make_prompt(silent, ARIA, seconds=15.0)
+    write_midi(silent, tmp_path / "silent.mid")
+    with pytest.raises(UserError, match=r"silent\.mid.*no.notes"):
+        prompt_of_file(tmp_path / "silent.mid", ARIA, seconds=15.0)
 
 
 def tokens(*tokens):
