@@ -9,12 +9,23 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_pipeline import filters as filter_presets
-from data_pipeline.building.journal import Journal, digest, disk_errors_explained, write_atomically
+from data_pipeline.artifact import (
+    Identity,
+    There,
+    atomic,
+    listing_difference,
+    look,
+    new_folder,
+    refuse_inside,
+    rows_digest,
+    write_atomically,
+)
+from data_pipeline.building.journal import Journal, Listing, disk_errors_explained
 from data_pipeline.building.merge import merge
 from data_pipeline.building.plan import DEDUP, MergeSettings
 from data_pipeline.building.runners import RUNNERS
@@ -22,9 +33,12 @@ from data_pipeline.building.sources import readable_root
 from data_pipeline.building.unit_worker import Job, Limits
 from data_pipeline.cleaning import Cleaning
 from data_pipeline.errors import UserError
-from data_pipeline.metadata import LabelTable, find_tables, read_labels, tables_digest
-from data_pipeline.shards import FORMAT_VERSION, MANIFEST, load_manifest
+from data_pipeline.metadata import LabelTable, find_tables, read_labels
+from data_pipeline.shards import FILES, FORMAT_VERSION, MANIFEST, load_manifest
 from data_pipeline.tokenizer import Tokenizer
+
+IDENTITY_VERSION = 1
+"""Of what a build makes of its inputs; one more when the same inputs give another corpus."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,7 @@ class BuildSummary:
         rejected: number of files by "stage/reason".
         warnings: what was not done, and had better be known.
         hours: of music in the accepted pieces.
+        done_before: it was there already, made of the same files with the same settings.
     """
 
     out_dir: str
@@ -50,6 +65,7 @@ class BuildSummary:
     rejected: dict[str, int]
     n_test: int
     warnings: list[str]
+    done_before: bool = field(default=False, compare=False)
 
 
 def build(
@@ -73,6 +89,8 @@ def build(
 ) -> BuildSummary:
     """Builds, or goes on building, the corpus in `out_dir`; does nothing where it is finished.
 
+    What it is made of is decided by content: every file of the source is read and hashed first.
+
     Args:
         midi_dir: folder (searched recursively) or tar archive.
         workers: processes; None for one per core.
@@ -86,10 +104,12 @@ def build(
         progress: called with (files done, files in all).
 
     Raises:
-        UserError: unusable arguments, no MIDI files, `out_dir` holds another corpus, full disk.
+        UserError: unusable arguments, no MIDI files, full disk; `out_dir` lies in the source or
+            holds a corpus of other files, labels or settings, and `overwrite` was not said.
     """
     _check_arguments(val_fraction, dedup, max_per_composition, shards, runner, workers)
     source, out = Path(midi_dir), Path(out_dir)
+    refuse_inside(out, source, "the folder of your MIDI files")
     unit_settings = {
         "tokenizer_preset": tokenizer_preset,
         "filters": filter_presets.load(filters),
@@ -99,45 +119,107 @@ def build(
     how = MergeSettings(val_fraction, dedup, max_per_composition, shards, split_column)
     tokenizer_hash = Tokenizer.preset(tokenizer_preset).hash
     settings = {**unit_settings, **asdict(how), "tokenizer_hash": tokenizer_hash}
-    if metadata is not None or source.is_dir():  # the tables of an archive are found by listing it
-        settings["metadata"] = tables_digest(find_tables(source, metadata))
+    column = None if split_column == "none" else split_column
+    if metadata is not None or source.is_dir():  # those of an archive are found by listing it
+        labels = read_labels(source, find_tables(source, metadata), column)
     journal = Journal(out)
-    with disk_errors_explained(out), journal.locked():
-        if _prepare(journal, source, out, settings, overwrite):
-            tables = find_tables(source if source.is_dir() else journal.tables, metadata)
-            settings["metadata"] = tables_digest(tables)
-            labels = read_labels(source, tables, None if split_column == "none" else split_column)
-            warnings = labels.warnings(entry.path for entry in journal.entries())
+    with new_folder(out), disk_errors_explained(out), journal.locked():
+        listing = journal.list_asked(source, lambda n: progress(0, n) if progress else None)
+        if metadata is None and not source.is_dir():
+            labels = read_labels(source, find_tables(listing.tables), column)
+        asked = Identity(
+            "a corpus", IDENTITY_VERSION, {"files": rows_digest(listing.digests()),
+            "labels": _labels_digest(listing, labels)}, settings,
+        )  # fmt: skip
+        unfinished = _prepare(journal, listing, out, asked, overwrite)
+        if unfinished:
             work = _Work(journal, progress)
             RUNNERS[runner](
-                work.missing_jobs(readable_root(source, journal.spool), labels),
+                work.missing_jobs(readable_root(source, journal.listing.spool), labels),
                 work.store,
                 work.tick,
                 workers=workers or os.cpu_count() or 1,
                 settings=unit_settings,
                 limits=limits or Limits(),
             )
-            _finish(journal, out, how, settings, warnings)
-    return _summary(out, load_manifest(out))
+            warnings = labels.warnings(entry.path for entry in journal.listing.entries())
+            _finish(journal, out, how, asked, warnings)
+    return _summary(out, load_manifest(out), not unfinished)
+
+
+def _labels_digest(listing: Listing, labels: LabelTable) -> str:
+    """sha256 of what is known of the listed files, whatever else their tables say and how."""
+    return rows_digest([entry.path, labels.labels_for(entry.path)] for entry in listing.entries())
+
+
+def _prepare(
+    journal: Journal, listing: Listing, out: Path, asked: Identity, overwrite: bool
+) -> bool:
+    """Leaves a journal that this run can go on with; False where the corpus is finished."""
+    manifest = out / MANIFEST
+    finished = None
+    if manifest.is_file() and not overwrite:
+        finished = Identity.from_json(load_manifest(out).get("identity"))
+        if finished is None:
+            raise UserError(
+                f"{out}: holds a corpus of an earlier version, which does not say what it was made "
+                "of; choose another output, or --overwrite to replace it"
+            )
+
+    def details(_: Identity) -> dict[str, str]:
+        before = journal.digests() if finished is None else _files_of(out)
+        files = listing_difference(before, listing.digests())
+        return {"files": files, "labels": "other labels of the same files"}
+
+    there = look(
+        out, asked, finished=finished, begun=journal.identity(), overwrite=overwrite,
+        details=details,
+    )  # fmt: skip
+    if there is There.DONE:
+        journal.remove()
+        return False
+    manifest.unlink(missing_ok=True)
+    if there is There.RESUME:
+        journal.accept()
+    else:
+        journal.begin(asked)
+    return True
+
+
+def _files_of(out: Path) -> Iterator[tuple[str, str | None]]:
+    """What a finished corpus was made of: (path, sha256) of each file."""
+    if (out / FILES).is_file():
+        with (out / FILES).open() as file:
+            for line in file:
+                path, sha256 = json.loads(line)
+                yield path, sha256
 
 
 def _finish(
-    journal: Journal, out: Path, how: MergeSettings, settings: dict[str, Any], warnings: list[str]
+    journal: Journal, out: Path, how: MergeSettings, identity: Identity, warnings: list[str]
 ) -> None:
     """Makes the corpus of the finished units; its manifest, written last, says that it is whole."""
-    n_files = sum(1 for _ in journal.entries())
     units = [journal.unit_path(number) for number, _ in journal.units()]
     counts = merge(units, journal.final, out, how)
+    with atomic(out / FILES, beside=journal.folder) as partial, partial.open("w") as file:
+        for row in journal.digests():
+            file.write(json.dumps(row) + "\n")
+    settings = dict(identity.settings)
     tokenizer = {"preset": settings["tokenizer_preset"], "hash": settings["tokenizer_hash"]}
     manifest = {
         "format_version": FORMAT_VERSION,
         "tokenizer": tokenizer,
         "settings": settings,
-        "source": {"n_files": n_files, "listing": journal.listing_digest()},
+        "source": {"n_files": sum(1 for _ in journal.listing.entries())},
+        "identity": identity.to_json(),
         **counts,
         "warnings": [*warnings, *counts["warnings"]],
     }
-    write_atomically(out / MANIFEST, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_atomically(out / MANIFEST, json.dumps(manifest, indent=1) + "\n", beside=journal.folder)
+    listed = {shard["file"] for split in counts["splits"].values() for shard in split["shards"]}
+    for path in out.glob("*.arrayrecord"):  # of a corpus that was overwritten
+        if path.name not in listed:
+            path.unlink()
     journal.remove()
 
 
@@ -199,39 +281,7 @@ def _check_arguments(
         raise UserError("cannot build: " + "; ".join(problems))
 
 
-def _prepare(
-    journal: Journal, source: Path, out: Path, settings: dict[str, Any], overwrite: bool
-) -> bool:
-    """Leaves a journal that this run can go on with; False where the corpus is finished."""
-    asked = {**settings, "source": str(source.resolve())}
-    if overwrite:
-        (out / MANIFEST).unlink(missing_ok=True)
-    if (out / MANIFEST).is_file():
-        _refuse_difference(out, load_manifest(out)["settings"], settings)
-        journal.remove()
-        return False
-    begun = journal.settings()
-    if begun is not None and not overwrite:
-        _refuse_difference(out, begun, asked)
-        return True
-    journal.clear()
-    journal.begin(asked, source)
-    if next(journal.entries(), None) is None:
-        journal.remove()
-        raise UserError(f"{source}: no MIDI files (.mid, .midi, .kar) here or in its folders")
-    return True
-
-
-def _refuse_difference(out: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
-    changed = [name for name in sorted(now) if digest(before.get(name)) != digest(now[name])]
-    if changed:
-        raise UserError(
-            f"{out}: holds a corpus built with other settings ({', '.join(changed)}); "
-            "choose another folder, or --overwrite to build it anew"
-        )
-
-
-def _summary(out: Path, manifest: dict[str, Any]) -> BuildSummary:
+def _summary(out: Path, manifest: dict[str, Any], done_before: bool) -> BuildSummary:
     names = ("n_accepted", "n_rejected", "n_tokens", "n_notes", "hours", "rejected")
     return BuildSummary(
         out_dir=str(out),
@@ -241,4 +291,5 @@ def _summary(out: Path, manifest: dict[str, Any]) -> BuildSummary:
         n_test=manifest["splits"].get("test", {}).get("n_pieces", 0),
         warnings=manifest.get("warnings", []),
         **{name: manifest[name] for name in names},
+        done_before=done_before,
     )

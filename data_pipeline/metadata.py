@@ -13,7 +13,6 @@ What the table does not know of a file is looked for in the names of the file an
 then in the text events of the MIDI file (reference: aria-utils ariautils/midi.py meta_*).
 """
 
-import hashlib
 import json
 import re
 import sys
@@ -206,22 +205,6 @@ def find_tables(
     # MAESTRO ships the same table as JSON and as CSV: the first one found will do.
     files = ((f, [m for n in _TABLE_NAMES for m in sorted(f.glob(n))]) for f in folders)
     return [("" if f == root else f.name, matches[0]) for f, matches in files if matches]
-
-
-def tables_digest(tables: Sequence[tuple[str, Path]]) -> str | None:
-    """sha256 of what the tables say and of which folders; None without tables.
-
-    Raises:
-        UserError: a table that cannot be read.
-    """
-    sha = hashlib.sha256()
-    for folder, path in tables:
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path}: cannot read the metadata ({error.strerror})") from error
-        sha.update(json.dumps([folder, hashlib.sha256(content).hexdigest()]).encode())
-    return sha.hexdigest() if tables else None
 
 
 def load_labels(midi_dir: str | Path, metadata_path: str | Path | None = None) -> LabelTable:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_pipeline.artifact import write_atomically
 from data_pipeline.errors import UserError
 
 # Folder of the music21 corpus -> composer label. Folders with too few scores to learn from, and
@@ -89,7 +90,7 @@ def sample(
             if progress:
                 progress(done, len(todo))
     rows = [row for row in rows if (out_dir / row["path"]).exists()]
-    _write_atomically(out_dir / "metadata.json", json.dumps(rows, indent=1).encode())
+    write_atomically(out_dir / "metadata.json", json.dumps(rows, indent=1).encode())
     counts: dict[str, int] = defaultdict(int)
     for row in rows:
         counts[row["composer"]] += 1
@@ -153,7 +154,8 @@ def _render(score: str, path: Path) -> str | None:
         return f"{type(error).__name__}: {error}"
     if len(notes) < 16:
         return "fewer than 16 notes"
-    _write_atomically(path, _midi_bytes(notes, beats_per_minute or _fitting_tempo(notes)))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, _midi_bytes(notes, beats_per_minute or _fitting_tempo(notes)))
     return None
 
 
@@ -200,11 +202,3 @@ def _midi_bytes(notes: np.ndarray, quarters_per_minute: float) -> bytes:
     buffer = io.BytesIO()
     midi.dump(file=buffer)
     return buffer.getvalue()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """A killed run leaves no half-written file under its final name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    partial.replace(path)

@@ -28,6 +28,8 @@ SPLITS = ("train", "val", "test")
 """The third is there where the metadata names pieces of a published test set."""
 MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
+FILES = "files.jsonl"
+"""[path, sha256] of every file that a corpus was made of, rejected ones too."""
 
 # One record per chunk: a random read decompresses one piece and nothing else.
 _WRITER_OPTIONS = "group_size:1,zstd:3"

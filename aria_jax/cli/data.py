@@ -19,12 +19,14 @@ examples:
 
 BUILD = """\
 Read, filter, tokenise and shard every MIDI file of a folder (or tar archive). Killed at any moment
-and run again, it goes on, and ends with the same bytes. Files that cannot be used are named in
-rejected.jsonl with the reason; the rest goes on. The validation split holds whole compositions.
-Labels come from metadata.json, .jsonl or .csv beside the files (Aria-MIDI, MAESTRO and ASAP
-layouts) or --metadata, then from the names of files and folders, then from the text inside the
-MIDI files. Where every piece has a label "split" (train, val or validation, test), that is the
-split; a piece that is labelled test is never in a shard of train or val."""
+and run again, it goes on, and ends with the same bytes; finished, it does nothing; where the files,
+their labels or the settings have changed since, it says what, and builds with --overwrite. Files
+that cannot be used are named in rejected.jsonl with the reason; the rest goes on. The validation
+split holds whole compositions. Labels come from metadata.json, .jsonl or .csv beside the files
+(Aria-MIDI, MAESTRO and ASAP layouts) or --metadata, then from the names of files and folders, then
+from the text inside the MIDI files. Where every piece has a label "split" (train, val or
+validation, test), that is the split; a piece that is labelled test is never in a shard of train or
+val."""
 
 DETAILS = """\
 filters: "none" keeps all that can be read; "light" drops broken and degenerate files, "heavy" has
@@ -162,6 +164,8 @@ def _build(args: argparse.Namespace) -> None:
         f"{summary.n_train:,} train, {summary.n_val:,} val"
         + (f", {summary.n_test:,} test" if summary.n_test else "")
     )
+    if summary.done_before:
+        text += "\nalready built of the same files with the same settings: nothing to do"
     if summary.n_rejected:
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in summary.rejected.items())
         text += f"\n{summary.n_rejected:,} rejected ({reasons}): see {args.out_dir}/rejected.jsonl"

@@ -1,12 +1,13 @@
 """What a build keeps on disk while it runs, so that a kill at any moment loses no finished work.
 
-    OUT/.build/settings.json   what the unfinished build was asked to do
-    OUT/.build/listing.jsonl   the source's files, in order
-    OUT/.build/tables/         label tables of an archive
+    OUT/.build/identity.json   what the unfinished build is made of
+    OUT/.build/source/         the source as this start found it: listing.jsonl with the sha256 of
+                               every file, the label tables and, unpacked, the bytes of an archive
+    OUT/.build/asked/          the same, before it is known whether the build goes on
     OUT/.build/unit-000012     results of one run of files, written once, complete
     OUT/.build/final/          shards being written
 
-Every file appears complete or not at all: written beside, flushed to the disk, renamed.
+Every file appears complete or not at all.
 """
 
 import errno
@@ -15,40 +16,23 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
-from data_pipeline.building.sources import Entry, list_source
+from data_pipeline.artifact import Identity, file_digest, hashed, write_atomically
+from data_pipeline.building.sources import Entry, list_source, readable_root
 from data_pipeline.errors import UserError, printable
 
 UNIT_FILES = 256
 """Files in one work unit: the most work that a killed build repeats, per worker."""
 UNIT_BYTES = 32 << 20
 """MIDI bytes in one work unit of several files: bounds a worker's memory."""
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes so that `path` holds all of `data` or what it held before, whatever happens."""
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(beside, path)
-
-
-def publish(made: Path, path: Path) -> None:
-    """Renames a file that is already flushed, and flushes the folder's entry."""
-    os.replace(made, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 @contextmanager
@@ -74,77 +58,143 @@ class Journal:
 
     def __init__(self, out_dir: Path):
         self.folder = out_dir / ".build"
-        self.spool = self.folder / "spool"
         self.final = self.folder / "final"
-        self.tables = self.folder / "tables"
-        self._listing = self.folder / "listing.jsonl"
-        self._settings = self.folder / "settings.json"
+        self._identity = self.folder / "identity.json"
+        self._source = self.folder / "source"
+        self._asked = self.folder / "asked"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the folder and keeps other builds out; the lock goes with the process."""
+        """Makes the folder and keeps other builds out; the lock goes with the process.
+
+        What was only asked, and a folder with nothing in it, do not stay.
+        """
         out_dir = self.folder.parent
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.mkdir(exist_ok=True)
         handle = os.open(out_dir, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
         except BlockingIOError as error:
+            os.close(handle)
             raise UserError(
                 f"{out_dir}: another build is writing here; wait for it or stop it"
             ) from error
+        try:
+            yield
         finally:
+            shutil.rmtree(self._asked, ignore_errors=True)
+            with suppress(OSError):
+                self.folder.rmdir()
             os.close(handle)
 
-    def settings(self) -> dict[str, Any] | None:
-        """What the unfinished build was asked to do; None where nothing was begun."""
-        return json.loads(self._settings.read_text()) if self._settings.is_file() else None
+    def list_asked(self, source: Path, progress: Callable[[int], None]) -> "Listing":
+        """Lists the source as it is now, with the sha256 of each file; see `accept`.
 
-    def begin(self, settings: dict[str, Any], source: Path) -> None:
-        """Lists the source, then notes the settings: from there on the build can be continued."""
-        beside = self._listing.with_suffix(".part")
-        with beside.open("w") as file:
-            for entry in list_source(source, self.spool, self.tables):
-                file.write(json.dumps([entry.path, entry.size, entry.offset]) + "\n")
+        Args:
+            progress: called with the number of files so far.
+        """
+        shutil.rmtree(self._asked, ignore_errors=True)
+        self._asked.mkdir()
+        listing = Listing(self._asked)
+        entries = list_source(source, listing.spool, listing.tables)
+        first = next(entries, None)  # from here on the bytes of an archive are there to be read
+        if first is None:
+            raise UserError(f"{source}: no MIDI files (.mid, .midi, .kar) here or in its folders")
+        root = readable_root(source, listing.spool)
+        with listing.path.open("w") as file:
+            rows = hashed(chain([first], entries), partial(entry_digest, root))
+            for number, (entry, sha256) in enumerate(rows, start=1):
+                file.write(json.dumps([entry.path, entry.size, entry.offset, sha256]) + "\n")
+                if number % UNIT_FILES == 0:
+                    progress(number)
             file.flush()
             os.fsync(file.fileno())
-        publish(beside, self._listing)
-        write_atomically(self._settings, json.dumps(settings).encode())
+        return listing
 
-    def entries(self) -> Iterator[Entry]:
-        """The listed files, in order."""
-        with self._listing.open() as file:
-            for line in file:
-                yield Entry(*json.loads(line))
+    @property
+    def listing(self) -> "Listing":
+        """The source of the build that was begun."""
+        return Listing(self._source)
+
+    def digests(self) -> Iterator[tuple[str, str | None]]:
+        """(path, sha256) of what the begun build is made of; nothing where a kill left none."""
+        return self.listing.digests() if self.listing.path.is_file() else iter(())
+
+    def identity(self) -> Identity | None:
+        """What the unfinished build is made of; None where nothing was begun."""
+        if not self._identity.is_file():
+            return None
+        return Identity.from_json(json.loads(self._identity.read_text()))
+
+    def begin(self, identity: Identity) -> None:
+        """Removes what another build left; a kill before the end starts afresh."""
+        self._identity.unlink(missing_ok=True)
+        for path in self.folder.iterdir():
+            if path == self._asked:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        self.accept()
+        write_atomically(self._identity, json.dumps(identity.to_json()))
+
+    def accept(self) -> None:
+        """Goes on with the source that was asked for: the same files, perhaps elsewhere."""
+        shutil.rmtree(self._source, ignore_errors=True)
+        self._asked.rename(self._source)
 
     def units(self) -> Iterator[tuple[int, list[Entry]]]:
         """Work units: (number, files)."""
-        yield from enumerate(batched_entries(self.entries()))
-
-    def listing_digest(self) -> str:
-        """sha256 of the files' paths and sizes: equal for a folder and an archive of it."""
-        sha = hashlib.sha256()
-        for entry in self.entries():
-            sha.update(json.dumps([entry.path, entry.size]).encode())
-        return sha.hexdigest()
+        yield from enumerate(batched_entries(self.listing.entries()))
 
     def unit_path(self, number: int) -> Path:
         """Where the results of a unit are kept."""
         return self.folder / f"unit-{number:06d}"
 
-    def clear(self) -> None:
-        """Removes what an unfinished build left, settings first: a kill here starts afresh."""
-        self._settings.unlink(missing_ok=True)
-        for path in self.folder.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-
     def remove(self) -> None:
-        """Removes the journal of a finished build."""
-        self.clear()
-        self.folder.rmdir()
+        """Removes the journal of a finished build, its identity first."""
+        self._identity.unlink(missing_ok=True)
+        shutil.rmtree(self.folder)
+
+
+class Listing:
+    """The files of a source, sorted by path, in a folder that holds all that listing it took."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "listing.jsonl"
+        self.spool = folder / "spool"
+        self.tables = folder / "tables"
+
+    def entries(self) -> Iterator[Entry]:
+        """The files, in order."""
+        for path, size, offset, _ in self._lines():
+            yield Entry(path, size, offset)
+
+    def digests(self) -> Iterator[tuple[str, str | None]]:
+        """(path, sha256 or None where the file cannot be read) of each file, in order."""
+        for path, _, _, sha256 in self._lines():
+            yield path, sha256
+
+    def _lines(self) -> Iterator[list[Any]]:
+        with self.path.open() as file:
+            yield from map(json.loads, file)
+
+
+def entry_digest(root: Path, entry: Entry) -> str | None:
+    """sha256 of a file of a source; None where it cannot be read."""
+    try:
+        if entry.offset < 0:
+            return file_digest(root / entry.path)
+        sha, left = hashlib.sha256(), entry.size
+        with root.open("rb") as file:
+            file.seek(entry.offset)
+            while left > 0 and (block := file.read(min(left, 1 << 20))):
+                sha.update(block)
+                left -= len(block)
+        return sha.hexdigest()
+    except OSError:
+        return None
 
 
 def batched_entries(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
@@ -194,6 +244,3 @@ def rejection(path: str, stage: str, reason: str, value: Any = None) -> dict[str
     return {"path": printable(path), "stage": stage, "reason": reason, "value": value}
 
 
-def digest(value: Any) -> str:
-    """sha256 of a JSON value, the same for equal values."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

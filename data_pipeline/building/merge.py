@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.building.journal import publish, read_unit, rejection
+from data_pipeline.artifact import publish
+from data_pipeline.building.journal import read_unit, rejection
 from data_pipeline.building.plan import MergeSettings, make_plan
 from data_pipeline.shards import (
     REJECTED,

@@ -113,8 +113,144 @@ def test_a_finished_build_is_left_alone_and_other_settings_are_refused(built, fo
     before = contents(out)
     assert build(folder, out, filters="none", val_fraction=0.2) == summary
     assert contents(out) == before
-    with pytest.raises(UserError, match=r"other settings \(val_fraction\)"):
+    with pytest.raises(UserError, match=r"val_fraction: 0.2 → 0.5.*--overwrite"):
         build(folder, out, filters="none", val_fraction=0.5)
+    assert contents(out) == before
+
+
+SMALL = {"workers": 1, "filters": "none", "val_fraction": 0.2}
+
+
+@pytest.fixture(scope="module")
+def few_built(folder, tmp_path_factory):
+    """Six pieces of `folder`, and the corpus made of them."""
+    made = tmp_path_factory.mktemp("few")
+    shutil.copytree(folder / "set0", made / "midi", ignore=lambda _, names: sorted(names)[6:])
+    build(made / "midi", made / "data", **SMALL)
+    return made
+
+
+@pytest.fixture
+def few(few_built, tmp_path):
+    """A copy of either that may be changed."""
+    for name in ("midi", "data"):
+        shutil.copytree(few_built / name, tmp_path / name)
+    return tmp_path / "midi", tmp_path / "data"
+
+
+def _add(midi):
+    shutil.copy(midi / "0.mid", midi / "new.mid")
+
+
+def _change_keeping_size_and_times(midi):
+    path = midi / "0.mid"
+    data, times = bytearray(path.read_bytes()), path.stat()
+    data[-10] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def _remove(midi):
+    (midi / "0.mid").unlink()
+
+
+def _label(midi):
+    (midi / "metadata.json").write_text('[{"path": "0.mid", "composer": "Clementi"}]')
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (_add, r"files: 1 file more \(first: new.mid\)"),
+        (_change_keeping_size_and_times, r"files: 1 file changed \(first: 0.mid\)"),
+        (_remove, r"files: 1 file fewer \(first: 0.mid\)"),
+        (_label, "labels: other labels"),
+    ],
+)
+def test_a_source_that_changed_is_refused_until_overwritten(few, change, said):
+    midi, out = few
+    before = contents(out)
+    change(midi)
+    with pytest.raises(UserError, match=f"{said}.*choose another output, or --overwrite"):
+        build(midi, out, **SMALL)
+    assert contents(out) == before and not (out / ".build").exists()
+
+
+def test_what_is_overwritten_is_then_what_was_asked(few):
+    midi, out = few
+    before = contents(out)
+    _add(midi)
+    build(midi, out, **SMALL, overwrite=True)
+    after = contents(out)
+    assert after != before
+    build(midi, out, **SMALL)
+    assert contents(out) == after
+
+
+def test_another_folder_is_another_corpus_and_the_same_files_elsewhere_are_the_same(
+    few, folder, tmp_path
+):
+    midi, out = few
+    before = contents(out)
+    with pytest.raises(UserError, match=r"files: .* more"):
+        build(folder / "set1", out, **SMALL)
+    midi.rename(tmp_path / "moved")
+    with tarfile.open(tmp_path / "archive.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "moved", arcname=".")
+    for same in (tmp_path / "moved", tmp_path / "archive.tar.gz"):
+        build(same, out, **SMALL)
+    assert contents(out) == before
+
+
+def test_an_unfinished_build_goes_on_with_the_same_files_only(few, folder, tmp_path, monkeypatch):
+    midi, out = few
+    expected, other = contents(out), tmp_path / "other"
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipeline.build.merge", lambda *_: exec("raise KeyboardInterrupt"))
+        with pytest.raises(KeyboardInterrupt):
+            build(midi, other, **SMALL)
+    with pytest.raises(UserError, match="holds the beginning of a corpus made otherwise"):
+        build(folder / "set1", other, **SMALL)
+    build(midi, other, **SMALL)
+    assert contents(other) == expected
+    assert sorted(p.name for p in other.iterdir()) == sorted(expected)
+
+
+def test_a_smaller_corpus_leaves_no_shard_of_the_one_it_replaces(few):
+    midi, out = few
+    build(midi, out, **SMALL, shards=3, overwrite=True)
+    build(midi, out, **SMALL, shards=1, overwrite=True)
+    assert len(list(out.glob("*.arrayrecord"))) == 2
+
+
+def test_a_corpus_that_does_not_say_what_it_was_made_of_is_refused(few):
+    midi, out = few
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["identity"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"earlier version.*--overwrite"):
+        build(midi, out, **SMALL)
+
+
+@pytest.mark.parametrize("inside", ["", "tokens", "a/b"])
+def test_nothing_is_written_into_the_source(few, inside):
+    midi, _ = few
+    before = sorted(midi.rglob("*"))
+    with pytest.raises(UserError, match="nothing is written into the folder of your MIDI files"):
+        build(midi, midi / inside, **SMALL)
+    assert sorted(midi.rglob("*")) == before
+
+
+def test_a_build_that_cannot_begin_leaves_no_folder(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for source, settings in (
+        (tmp_path / "nowhere", {}),
+        (tmp_path / "empty", {}),
+        (tmp_path / "empty", {"metadata": tmp_path / "no.json"}),
+    ):
+        with pytest.raises(UserError):
+            build(source, tmp_path / "a" / "data", **settings)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty"]
 
 
 def test_filters_reject_with_test_and_value(folder, tmp_path):

@@ -225,7 +225,7 @@ def test_another_table_beside_the_files_is_another_corpus(texts, tmp_path):
     build(texts, tmp_path / "data", **ALL)
     build(texts, tmp_path / "data", **ALL)  # nothing to do
     (texts / "metadata.json").write_text('[{"path": "2.mid", "composer": "Clementi"}]')
-    with pytest.raises(UserError, match=r"other settings \(metadata\)"):
+    with pytest.raises(UserError, match="labels: other labels"):
         build(texts, tmp_path / "data", **ALL)
 
 

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from data_pipeline.building.journal import pack_unit, rejection, write_atomically
+from data_pipeline.artifact import write_atomically
+from data_pipeline.building.journal import pack_unit, rejection
 from data_pipeline.building.merge import merge
 from data_pipeline.building.plan import MergeSettings, composition_key, in_validation
 from data_pipeline.errors import UserError
