@@ -45,7 +45,7 @@ def write_config(config: RunConfig, workdir: str | Path) -> Path:
     """Writes every setting of a run to WORKDIR/config.yaml, all or nothing."""
     import yaml
 
-    from data_pipeline.building.journal import write_atomically
+    from data_pipeline.artifact import write_atomically
 
     values = json.loads(json.dumps(to_dict(config)))  # tuples as lists
     path = Path(workdir) / CONFIG_FILE

@@ -7,7 +7,6 @@ A PyTorch linear weight is [out, in]; ours [in, out].
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from aria_jax.checkpoints.published import (
 from aria_jax.config import ComputeConfig, to_dict
 from aria_jax.models.heads import Model, abstract_model
 from aria_jax.models.lora import Lora
-from data_pipeline.building.journal import publish, write_atomically
+from data_pipeline.artifact import atomic, write_atomically
 from data_pipeline.errors import UserError
 
 METADATA = "aria_jax.config"
@@ -175,16 +174,11 @@ def _write(path: str | Path, header: dict[str, Any], tensors: Iterator[np.ndarra
     """
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path = Path(path)
-    beside = path.with_name(path.name + ".part")
-    with beside.open("wb") as file:
+    with atomic(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors:
             file.write(tensor.data)
-        file.flush()
-        os.fsync(file.fileno())
-    publish(beside, path)
 
 
 def save_lora(path: str | Path, lora: Lora) -> None:
