@@ -13,7 +13,6 @@ What the table does not know of a file is looked for in the names of the file an
 then in the text events of the MIDI file (reference: aria-utils ariautils/midi.py meta_*).
 """
 
-import json
 import re
 import sys
 import unicodedata

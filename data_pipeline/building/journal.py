@@ -242,5 +242,3 @@ def _open_unit(path: Path) -> tuple[list[dict[str, Any]], int]:
 def rejection(path: str, stage: str, reason: str, value: Any = None) -> dict[str, Any]:
     """A line of rejected.jsonl; `path` may hold bytes that are not UTF-8."""
     return {"path": printable(path), "stage": stage, "reason": reason, "value": value}
-
-
