@@ -1,4 +1,4 @@
-"""Settings in a file: what `aria-jax train --config FILE` reads, and what a run writes down.
+"""Settings in files and lists: what `train --config FILE` reads, and what a run writes down.
 
 YAML or JSON with the keys of the command line: `steps: 200`, `optimizer.peak_lr: 1e-4`, or a
 section with its settings inside; `task` may be named too. Every run writes its resolved settings
@@ -6,13 +6,23 @@ to WORKDIR/config.yaml; given to --config, they make the same run.
 """
 
 import json
+import textwrap
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from aria_jax.config import SECTIONS, RunConfig, full_name, out_of_range, to_dict, with_settings
+from aria_jax.config import (
+    SECTIONS,
+    SETTINGS,
+    RunConfig,
+    full_name,
+    out_of_range,
+    to_dict,
+    with_settings,
+)
 from data_pipeline.errors import UserError
+from data_pipeline.settings import field_docs
 
 CONFIG_FILE = "config.yaml"
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -102,3 +112,53 @@ def _pairs(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"{key}.{name}", inner) for name, inner in value.items())
         else:
             raise UserError(f"{key!r} is no section; the sections are {', '.join(SECTIONS)}")
+
+
+def listed(preset: RunConfig | None = None) -> list[dict[str, Any]]:
+    """Name, type, range, default and docstring of every setting, as JSON types.
+
+    Args:
+        preset: a run whose values are listed too, as "preset".
+    """
+    rows = []
+    for section, cls in SECTIONS.items():
+        docs = field_docs(cls)
+        for name, setting in SETTINGS.items():
+            if name.startswith(f"{section}."):
+                row = {
+                    "name": name,
+                    "type": setting.type_name,
+                    "range": None if setting.range is None else f"must {setting.range}",
+                    "default": setting.default,
+                    "doc": docs[setting.name],
+                }
+                if preset is not None:
+                    row["preset"] = getattr(getattr(preset, section), setting.name)
+                rows.append(row)
+    return rows
+
+
+def settings_text(rows: Sequence[Mapping[str, Any]], preset: str) -> str:
+    """What `listed` found, grouped by section, for a person."""
+    lines: list[str] = []
+    for section, cls in SECTIONS.items():
+        lines += ["", f"{section}: {(cls.__doc__ or '').strip().splitlines()[0]}"]
+        for row in rows:
+            if not row["name"].startswith(f"{section}."):
+                continue
+            limits = "" if row["range"] is None else f", {row['range']}"
+            text = f"  {row['name'].partition('.')[2]}={_shown(row['default'])}"
+            if row.get("preset", row["default"]) != row["default"]:
+                text += f"  ({preset}: {_shown(row['preset'])})"
+            lines.append(f"{text}  [{row['type']}{limits}]")
+            lines += textwrap.wrap(
+                row["doc"], 96, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
+    return "\n".join(lines[1:])
+
+
+def _shown(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else f"{value}"

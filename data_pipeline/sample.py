@@ -8,7 +8,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from importlib import metadata as packages
 from importlib.util import find_spec
@@ -18,6 +17,7 @@ import numpy as np
 
 from data_pipeline.artifact import write_atomically
 from data_pipeline.errors import UserError
+from data_pipeline.pool import map_in_order
 
 # Folder of the music21 corpus -> composer label. Folders with too few scores to learn from, and
 # the collections of single-line folk tunes but one, are left out.
@@ -82,13 +82,14 @@ def sample(
     todo = [(s, out_dir / r["path"]) for s, r in zip(chosen, rows, strict=True)]
     todo = [(score, path) for score, path in todo if not path.exists()]
     failed: list[tuple[str, str]] = []
-    with ProcessPoolExecutor(max_workers=workers) as pool:
-        futures = {pool.submit(_render, score, path): score for score, path in todo}
-        for done, future in enumerate(as_completed(futures), start=1):
-            if reason := future.result():
-                failed.append((futures[future], reason))
-            if progress:
-                progress(done, len(todo))
+    if progress and todo:
+        progress(0, len(todo))
+    reasons = map_in_order(_render, todo, workers=workers, ahead=len(todo), chunk=1)
+    for done, ((score, _), reason) in enumerate(zip(todo, reasons, strict=True), start=1):
+        if reason:
+            failed.append((score, reason))
+        if progress:
+            progress(done, len(todo))
     rows = [row for row in rows if (out_dir / row["path"]).exists()]
     write_atomically(out_dir / "metadata.json", json.dumps(rows, indent=1).encode())
     counts: dict[str, int] = defaultdict(int)
@@ -143,10 +144,11 @@ def _labels(score: str) -> dict[str, str]:
     }
 
 
-def _render(score: str, path: Path) -> str | None:
-    """Renders one score to `path`; the reason where that is impossible."""
+def _render(task: tuple[str, Path]) -> str | None:
+    """Renders a score to a path; the reason where that is impossible."""
     import music21
 
+    score, path = task
     try:
         parsed = music21.converter.parse(_corpus_dir() / score, forceSource=True)
         notes, beats_per_minute = _notes(parsed.stripTies()), _marked_tempo(parsed)

@@ -48,6 +48,7 @@ ALLOWED = {
         f"aria_jax.{r}" for r in ("models", "losses", "kernels", "checkpoints", "train", "generate")
     },
     "aria_jax.cli": COMMON
+    | {"aria_jax.__version__"}
     | {
         f"aria_jax.{room}"
         for room in (

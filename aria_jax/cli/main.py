@@ -5,9 +5,13 @@ A verb module defines `DESCRIPTION`, `add_arguments(parser)` and `run(args) -> i
 """
 
 import argparse
+import difflib
 import importlib
+import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NoReturn
 
 from data_pipeline.errors import UserError
 
@@ -44,12 +48,53 @@ examples:
 `aria-jax VERB --help` explains each verb."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Mistakes become one `UserError`, with the nearest right word."""
+
+    _given: Sequence[str] = ()
+
+    def knows(self, option: str) -> bool:
+        """Whether an argument that begins with dashes is, or begins, an option of this parser."""
+        name = option.partition("=")[0]
+        return any(known.startswith(name) for known in self._options())
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse does; keeps the arguments for `error`."""
+        self._given = list(args or ())
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Raises it."""
+        if found := re.search(r"invalid choice: '(.*)' \(choose from (.*)\)$", message):
+            given, choices = found[1], [c.strip(" '") for c in found[2].split(",")]
+            message = message[: found.start()] + (
+                f"no {given!r}{did_you_mean(given, choices)} (one of {', '.join(choices)})"
+            )
+        elif found := re.match(r"unrecognized arguments: (.*)$", message):
+            first = found[1].split()[0].partition("=")[0]
+            message = f"unknown argument {found[1]}" + did_you_mean(first, self._options())
+        elif message.startswith("the following arguments are required"):
+            unknown = [a for a in self._given if a.startswith("--") and not self.knows(a)]
+            for option in unknown:
+                message += f"; unknown argument {option}" + did_you_mean(option, self._options())
+        raise UserError(f"{self.prog.removeprefix('aria-jax ')}: {message}; see {self.prog} --help")
+
+    def _options(self) -> list[str]:
+        return [option for action in self._actions for option in action.option_strings]
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean 'train'?" where a known word is near, else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, VERBS))
     listing = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items())
     return argparse.ArgumentParser(
         prog="aria-jax",
-        usage="aria-jax VERB ...",
+        usage="aria-jax VERB ... | --version",
         description="Learn from piano performances in MIDI.\n\nverbs:\n" + listing,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,29 +102,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit status: 0 done, 1 it ran but failed, 2 user error."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser()
-    if not argv or argv[0] in ("-h", "--help"):
-        parser.print_help()
-        return 0
-    verb = argv[0]
-    try:
-        if verb not in VERBS:
-            import difflib
+    """Runs one verb and returns the exit status.
 
-            near = difflib.get_close_matches(verb, VERBS, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "`aria-jax --help` lists them"
-            raise UserError(f"unknown verb {verb!r}: {hint}")
-        module = importlib.import_module(f"aria_jax.cli.{VERBS[verb][0]}")
-        verb_parser = argparse.ArgumentParser(
-            prog=f"aria-jax {verb}",
-            description=module.DESCRIPTION,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        module.add_arguments(verb_parser)
-        parse = getattr(module, "PARSE", argparse.ArgumentParser.parse_args)
-        return module.run(parse(verb_parser, argv[1:])) or 0
+    0 done, 1 it ran but failed, 2 the user's mistake, 130 Ctrl-C.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        _parser().print_help()
+        return 0
+    if argv[0] in ("--version", "-V"):
+        print(_version())
+        return 0
+    from aria_jax.cli.console import working
+
+    try:
+        with working(argv[0]):
+            return _run(argv[0], argv[1:])
     except UserError as error:
         print(f"aria-jax: error: {error}", file=sys.stderr)
         return 2
@@ -89,6 +127,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("aria-jax: interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+
+
+def _run(verb: str, argv: Sequence[str]) -> int:
+    if verb not in VERBS:
+        hint = did_you_mean(verb, VERBS) or "; `aria-jax --help` lists them"
+        raise UserError(f"unknown verb {verb!r}{hint}")
+    # What libraries say about themselves is no news to a user; errors still are.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    module = importlib.import_module(f"aria_jax.cli.{VERBS[verb][0]}")
+    parser = Parser(
+        prog=f"aria-jax {verb}",
+        description=module.DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    module.add_arguments(parser)
+    parse = getattr(module, "PARSE", Parser.parse_args)
+    return module.run(parse(parser, argv)) or 0
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from aria_jax import __version__
+
+    try:
+        jax = version("jax")
+    except PackageNotFoundError:
+        jax = "missing"
+    python = ".".join(map(str, sys.version_info[:3]))
+    return f"aria-jax {__version__} (Python {python}, jax {jax})"
 
 
 if __name__ == "__main__":

@@ -3,13 +3,13 @@
 import argparse
 import dataclasses
 import sys
-import textwrap
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from aria_jax.cli.main import Parser
     from aria_jax.config import RunConfig
     from aria_jax.train.cost import Chip
     from aria_jax.train.plan import Plan
@@ -70,7 +70,7 @@ On TPUs the mesh, bfloat16, remat and gradient accumulation are chosen by chip a
 TASKS = ("pretrain", "continue", "contrastive", "classify")
 
 
-def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+def parse(parser: "Parser", argv: Sequence[str]) -> argparse.Namespace:
     """Settings may stand before, between and after the options; --settings needs nothing else."""
     if "--settings" in argv:
         parser = type(parser)(prog=parser.prog)
@@ -79,7 +79,24 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Name
         parser.add_argument("--preset", default="tiny")
         parser.add_argument("--json", action="store_true")
         return parser.parse_args(argv)
+    for at, option in enumerate(argv):
+        if option.startswith("--") and not parser.knows(option):
+            _refuse_dashes(option, argv[at + 1 :])
     return parser.parse_intermixed_args(argv)
+
+
+def _refuse_dashes(option: str, behind: Sequence[str]) -> None:
+    """Raises `UserError` for --steps 5, which should be steps=5."""
+    from aria_jax.config import full_name
+    from data_pipeline.errors import UserError
+
+    name, _, value = option.lstrip("-").replace("-", "_").partition("=")
+    try:
+        full_name(name)
+    except UserError:
+        return
+    value = value or next((text for text in behind if not text.startswith("--")), "…")
+    raise UserError(f"train: {option} is a setting, not an option; did you mean {name}={value}?")
 
 
 PARSE = parse
@@ -124,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the training; 0 when done, 130 when it was interrupted."""
+    """Runs the training; 0 when done, 130 after Ctrl-C, 1 after SIGTERM."""
     from aria_jax.presets import for_task
     from data_pipeline.errors import UserError
     from data_pipeline.shards import load_manifest
@@ -152,47 +169,14 @@ def _as_asked(preset: "RunConfig", args: argparse.Namespace) -> "RunConfig":
 def _list_settings(args: argparse.Namespace) -> int:
     """Prints every setting; with a task also what its preset makes of it."""
     from aria_jax.cli.console import print_result
-    from aria_jax.config import SECTIONS, SETTINGS
+    from aria_jax.config_file import listed, settings_text
     from aria_jax.presets import for_task
-    from data_pipeline.settings import field_docs
 
     preset = for_task(args.preset, args.task) if args.task else None
-    docs = {
-        f"{section}.{name}": doc
-        for section, cls in SECTIONS.items()
-        for name, doc in field_docs(cls).items()
-    }
-    rows: list[dict[str, Any]] = []
-    lines: list[str] = []
-    for name, setting in SETTINGS.items():
-        section, _, field = name.partition(".")
-        row = {
-            "name": name,
-            "type": setting.type_name,
-            "range": None if setting.range is None else f"must {setting.range}",
-            "default": setting.default,
-            "doc": docs[name],
-        }
-        if lines == [] or section != rows[-1]["name"].partition(".")[0]:
-            lines += ["", f"{section}: {(SECTIONS[section].__doc__ or '').strip().splitlines()[0]}"]
-        text = f"  {field}={_shown(setting.default)}"
-        if preset is not None:
-            row["preset"] = getattr(getattr(preset, section), field)
-            if row["preset"] != setting.default:
-                text += f"  ({args.task}, {args.preset}: {_shown(row['preset'])})"
-        rows.append(row)
-        limits = "" if setting.range is None else f", must {setting.range}"
-        lines += [f"{text}  [{setting.type_name}{limits}]"]
-        lines += textwrap.wrap(row["doc"], 96, initial_indent=" " * 6, subsequent_indent=" " * 6)
-    print_result({"settings": rows}, args.json, "\n".join(lines[1:]))
+    rows = listed(preset)
+    text = settings_text(rows, f"{args.task}, {args.preset}")
+    print_result({"settings": rows}, args.json, text)
     return 0
-
-
-def _shown(value: Any) -> str:
-    """A value as the command line takes it."""
-    if isinstance(value, tuple):
-        return ",".join(value)
-    return str(value).lower() if value is None or isinstance(value, bool) else f"{value}"
 
 
 def _on_chips(
@@ -209,9 +193,11 @@ def _on_chips(
 
 
 def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
+    from aria_jax.cli import console
+
+    console.stage("loading jax")
     import jax
 
-    from aria_jax.cli.console import print_result
     from aria_jax.config_file import write_config
     from aria_jax.train.cost import chip_of
     from aria_jax.train.loop import run as train
@@ -219,43 +205,44 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     from aria_jax.train.processes import join_processes, leave_at_once, lost_contact
     from aria_jax.train.tasks import resolve
 
+    console.stage("looking for devices")
     first = join_processes() == 0
     chip = chip_of(jax.devices()[0].device_kind)
     config = _on_chips(args, preset, chip, jax.device_count())
     workdir = Path(args.workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: console.note(f"warning: {message}")
     sinks: list[MetricSink] = []
 
     def started(start: "Start") -> None:
         if first:
-            print(start.sentence, file=sys.stderr)
+            console.note(start.sentence)
             write_config(resolved, workdir)
+        console.stage("compiling the training step")
 
+    console.stage("reading the data")
     resolved = resolve(config, args.data)
     if first:
         steps, warmup = resolved.train.steps, config.optimizer.warmup_steps
         if warmup >= steps:
-            print(
+            console.note(
                 f"note: a warm-up of {warmup} steps is as long as the whole run of {steps}; "
-                f"the learning rate stays low (warmup_steps={max(steps // 10, 1)} would not)",
-                file=sys.stderr,
+                f"the learning rate stays low (warmup_steps={max(steps // 10, 1)} would not)"
             )
-        sinks = [
-            JsonlSink(workdir / "metrics.jsonl"),
-            TensorBoardSink(workdir / "tensorboard"),
-            ProgressSink(steps, args.task),
-        ]
+        sinks = [JsonlSink(workdir / "metrics.jsonl"), TensorBoardSink(workdir / "tensorboard")]
+    console.stage("preparing the weights")
+    console.answer_interrupt("saving; Ctrl-C again to stop now")
     try:
-        result = train(
-            config,
-            args.data,
-            workdir,
-            init_from=args.init_from,
-            sinks=sinks,
-            on_start=started,
-            profile=args.profile,
-        )
+        with console.progress_bar(args.task, "step") as report:
+            result = train(
+                config,
+                args.data,
+                workdir,
+                init_from=args.init_from,
+                sinks=[*sinks, ProgressSink(resolved.train.steps, report)] if first else [],
+                on_start=started,
+                profile=args.profile,
+            )
     except Exception as error:
         if (reason := lost_contact(error)) is None:
             raise
@@ -272,34 +259,30 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     if result.interrupted:
         text += "\ninterrupted; run the same command again to go on"
     if first:
-        print_result({**summary, "workdir": str(workdir)}, args.json, text)
-    return 1 if result.interrupted else 0
+        console.print_result({**summary, "workdir": str(workdir)}, args.json, text)
+    if result.interrupted:
+        return 130 if console.interrupted() else 1
+    return 0
 
 
 class ProgressSink:
-    """A progress bar with losses, tokens a second, share of the peak FLOP/s, and time left."""
+    """Progress with losses, tokens per second and share of the peak FLOP/s."""
 
-    def __init__(self, steps: int, task: str):
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=steps, desc=task, unit="step", dynamic_ncols=True, file=sys.stderr)
+    def __init__(self, steps: int, report: Callable[..., None]):
+        self._steps, self._report = steps, report
         self._shown: dict[str, str] = {}
 
     def write(self, step: int, metrics: Mapping[str, float], split: str) -> None:
-        """Moves the bar to `step`."""
-        formats = {"tokens_per_s": ("tokens/s", ",.0f"), "step_s": ("s/step", ".3g")}
-        formats |= {"loss": (f"{split} loss", ".3f"), "mfu": ("MFU", ".1%")}
+        """Takes up what is known at `step`."""
+        formats = {"tokens_per_s": ("tokens/s", ",.0f"), "loss": (f"{split} loss", ".3f")}
+        formats["mfu"] = ("MFU", ".1%")
         for name, (label, shape) in formats.items():
             if name in metrics:
                 self._shown[label] = format(metrics[name], shape)
-        if self._bar.n == 0 and step > self._bar.total // 100 + 1:
-            self._bar.initial = step  # resumed: the rate counts this session's steps only
-        self._bar.update(step - self._bar.n)
-        self._bar.set_postfix(self._shown)
+        self._report(step, self._steps, ", ".join(f"{k} {v}" for k, v in self._shown.items()))
 
     def close(self) -> None:
-        """Leaves the bar on the screen."""
-        self._bar.close()
+        """Nothing to close: the progress ends with its context."""
 
 
 def _dry_run(args: argparse.Namespace, preset: "RunConfig") -> int:

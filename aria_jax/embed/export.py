@@ -22,8 +22,8 @@ import numpy as np
 from aria_jax.embed.encode import Encode
 from aria_jax.embed.pieces import Piece, Rejection, Source
 from aria_jax.embed.table import Embeddings, join_embeddings, read_settings, write_embeddings
-from aria_jax.embed.workers import cut_in_order
 from data_pipeline.errors import UserError
+from data_pipeline.pool import map_in_order
 
 FILES_PER_PART = 256
 """Bounds the memory and what a kill can lose, and still gives full batches of like length."""
@@ -91,7 +91,7 @@ def export(
     missing = [p for p in mine if not parts.has(p)]
     ranges = [range(p * files_per_part, min((p + 1) * files_per_part, len(paths))) for p in missing]
     files = [i for part in ranges for i in part]
-    cut = cut_in_order(source, files, workers=workers, ahead=2 * files_per_part)
+    cut = map_in_order(source.cut, files, workers=workers, ahead=2 * files_per_part)
     total = sum(min(files_per_part, len(paths) - p * files_per_part) for p in mine)
     done = total - len(files)
     for part, own in zip(missing, ranges, strict=True):

@@ -8,8 +8,8 @@ import numpy as np
 
 from aria_jax.embed.encode import Encode
 from aria_jax.embed.pieces import Piece, Rejection, Source
-from aria_jax.embed.workers import cut_in_order
 from aria_jax.eval.classification import confusion_counts, file_probabilities
+from data_pipeline.pool import map_in_order
 
 FILES_AT_ONCE = 64
 """Enough slices for full batches of like length."""
@@ -48,7 +48,7 @@ def predict(
         workers: processes that read and tokenise.
     """
     n = len(source.paths)
-    cut = cut_in_order(source, range(n), workers=workers, ahead=2 * FILES_AT_ONCE)
+    cut = map_in_order(source.cut, range(n), workers=workers, ahead=2 * FILES_AT_ONCE)
     done = 0
     while files := list(islice(cut, FILES_AT_ONCE)):
         answered = _answered([file for file in files if isinstance(file, Piece)], encode)
