@@ -65,19 +65,6 @@ class ModelConfig:
         """Width of one attention head."""
         return self.d_model // self.n_heads
 
-    @property
-    def n_params(self) -> int:
-        """Number of parameters, head included."""
-        d, ff = self.d_model, self.d_model * self.ff_mult
-        block = 4 * d * d + 3 * d * ff + 4 * d
-        head = {
-            "lm": d * self.vocab_size + (self.emb_size or 0) * d,
-            "embedding": d * (self.emb_size or 0) + self.learned_temperature,
-            "class": d * len(self.class_names),
-            "none": 0,
-        }[self.head]
-        return self.vocab_size * d + self.n_layers * block + 2 * d + head
-
 
 @dataclass(frozen=True)
 class ComputeConfig:

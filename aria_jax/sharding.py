@@ -13,6 +13,7 @@ the compiler cannot cut by itself run under `shard_map`. Without a mesh all of i
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -44,18 +45,6 @@ LOGICAL_RULES: dict[str | None, str | tuple[str, ...] | None] = {
     # Scanned layers must be whole on every device.
     "layer": None,
     None: None,
-}
-
-# Logical axes of each parameter, by the name of its leaf.
-PARAMETER_AXES: dict[str, tuple[str | None, ...]] = {
-    "embedding": (None, "embed"),
-    "qkv": ("layer", "embed", None, "heads"),
-    "out": ("layer", "heads", "embed"),
-    "gate": ("layer", "embed", "mlp"),
-    "up": ("layer", "embed", "mlp"),
-    "down": ("layer", "mlp", "embed"),
-    "head": ("embed", None),
-    "adapter": (None, "embed"),
 }
 
 
@@ -110,8 +99,11 @@ def named_sharding(
     """The sharding of an array whose axes have these logical names.
 
     Raises:
-        ValueError: two of them would share a mesh axis.
+        ValueError: an unknown name, a mesh with other axes, or two names for one mesh axis.
     """
+    _check_mesh(mesh)
+    if unknown := [axis for axis in logical_axes if axis not in LOGICAL_RULES]:
+        raise ValueError(f"unknown logical axes {unknown}: LOGICAL_RULES lacks them")
     spec = [LOGICAL_RULES[axis] for axis in logical_axes]
     used = [axis for entry in spec for axis in _axes(entry)]
     if len(used) != len(set(used)):
@@ -128,7 +120,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return named_sharding(mesh, ("batch",))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The whole array on every device."""
     return named_sharding(mesh, ())
 
@@ -199,14 +191,27 @@ def _global_arrays(
 
 
 def active_mesh() -> AbstractMesh | None:
-    """The mesh that `jax.set_mesh` set, if it has several devices and one may still cut over it.
+    """The mesh that `jax.set_mesh` set, if it has several devices and may still be sharded over.
 
-    Inside `shard_map` the cutting is done: None.
+    Inside `shard_map`, which has done that, it is None.
+
+    Raises:
+        ValueError: a mesh with other axes, over which nothing would be sharded.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1 or mesh.axis_names != MESH_AXES:
+    if mesh.empty or mesh.size == 1 or AxisType.Manual in mesh.axis_types:
         return None
-    return mesh if all(kind == AxisType.Auto for kind in mesh.axis_types) else None
+    _check_mesh(mesh)
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError("the axes of the mesh are explicit, not automatic; use make_mesh")
+    return mesh
+
+
+def _check_mesh(mesh: Mesh | AbstractMesh) -> None:
+    """Raises `ValueError` unless the mesh has the axes that `LOGICAL_RULES` speaks of."""
+    if mesh.axis_names != MESH_AXES:
+        raise ValueError(f"a mesh with the axes {mesh.axis_names}: {MESH_AXES} are expected, as "
+                         "aria_jax.sharding.make_mesh makes it")  # fmt: skip
 
 
 def usable_cpus() -> int:
@@ -247,29 +252,33 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, fitting_spec(mesh, logical_axes, x.shape))
 
 
-def parameter_shardings(tree, mesh: Mesh | AbstractMesh):
-    """A tree of shardings for parameters, or anything that mirrors them (optimiser state).
+def mirrored_shardings(tree: Any, params: Any, shardings: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Shardings of what an optimiser keeps: copies of the parameters (moments) and counters.
 
-    Leaves are recognised by the last name of their path that is in `PARAMETER_AXES`; norms,
-    counters and scalars are replicated.
+    Args:
+        tree: of arrays or shapes.
+        params: what it was made for; every sub-tree of the same structure and shapes is sharded
+            likewise, scalars are replicated.
+        shardings: of `params`.
 
     Raises:
-        UserError: a size does not divide by its mesh axis.
+        ValueError: another array, of which nothing says how it is sharded.
     """
 
-    def sharding(path, leaf) -> NamedSharding:
-        names = [str(getattr(part, "key", getattr(part, "name", ""))) for part in path]
-        named = [name for name in names if name in PARAMETER_AXES]
-        axes = PARAMETER_AXES[named[-1]] if named else ()
-        if len(axes) > leaf.ndim:
-            axes = ()
-        found = named_sharding(mesh, axes)
-        for size, axis in zip(leaf.shape, found.spec, strict=False):
-            if axis is not None and size % mesh.shape[axis]:
-                raise UserError(
-                    f"{'.'.join(names)} of shape {leaf.shape} does not divide by "
-                    f"mesh.{axis}={mesh.shape[axis]}; choose a divisor of {size}"
-                )
-        return found
+    def form(part: Any) -> tuple:
+        leaves, structure = jax.tree.flatten(part)
+        return structure, [leaf.shape for leaf in leaves]
 
-    return jax.tree_util.tree_map_with_path(sharding, tree)
+    def mirrors(part: Any) -> bool:
+        return form(part) == form(params)
+
+    def sharding(path: tuple, part: Any) -> Any:
+        if mirrors(part):
+            return shardings
+        if part.ndim:
+            name = jax.tree_util.keystr(path)
+            raise ValueError(f"{name} of shape {part.shape} is neither a copy of the parameters "
+                             "nor a scalar: nothing says how it is sharded")  # fmt: skip
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree, is_leaf=mirrors)

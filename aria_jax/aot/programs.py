@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
-from aria_jax.checkpoints.manager import shapes_like
 from aria_jax.config import RunConfig
 from aria_jax.generate.cache import LayerCache, PromptCache, cache_sharding, decode_step, prefill
-from aria_jax.generate.weights import DecoderWeights, DecodingMatrix
-from aria_jax.models.heads import Parameters, abstract_model, split_model
+from aria_jax.generate.weights import abstract_decoder_weights
+from aria_jax.models.heads import abstract_model, parameter_specs, split_model
+from aria_jax.models.parameters import Parameters, abstract_parameters
 from aria_jax.sharding import batch_sharding, replicated
 from aria_jax.train.loop import check_batch
 from aria_jax.train.state import abstract_state
@@ -97,8 +97,8 @@ def _rows(config: RunConfig, mesh: Mesh) -> int:
 
 def _embedding(config: RunConfig, mesh: Mesh) -> Program:
     rows, length = _rows(config, mesh), config.data.seq_len
-    merge, params = split_model(abstract_model(config.model, config.compute))
-    weights = shapes_like(params, mesh, dtype=config.compute.dtype)
+    merge, _ = split_model(abstract_model(config.model, config.compute))
+    weights = abstract_parameters(parameter_specs(config.model), mesh, config.compute.dtype)
     cut = batch_sharding(mesh)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=cut)
     ends = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=cut)
@@ -113,7 +113,8 @@ def _prefill(config: RunConfig, mesh: Mesh) -> Program:
     length, whole = config.data.seq_len, replicated(mesh)
     prompt = jax.ShapeDtypeStruct((length,), jnp.int32, sharding=whole)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    arguments = (_decoder_weights(config, mesh), prompt, number)
+    weights = abstract_decoder_weights(config.model, mesh, config.compute.dtype)
+    arguments = (weights, prompt, number)
     return Program(jax.jit(prefill), arguments, length, training=False)
 
 
@@ -131,38 +132,7 @@ def _decoding(config: RunConfig, mesh: Mesh) -> Program:
     visible = _array((1, slots), jnp.bool_, whole)
     prompt = PromptCache(layers=caches(1), visible_PxT=visible, next_position=number)
     token = _array((rows,), jnp.int32, whole)
-    arguments = (_decoder_weights(config, mesh), prompt, caches(rows), token, number)
+    weights = abstract_decoder_weights(m, mesh, dtype)
+    arguments = (weights, prompt, caches(rows), token, number)
     # The generated cache is updated in place, as the sampling loop does.
     return Program(jax.jit(decode_step, donate_argnums=2), arguments, rows, training=False)
-
-
-def _decoder_weights(config: RunConfig, mesh: Mesh) -> DecoderWeights:
-    """Shapes of `generate.weights.decoder_weights`: heads and feed-forward cut over "tensor"."""
-    m, dtype = config.model, config.compute.dtype
-    d, ff = m.d_model, m.d_model * m.ff_mult
-
-    def matrix(outputs: int, inputs: int, *cut: str | None) -> DecodingMatrix:
-        sharding = NamedSharding(mesh, PartitionSpec(*cut))
-        return DecodingMatrix(_array((outputs, inputs), dtype, sharding))
-
-    def vector() -> Any:
-        return _array((d,), jnp.float32, replicated(mesh))
-
-    block: dict[str, Any] = {
-        **{name: matrix(d, d, "tensor", None) for name in ("query", "key", "value")},
-        **{name: matrix(ff, d, "tensor", None) for name in ("gate", "up")},
-        "out": matrix(d, d, None, "tensor"),
-        "down": matrix(d, ff, None, "tensor"),
-        **{f"norm{i}_{part}": vector() for i in (1, 2) for part in ("scale", "bias")},
-    }
-    table = _array((m.vocab_size, d), dtype, replicated(mesh))
-    return DecoderWeights(
-        embedding_VxD=table,
-        blocks=(block,) * m.n_layers,
-        norm_scale_D=vector(),
-        norm_bias_D=vector(),
-        head=matrix(m.vocab_size, d),
-        adapter_ExD=None,
-        n_heads=m.n_heads,
-        max_seq_len=m.max_seq_len,
-    )

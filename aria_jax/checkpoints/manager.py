@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from aria_jax.models.heads import Parameters
-from aria_jax.sharding import parameter_shardings
+from aria_jax.models.parameters import Parameters
 from data_pipeline.errors import UserError
 
 DIRECTORY = "checkpoints"
@@ -110,24 +108,3 @@ class Checkpointer:
     def close(self) -> None:
         """Finishes writing and lets go of the directory."""
         self._manager.close()
-
-
-def shapes_like(
-    tree: Any, mesh: jax.sharding.Mesh | None, dtype: jax.typing.DTypeLike | None = None
-) -> Any:
-    """Shapes, types and shardings of parameters or optimiser state; without a mesh on one device.
-
-    Args:
-        dtype: what floating-point leaves become; None keeps theirs.
-    """
-    if mesh is None:
-        one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        shardings = jax.tree.map(lambda _: one, tree)
-    else:
-        shardings = parameter_shardings(tree, mesh)
-
-    def shape(leaf: Any, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-        cast = dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return jax.ShapeDtypeStruct(leaf.shape, dtype if cast else leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(shape, tree, shardings)

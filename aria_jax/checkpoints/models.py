@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aria_jax.checkpoints.manager import DIRECTORY, Checkpointer, shapes_like
+from aria_jax.checkpoints.manager import DIRECTORY, Checkpointer
 from aria_jax.checkpoints.safetensors import import_model
 from aria_jax.config import ComputeConfig, ModelConfig, from_dict, to_dict
-from aria_jax.models.heads import Model, Parameters, abstract_model, split_model
+from aria_jax.models.heads import Model, abstract_model, parameter_specs, split_model
 from aria_jax.models.lora import Lora, LoraTraining
-from aria_jax.sharding import parameter_shardings, replicated
+from aria_jax.models.parameters import Parameters, Specs, abstract_parameters, parameter_shardings
+from aria_jax.sharding import replicated
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizer import Tokenizer
 
@@ -100,18 +101,19 @@ def load_model(
         if record["tokenizer"]["hash"] != Tokenizer.preset(preset).hash:
             raise UserError(f"{path}: trained with another version of the {preset} tokenizer")
         config = from_dict(ModelConfig, record["model"])
-        merge, params = split_model(abstract_model(config, compute or ComputeConfig()))
+        merge, _ = split_model(abstract_model(config, compute or ComputeConfig()))
+        specs = parameter_specs(config)
         item = "ema" if record.get("ema") else "params"
 
-        def restore(shapes: Parameters) -> Parameters:
-            return checkpointer.restore(step, item, shapes_like(shapes, mesh, dtype))
+        def restore(specs: Specs) -> Parameters:
+            return checkpointer.restore(step, item, abstract_parameters(specs, mesh, dtype))
 
         if (saved := record.get("lora")) is None:
-            restored = restore(params)
+            restored = restore(specs)
         else:
             read_base = partial(read_model, mesh=mesh, dtype=dtype)
             restored = merged_with_base(
-                saved, params, restore=restore, read_base=read_base, mesh=mesh, base=base
+                saved, specs, restore=restore, read_base=read_base, mesh=mesh, base=base
             )
         pooling = record.get("config", {}).get("train", {}).get("pooling", "eos")
         return LoadedModel(merge(restored), config, preset, step, str(path), pooling)
@@ -135,17 +137,14 @@ def load_adapters(path: str | Path) -> Lora:
         if (saved := record.get("lora")) is None:
             raise UserError(f"{path}: trained all weights (no train.lora_rank): it has no adapters")
         training = LoraTraining.from_record(saved)
-        params = split_model(
-            abstract_model(from_dict(ModelConfig, record["model"]), ComputeConfig())
-        )[1]
-        shapes = training.shapes(params)
-        if shapes["full"]:
+        specs, _ = training.split_specs(parameter_specs(from_dict(ModelConfig, record["model"])))
+        if specs["full"]:
             raise UserError(
-                f"{path}: trained its {' and '.join(shapes['full'])} too, which is no adapter; "
+                f"{path}: trained its {' and '.join(specs['full'])} too, which is no adapter; "
                 "use `aria-jax convert merge` to write the whole model"
             )
         item = "ema" if record.get("ema") else "params"
-        return training.lora(checkpointer.restore(step, item, shapes_like(shapes, None)))
+        return training.lora(checkpointer.restore(step, item, abstract_parameters(specs, None)))
 
     try:
         return checkpointer.newest(read)[1]
@@ -178,9 +177,9 @@ def read_model(
 
 def merged_with_base(
     saved: dict[str, Any],
-    params: Parameters,
+    specs: Specs,
     *,
-    restore: Callable[[Parameters], Parameters],
+    restore: Callable[[Specs], Parameters],
     read_base: Callable[[Path], Model],
     mesh: jax.sharding.Mesh | None,
     base: str | Path | None = None,
@@ -189,8 +188,8 @@ def merged_with_base(
 
     Args:
         saved: `lora_record` of the checkpoint.
-        params: shapes of the whole weights.
-        restore: reads the adapters, given their shapes.
+        specs: of the whole weights.
+        restore: reads parameters, given their specs.
         read_base: reads a model.
         base: where the base is now, if not where it was.
 
@@ -200,12 +199,13 @@ def merged_with_base(
     training = LoraTraining.from_record(saved)
     base_path = Path(saved["base"] if base is None else base)
     base_params = base_weights(base_path, saved, read_base)
-    frozen = {name: base_params[name] for name in params if name not in training.full}
+    trained_specs, frozen_specs = training.split_specs(specs)
+    frozen = {name: base_params[name] for name in frozen_specs}
     shardings = None
     if mesh is not None:
-        shardings = parameter_shardings(params, mesh)
+        shardings = parameter_shardings(specs, mesh)
         frozen = jax.device_put(frozen, {name: shardings[name] for name in frozen})
-    return jax.jit(training.join, out_shardings=shardings)(restore(training.shapes(params)), frozen)
+    return jax.jit(training.join, out_shardings=shardings)(restore(trained_specs), frozen)
 
 
 def lora_record(training: LoraTraining, base_path: Path, base_params: Parameters) -> dict[str, Any]:

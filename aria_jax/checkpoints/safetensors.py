@@ -1,31 +1,34 @@
 """Weights in the layout of the published PyTorch checkpoints, to ours and back.
 
-Reference names: `model.tok_embeddings.weight`, `model.encode_layers.N.mixed_qkv.weight`, …
+Published names: `model.tok_embeddings.weight`, `model.encode_layers.N.mixed_qkv.weight`, …
 Wrappers put prefixes before them (`_orig_mod.`, `module.`); a bare backbone lacks `model.`.
-A PyTorch linear weight is [out, in]; ours [in, out].
+A PyTorch linear weight is [out, in]; ours [in, out]. Which tensor each parameter is, it declares
+itself (`models.parameters`).
 """
 
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from aria_jax.checkpoints.published import (
-    canonical_name,
-    check_tensors,
-    infer_config,
-    reference_names,
-    reference_shape,
+from aria_jax.config import ComputeConfig, Head, ModelConfig, to_dict
+from aria_jax.models.heads import (
+    ADAPTER_TENSOR,
+    HEAD_TENSORS,
+    Model,
+    abstract_model,
+    parameter_specs,
+    split_model,
 )
-from aria_jax.config import ComputeConfig, to_dict
-from aria_jax.models.heads import Model, abstract_model
 from aria_jax.models.lora import Lora
+from aria_jax.models.parameters import ParameterSpec
 from data_pipeline.artifact import atomic, write_atomically
 from data_pipeline.errors import UserError
 
@@ -33,6 +36,9 @@ METADATA = "aria_jax.config"
 """Key of our own files' metadata: the model's config as JSON."""
 LORA_METADATA = "aria_jax.lora"
 """Likewise of files of adapters: their scale."""
+_BACKBONE = re.compile(r"(?:^|\.)((?:tok_embeddings|encode_layers|out_layer_norm)\..+)$")
+_HEADS = "|".join(re.escape(name) for name in [*HEAD_TENSORS.values(), ADAPTER_TENSOR])
+_TOP = re.compile(rf"(?:^|\.)({_HEADS})$")
 
 
 def import_model(
@@ -72,23 +78,34 @@ def import_model(
             config = infer_config(
                 shapes,
                 str(path),
-                known=json.loads((file.metadata() or {}).get(METADATA, "{}")),
+                known=_metadata(file, METADATA) or {},
                 n_heads=n_heads,
                 max_seq_len=max_seq_len,
                 class_names=class_names,
             )
             check_tensors(config, shapes, str(path))
-            graph, state = nnx.split(abstract_model(config, compute or ComputeConfig()))
-            flat = dict(nnx.to_flat_state(state))
-            for key, names in reference_names(config).items():
-                tensors = (file.get_tensor(stored[name]) for name in _listed(names))
-                flat[key] = flat[key].replace(_assembled(flat[key].shape, names, tensors))
-            return nnx.merge(graph, nnx.from_flat_state(flat))
+            merge, _ = split_model(abstract_model(config, compute or ComputeConfig()))
+            specs = parameter_specs(config)
+
+            def read(spec: ParameterSpec) -> jax.Array:
+                names = tensor_names(spec)
+                return _assembled(spec, (file.get_tensor(stored[name]) for name in names))
+
+            return merge(jax.tree.map(read, specs))
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def _stored_names(file, path: str) -> dict[str, str]:
+def _metadata(file: Any, key: str) -> dict[str, Any] | None:
+    """What one of our own files says under that key; None where it is none of ours."""
+    try:
+        found = json.loads((file.metadata() or {}).get(key, "null"))
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _stored_names(file: Any, path: str) -> dict[str, str]:
     """Canonical name -> name in the file."""
     stored: dict[str, str] = {}
     for name in file.keys():  # noqa: SIM118
@@ -99,79 +116,171 @@ def _stored_names(file, path: str) -> dict[str, str]:
     return stored
 
 
-def _listed(names: str | list[str]) -> list[str]:
-    return [names] if isinstance(names, str) else names
+def canonical_name(name: str) -> str:
+    """A tensor's name as the reference's own code has it, whatever wrappers put before it."""
+    if found := _BACKBONE.search(name):
+        return f"model.{found.group(1)}".replace("._orig_mod.", ".")
+    if found := _TOP.search(name):
+        return found.group(1)
+    return name
 
 
-def _assembled(shape: tuple[int, ...], names: str | list[str], tensors) -> jax.Array:
-    """One of our parameters, float32, from the reference's tensors as they come."""
-    value = _aligned(shape)
-    layers = value[None] if isinstance(names, str) else value
-    for layer, name, tensor in zip(layers, _listed(names), tensors, strict=True):
-        layer[...] = _to_ours(name, np.asarray(tensor))
+def infer_config(
+    shapes: dict[str, tuple[int, ...]],
+    path: str,
+    *,
+    known: dict[str, Any],
+    n_heads: int | None,
+    max_seq_len: int | None,
+    class_names: tuple[str, ...],
+) -> ModelConfig:
+    """The architecture that tensors of these canonical names and shapes belong to.
+
+    Args:
+        known: what the file's metadata says of it; used where an argument is None or empty.
+
+    Raises:
+        UserError: no Aria weights, or heads or class names that do not fit them.
+    """
+    backbone = parameter_specs(ModelConfig())["backbone"]
+    table, up = backbone["embedding"].published, backbone["blocks"]["up"].published
+    try:
+        vocab_size, d_model = shapes[table]
+        ff = shapes[up.format(0)][0]
+    except (KeyError, ValueError):
+        raise UserError(f"{path}: no Aria weights (no matrix {table}, or no first layer)") from None
+    layer_number = re.compile(re.escape(up.partition("{}")[0]) + r"(\d+)\.")
+    layers = [layer_number.match(name) for name in shapes]
+    head: Head = next((kind for kind, name in HEAD_TENSORS.items() if name in shapes), "none")
+    emb_size = None
+    if head == "embedding":
+        emb_size = shapes[HEAD_TENSORS["embedding"]][0]
+    elif head == "lm" and ADAPTER_TENSOR in shapes:
+        emb_size = shapes[ADAPTER_TENSOR][-1]
+    n_heads = n_heads or known.get("n_heads") or max(d_model // 64, 1)
+    if d_model % n_heads or (d_model // n_heads) % 2:
+        raise UserError(f"{path}: d_model {d_model} cannot have {n_heads} heads; give --n-heads")
+    if head == "class":
+        n_classes = shapes[HEAD_TENSORS["class"]][0]
+        class_names = tuple(
+            class_names or known.get("class_names") or (f"class{i}" for i in range(n_classes))
+        )
+        if len(class_names) != n_classes:
+            raise UserError(f"{path}: {len(class_names)} class names for {n_classes} classes")
+    return ModelConfig(
+        d_model=d_model,
+        n_heads=n_heads,
+        n_layers=1 + max(int(layer.group(1)) for layer in layers if layer),
+        ff_mult=max(ff // d_model, 1),
+        max_seq_len=max_seq_len
+        or known.get("max_seq_len")
+        or (8192 if head in ("lm", "none") else 2048),
+        vocab_size=vocab_size,
+        head=head,
+        emb_size=emb_size,
+        class_names=class_names if head == "class" else (),
+        resid_dropout=known.get("resid_dropout", 0.0),
+    )
+
+
+def check_tensors(config: ModelConfig, shapes: dict[str, tuple[int, ...]], path: str) -> None:
+    """Raises one `UserError` that names every tensor missing, unknown or of a wrong shape."""
+    expected = tensor_shapes(config)
+    missing = sorted(expected.keys() - shapes.keys())
+    unknown = sorted(shapes.keys() - expected.keys())
+    misshapen = [
+        f"{name} {list(shapes[name])} (should be {list(shape)})"
+        for name, shape in sorted(expected.items())
+        if name in shapes and shapes[name] != shape
+    ]
+    parts = {"missing": missing, "unknown": unknown, "of the wrong shape": misshapen}
+    if found := [f"{what} {', '.join(names)}" for what, names in parts.items() if names]:
+        raise UserError(f"{path}: not the tensors of an Aria model: {'; '.join(found)}")
+
+
+def tensor_names(spec: ParameterSpec) -> list[str]:
+    """Names of the published tensors that hold a parameter, one a layer where it is stacked."""
+    if spec.published is None:
+        return []
+    return [spec.published.format(layer) for layer in range(spec.shape[0] if spec.stacked else 1)]
+
+
+def tensor_shape(spec: ParameterSpec) -> tuple[int, ...]:
+    """Shape of each of them: [out, in] for linear layers."""
+    if not spec.linear:
+        return spec.layer_shape
+    inputs, *outputs = spec.layer_shape
+    return (math.prod(outputs), inputs)
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a published checkpoint of that architecture."""
+    specs = jax.tree.leaves(parameter_specs(config))
+    return {name: tensor_shape(spec) for spec in specs for name in tensor_names(spec)}
+
+
+def _assembled(spec: ParameterSpec, tensors: Iterator[Any]) -> jax.Array:
+    """A parameter, float32, from the published tensors as they come."""
+    value = _aligned(spec.shape)
+    for layer, tensor in zip(value if spec.stacked else value[None], tensors, strict=True):
+        array = np.asarray(tensor)
+        if spec.linear:
+            inputs, *outputs = spec.layer_shape
+            array = np.moveaxis(array.reshape(*outputs, inputs), -1, 0)
+        layer[...] = array
     return jnp.asarray(value)
+
+
+def _published(spec: ParameterSpec, value: jax.Array) -> np.ndarray:
+    """One layer of a parameter as its published tensor, float32; the inverse of `_assembled`."""
+    array = np.asarray(value, np.float32)
+    if spec.linear:
+        array = np.moveaxis(array, 0, -1).reshape(-1, array.shape[0])
+    return np.ascontiguousarray(array)
 
 
 def _aligned(shape: tuple[int, ...]) -> np.ndarray:
     """Float32 memory that jax on a CPU takes over without a copy (64-byte boundary)."""
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     memory = np.empty(count + 16, np.float32)
     skipped = -memory.ctypes.data % 64 // 4
     return memory[skipped : skipped + count].reshape(shape)
 
 
-def _to_ours(name: str, tensor: np.ndarray) -> np.ndarray:
-    """One reference tensor in our layout."""
-    if name.endswith("mixed_qkv.weight"):
-        d = tensor.shape[1]
-        return tensor.reshape(3, d, d).transpose(2, 0, 1)  # [3D, D] -> [D, 3, D]
-    if tensor.ndim == 2 and not name.endswith("tok_embeddings.weight"):
-        return tensor.T
-    return tensor
-
-
-def _to_theirs(name: str, array: np.ndarray) -> np.ndarray:
-    """The inverse of `_to_ours`."""
-    if name.endswith("mixed_qkv.weight"):
-        return np.ascontiguousarray(array.transpose(1, 2, 0).reshape(-1, array.shape[0]))
-    if array.ndim == 2 and not name.endswith("tok_embeddings.weight"):
-        return np.ascontiguousarray(array.T)
-    return np.ascontiguousarray(array)
-
-
 def export_model(model: Model, path: str | Path) -> None:
-    """Writes a model's weights as float32 under the reference's names, a tensor at a time.
+    """Writes a model's weights as float32 under the published names, a tensor at a time.
 
     The config goes into the file's metadata, so that nothing is lost on the way back.
     """
-    config, flat = model.config, dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     # The temperature of a contrastive loss is no part of the published layout.
-    kept = dataclasses.replace(config, learned_temperature=False)
-    places = [
-        (name, key, None if isinstance(names, str) else layer)
-        for key, names in reference_names(config).items()
-        for layer, name in enumerate(_listed(names))
-    ]
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", METADATA: json.dumps(to_dict(kept))}}
-    end = 0
-    for name, _, _ in places:
-        shape = reference_shape(name, config)
-        begin, end = end, end + 4 * int(np.prod(shape))
-        header[name] = {"dtype": "F32", "shape": shape, "data_offsets": [begin, end]}
+    config = dataclasses.replace(model.config, learned_temperature=False)
+    specs, params = parameter_specs(model.config), split_model(model)[1]
 
     def tensors() -> Iterator[np.ndarray]:
-        for name, key, layer in places:
-            value = flat[key][...] if layer is None else flat[key][layer]
-            yield _to_theirs(name, np.asarray(value, np.float32))
+        for spec, value in zip(jax.tree.leaves(specs), jax.tree.leaves(params), strict=True):
+            for layer, _ in enumerate(tensor_names(spec)):
+                yield _published(spec, value[layer] if spec.stacked else value)
 
-    _write(path, header, tensors())
+    metadata = {"format": "pt", METADATA: json.dumps(to_dict(config))}
+    write_tensors(path, tensor_shapes(config), tensors(), metadata)
 
 
-def _write(path: str | Path, header: dict[str, Any], tensors: Iterator[np.ndarray]) -> None:
+def write_tensors(
+    path: str | Path,
+    shapes: dict[str, tuple[int, ...]],
+    tensors: Iterator[np.ndarray],
+    metadata: dict[str, str],
+    kind: Literal["F32", "BF16"] = "F32",
+) -> None:
     """A safetensors file: length of the header (uint64), header (JSON), tensors in its order.
 
-    It appears whole or not at all.
+    It appears whole or not at all, and holds one tensor at a time in memory.
     """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end, itemsize = 0, {"F32": 4, "BF16": 2}[kind]
+    for name, shape in shapes.items():
+        begin, end = end, end + itemsize * math.prod(shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with atomic(path) as partial, partial.open("wb") as file:
@@ -206,7 +315,7 @@ def load_lora(path: str | Path) -> Lora:
         raise UserError(f"{path}: no such file")
     try:
         with safe_open(str(path), framework="numpy") as file:
-            metadata = (file.metadata() or {}).get(LORA_METADATA)
+            metadata = _metadata(file, LORA_METADATA)
             names = file.keys()
             tensors = {name: jnp.asarray(file.get_tensor(name)) for name in names}
     except SafetensorError as error:
@@ -217,4 +326,4 @@ def load_lora(path: str | Path) -> Lora:
         side: {name[:-2]: tensor for name, tensor in tensors.items() if name.endswith(f".{side}")}
         for side in ("a", "b")
     }
-    return Lora(**sides, scale=json.loads(metadata)["scale"])
+    return Lora(**sides, scale=metadata["scale"])

@@ -136,4 +136,8 @@ def _check_file_name(out: str) -> None:
 
 
 def _report(out: str, model) -> None:
-    print(f"{out}: {model.config.n_params:,} parameters, {model.config.head} head")
+    from aria_jax.models.heads import parameter_specs
+    from aria_jax.models.parameters import parameter_count
+
+    number = parameter_count(parameter_specs(model.config))
+    print(f"{out}: {number:,} parameters, {model.config.head} head")

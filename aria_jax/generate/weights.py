@@ -6,16 +6,19 @@ is part of the product, by the compiler's fusion (TPU, GPU) or by `kernels.narro
 """
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from aria_jax.config import ModelConfig
 from aria_jax.kernels import narrow_cpu
-from aria_jax.models.heads import Model
+from aria_jax.models.heads import Model, parameter_specs, split_model
+from aria_jax.models.parameters import Parameters, abstract_parameters
 from data_pipeline.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "int8"]
@@ -104,29 +107,16 @@ def _rows(
     return DecodingMatrix(rows_OxI.astype(precision), on_cpu=on_cpu)
 
 
-def _matrix(array: jax.Array, precision: Precision, index: tuple = ()) -> DecodingMatrix:
-    """The matrix array[index] in its decoding form, spread over the mesh as the array is."""
-    sharding = None
-    if isinstance(array.sharding, NamedSharding) and array.sharding.mesh.size > 1:
-        spec = [*array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec))]
-        taken = [*index, *[slice(None)] * (array.ndim - len(index))]
-        inputs, outputs = (
-            axis for axis, place in zip(spec, taken, strict=True) if isinstance(place, slice)
-        )
-        sharding = NamedSharding(array.sharding.mesh, PartitionSpec(outputs, inputs))
-    return _rows(array[index], precision=precision, sharding=sharding)
-
-
-def _block(stacked: dict[str, jax.Array], layer: int, precision: Precision) -> LayerWeights:
-    every = slice(None)
-    matrices: LayerWeights = {
-        name: _matrix(stacked["qkv"], precision, (layer, every, part))
-        for part, name in enumerate(("query", "key", "value"))
-    }
-    for name in ("out", "gate", "up", "down"):
-        matrices[name] = _matrix(stacked[name], precision, (layer,))
-    vectors = {name: array[layer] for name, array in stacked.items() if name.startswith("norm")}
-    return {**matrices, **vectors}
+def _rows_sharding(array: jax.Array | jax.ShapeDtypeStruct, index: tuple) -> NamedSharding | None:
+    """Of the rows of the matrix array[index]: spread over the mesh as the array is."""
+    if not isinstance(array.sharding, NamedSharding) or array.sharding.mesh.size == 1:
+        return None
+    spec = [*array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec))]
+    taken = [*index, *[slice(None)] * (array.ndim - len(index))]
+    inputs, outputs = (
+        axis for axis, place in zip(spec, taken, strict=True) if isinstance(place, slice)
+    )
+    return NamedSharding(array.sharding.mesh, PartitionSpec(outputs, inputs))
 
 
 def decoder_weights(model: Model, precision: Precision = "float32") -> DecoderWeights:
@@ -138,22 +128,88 @@ def decoder_weights(model: Model, precision: Precision = "float32") -> DecoderWe
     Raises:
         UserError: the model has no language head.
     """
-    if model.config.head != "lm" or model.head is None:
+
+    def matrix(array: jax.Array, index: tuple) -> DecodingMatrix:
+        sharding = _rows_sharding(array, index)
+        return _rows(array[index], precision=precision, sharding=sharding)
+
+    weights = _decoder_layout(
+        model.config, split_model(model)[1], matrix, lambda array, index: array[index]
+    )
+    narrow_matrices_only = precision == "int8" or weights.head.on_cpu
+    activations = "float32" if narrow_matrices_only else precision
+    adapter = None if weights.adapter_ExD is None else weights.adapter_ExD.astype(activations)
+    table = weights.embedding_VxD.astype(activations)
+    return dataclasses.replace(weights, embedding_VxD=table, adapter_ExD=adapter)
+
+
+def abstract_decoder_weights(
+    config: ModelConfig, mesh: Mesh, dtype: Literal["float32", "bfloat16"]
+) -> DecoderWeights:
+    """Shapes, types and shardings of `decoder_weights` of a model that is sharded over a mesh."""
+
+    def matrix(array: jax.ShapeDtypeStruct, index: tuple) -> DecodingMatrix:
+        shape = jax.eval_shape(lambda array: array[index].T, array).shape
+        return DecodingMatrix(_shape(shape, dtype, _rows_sharding(array, index)))
+
+    def vector(array: jax.ShapeDtypeStruct, index: tuple) -> Any:
+        shape = jax.eval_shape(lambda array: array[index], array).shape
+        return _shape(shape, array.dtype, NamedSharding(mesh, PartitionSpec()))
+
+    params = abstract_parameters(parameter_specs(config), mesh)
+    weights = _decoder_layout(config, params, matrix, vector)
+    table, adapter = weights.embedding_VxD, weights.adapter_ExD
+    return dataclasses.replace(
+        weights,
+        embedding_VxD=_shape(table.shape, dtype, table.sharding),
+        adapter_ExD=adapter and _shape(adapter.shape, dtype, adapter.sharding),
+    )
+
+
+def _shape(shape: tuple[int, ...], dtype: Any, sharding: Any) -> Any:
+    """The shape of an array, typed as one: the decoder's containers hold arrays."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
+def _decoder_layout(
+    config: ModelConfig,
+    params: Parameters,
+    matrix: Callable[[Any, tuple], DecodingMatrix],
+    vector: Callable[[Any, tuple], Any],
+) -> DecoderWeights:
+    """Where each parameter goes, by what it declares to be.
+
+    Args:
+        params: arrays, or their shapes.
+        matrix, vector: take what lies at an index of one of them.
+    """
+    if config.head != "lm":
         raise UserError(
-            f"this checkpoint ends in the head {model.config.head!r}: generating and scoring need "
+            f"this checkpoint ends in the head {config.head!r}: generating and scoring need "
             "a language model, as `aria-jax train pretrain` makes"
         )
-    stacked = model.backbone.blocks.stacked()
-    head = _matrix(model.head[...], precision)
-    activations = "float32" if precision == "int8" or head.on_cpu else precision
-    adapter = None if model.adapter is None else model.adapter[...].astype(activations)
+
+    def block(layer: int) -> LayerWeights:
+        weights: LayerWeights = {}
+        for name, spec in parameter_specs(config)["backbone"]["blocks"].items():
+            stacked = params["backbone"]["blocks"][name]
+            if not spec.linear:
+                weights[name] = vector(stacked, (layer,))
+            elif spec.parts:
+                for number, part in enumerate(spec.parts):
+                    weights[part] = matrix(stacked, (layer, slice(None), number))
+            else:
+                weights[name] = matrix(stacked, (layer,))
+        return weights
+
+    backbone = params["backbone"]
     return DecoderWeights(
-        embedding_VxD=model.backbone.embedding[...].astype(activations),
-        blocks=tuple(_block(stacked, i, precision) for i in range(model.config.n_layers)),
-        norm_scale_D=model.backbone.norm_scale[...],
-        norm_bias_D=model.backbone.norm_bias[...],
-        head=head,
-        adapter_ExD=adapter,
-        n_heads=model.config.n_heads,
-        max_seq_len=model.config.max_seq_len,
+        embedding_VxD=backbone["embedding"],
+        blocks=tuple(block(layer) for layer in range(config.n_layers)),
+        norm_scale_D=backbone["norm_scale"],
+        norm_bias_D=backbone["norm_bias"],
+        head=matrix(params["head"], ()),
+        adapter_ExD=params.get("adapter"),
+        n_heads=config.n_heads,
+        max_seq_len=config.max_seq_len,
     )

@@ -1,14 +1,31 @@
 """The network with its head: next-token logits, an embedding, or class logits."""
 
 from collections.abc import Callable
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from aria_jax.config import ComputeConfig, ModelConfig
-from aria_jax.models.transformer import Transformer, uniform_init
-from aria_jax.sharding import parameter_shardings
+from aria_jax.config import ComputeConfig, Head, ModelConfig
+from aria_jax.models.parameters import (
+    Parameters,
+    Specs,
+    parameter,
+    parameter_shardings,
+    specs_of,
+    uniform_init,
+)
+from aria_jax.models.transformer import Transformer
+
+HEAD_TENSORS: dict[Head, str] = {
+    "lm": "lm_head.weight",
+    "embedding": "emb_head.weight",
+    "class": "class_head.weight",
+}
+"""Published name of each kind of head."""
+ADAPTER_TENSOR = "embedding_adapter.weight"
+"""Likewise of the projection of a condition."""
 
 
 class Model(nnx.Module):
@@ -27,14 +44,16 @@ class Model(nnx.Module):
         self.config, self.compute = config, compute
         d = config.d_model
         self.backbone = Transformer(config, compute, rngs=rngs)
+
+        def linear(n_in: int, n_out: int, axes: tuple[str | None, ...], published: str):
+            value = uniform_init(rngs.params(), (n_in, n_out), n_in)
+            return parameter(value, axes, published=published, linear=True)
+
         width = head_width(config)
-        self.head = nnx.Param(uniform_init(rngs.params(), (d, width), d)) if width else None
-        conditioned = config.head == "lm" and config.emb_size
-        shape = (config.emb_size or 0, d)
-        self.adapter = (
-            nnx.Param(uniform_init(rngs.params(), shape, shape[0])) if conditioned else None
-        )
-        self.log_temperature = nnx.Param(jnp.zeros(())) if config.learned_temperature else None
+        self.head = linear(d, width, ("embed", None), HEAD_TENSORS[config.head]) if width else None
+        condition = config.emb_size if config.head == "lm" else None
+        self.adapter = linear(condition, d, (None, "embed"), ADAPTER_TENSOR) if condition else None
+        self.log_temperature = parameter(jnp.zeros(()), ()) if config.learned_temperature else None
 
     def hidden(
         self,
@@ -111,10 +130,6 @@ def build_model(config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs) 
     return Model(config, compute, rngs=rngs)
 
 
-Parameters = dict
-"""Nested dict of arrays: what is optimised, saved and sharded."""
-
-
 def split_model(model: Model) -> tuple[Callable[[Parameters], Model], Parameters]:
     """The parameters of a model, and the function that puts any such parameters into it."""
     graph, state = nnx.split(model)
@@ -132,15 +147,21 @@ def init_sharded(
     config: ModelConfig, compute: ComputeConfig, key: jax.Array, mesh: jax.sharding.Mesh
 ) -> Model:
     """A freshly initialised model, born sharded: no device ever holds all of it."""
-    graph, state = nnx.split(abstract_model(config, compute))
+    merge, _ = split_model(abstract_model(config, compute))
 
-    def make(key: jax.Array):
-        return nnx.state(build_model(config, compute, rngs=nnx.Rngs(params=key)))
+    def init(key: jax.Array) -> Parameters:
+        return split_model(build_model(config, compute, rngs=nnx.Rngs(params=key)))[1]
 
-    made = jax.jit(make, out_shardings=parameter_shardings(state, mesh))(key)
-    return nnx.merge(graph, made)
+    shardings = parameter_shardings(parameter_specs(config), mesh)
+    return merge(jax.jit(init, out_shardings=shardings)(key))
 
 
 def abstract_model(config: ModelConfig, compute: ComputeConfig) -> Model:
     """A model of shapes only; takes no memory."""
     return nnx.eval_shape(lambda: build_model(config, compute, rngs=nnx.Rngs(params=0)))
+
+
+@cache
+def parameter_specs(config: ModelConfig) -> Specs:
+    """What each parameter of a model is."""
+    return specs_of(abstract_model(config, ComputeConfig()))

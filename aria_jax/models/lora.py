@@ -2,11 +2,12 @@
 
 An adapter adds a @ b * scale to a matrix and is all that is trained:
 
-    lora = init_lora(params, rank=8, key=key)
+    lora = init_lora(parameter_specs(model.config), rank=8, key=key)
     loss = lambda lora: loss_of(apply_lora(params, lora))       # the gradient is the adapter's
     params = apply_lora(params, lora)                           # merged: full weights again
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,11 +16,15 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from aria_jax.config import RunConfig
-from aria_jax.models.heads import Parameters
-from aria_jax.models.transformer import uniform_init
+from aria_jax.models.parameters import (
+    Parameters,
+    ParameterSpec,
+    Specs,
+    named_specs,
+    uniform_init,
+)
 from data_pipeline.errors import UserError
 
 DEFAULT_TARGETS = ("qkv", "out", "gate", "up", "down")
@@ -51,19 +56,8 @@ class Lora:
         return sum(leaf.size for leaf in jax.tree.leaves(self))
 
 
-def _named(params: Parameters) -> dict[str, jax.Array]:
-    """Every leaf by its dotted path."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {".".join(str(part.key) for part in path): leaf for path, leaf in leaves}
-
-
-def _leading(name: str) -> int:
-    """How many leading axes of a parameter number its layers."""
-    return int("blocks" in name.split("."))
-
-
 def init_lora(
-    params: Parameters,
+    specs: Specs,
     *,
     rank: int,
     key: jax.Array,
@@ -73,7 +67,7 @@ def init_lora(
     """Adapters that change nothing yet: a is random, b is zero.
 
     Args:
-        params: of the model (arrays or shapes).
+        specs: of the model's parameters (`models.heads.parameter_specs`), or of some of them.
         rank: of each adapter.
         targets: last names of the parameters to adapt, e.g. ("qkv", "out").
         alpha: strength; scale is alpha / rank. By default alpha = rank.
@@ -81,18 +75,21 @@ def init_lora(
     Raises:
         UserError: a target that is no matrix of the model, or a rank that is no restriction.
     """
-    named = _named(params)
-    chosen = {name: leaf for name, leaf in named.items() if name.rsplit(".", 1)[-1] in targets}
-    found = {name.rsplit(".", 1)[-1] for name in chosen}
+    named = named_specs(specs)
+    chosen = {name: spec for name, spec in named.items() if _last(name) in targets}
+    found = {_last(name) for name in chosen}
     if not targets or found != set(targets):
-        known = sorted({name.rsplit(".", 1)[-1] for name in named if named[name].ndim >= 2})
+        known = sorted({_last(name) for name, spec in named.items() if len(spec.layer_shape) > 1})
         raise UserError(
             f"cannot adapt {', '.join(set(targets) - found) or 'nothing'}: "
             f"the model has the matrices {', '.join(known)}"
         )
     a, b = {}, {}
-    for number, (name, leaf) in enumerate(sorted(chosen.items())):
-        stack, inputs, outputs = _sizes(name, leaf)
+    for number, (name, spec) in enumerate(chosen.items()):
+        if len(spec.layer_shape) < 2:
+            raise UserError(f"{name} is no matrix: it cannot have a low-rank adapter")
+        stack, inputs = spec.shape[: spec.stacked], spec.layer_shape[0]
+        outputs = math.prod(spec.layer_shape[1:])
         if not 0 < rank <= min(inputs, outputs):
             raise UserError(
                 f"lora rank {rank} must lie between 1 and {min(inputs, outputs)}, "
@@ -103,12 +100,8 @@ def init_lora(
     return Lora(a=a, b=b, scale=(rank if alpha is None else alpha) / rank)
 
 
-def _sizes(name: str, leaf: jax.Array) -> tuple[tuple[int, ...], int, int]:
-    stack = leaf.shape[: _leading(name)]
-    if leaf.ndim - len(stack) < 2:
-        raise UserError(f"{name} is no matrix: it cannot have a low-rank adapter")
-    inputs, *outputs = leaf.shape[len(stack) :]
-    return stack, inputs, int(np.prod(outputs))
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def apply_lora(params: Parameters, lora: Lora) -> Parameters:
@@ -117,19 +110,26 @@ def apply_lora(params: Parameters, lora: Lora) -> Parameters:
     Raises:
         UserError: the adapters were made for another model.
     """
-    named = _named(params)
-    for name, a in lora.a.items():
-        if name not in named or _sizes(name, named[name])[1] != a.shape[-2]:
-            raise UserError(f"these adapters belong to another model: {name} does not fit")
+    missing = set(lora.a)
 
-    def adapted(path, leaf: jax.Array) -> jax.Array:
+    def adapted(path: tuple, leaf: jax.Array) -> jax.Array:
         name = ".".join(str(part.key) for part in path)
         if name not in lora.a:
             return leaf
-        change = (lora.a[name] @ lora.b[name]) * lora.scale
+        missing.remove(name)
+        a, b = lora.a[name], lora.b[name]
+        stack = a.shape[:-2]
+        inputs, outputs = leaf.shape[len(stack)], leaf.shape[len(stack) + 1 :]
+        expected = ((*stack, inputs, lora.rank), (*stack, lora.rank, math.prod(outputs)))
+        if leaf.shape[: len(stack)] != stack or (a.shape, b.shape) != expected:
+            raise UserError(f"these adapters belong to another model: {name} does not fit")
+        change = (a @ b) * lora.scale
         return (leaf.astype(jnp.float32) + change.reshape(leaf.shape)).astype(leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(adapted, params)
+    merged = jax.tree_util.tree_map_with_path(adapted, params)
+    if missing:
+        raise UserError(f"these adapters belong to another model: it has no {min(missing)}")
+    return merged
 
 
 @dataclass(frozen=True)
@@ -173,16 +173,31 @@ class LoraTraining:
         lists = {name: tuple(saved[name]) for name in ("targets", "full")}
         return cls(rank=saved["rank"], alpha=saved["alpha"], **lists)
 
-    def split(self, params: Parameters, key: jax.Array) -> tuple[Parameters, Parameters]:
-        """(what is trained, what is frozen) of whole weights; traceable."""
+    def split(
+        self, specs: Specs, params: Parameters, key: jax.Array
+    ) -> tuple[Parameters, Parameters]:
+        """(what is trained, what is frozen) of whole weights and their specs; traceable."""
         frozen = {name: part for name, part in params.items() if name not in self.full}
-        lora = init_lora(frozen, rank=self.rank, key=key, targets=self.targets, alpha=self.alpha)
         full = {name: part for name, part in params.items() if name in self.full}
+        lora = self._init(specs, key)
         return {"lora": {"a": lora.a, "b": lora.b}, "full": full}, frozen
 
-    def shapes(self, params: Parameters) -> Parameters:
-        """Of what is trained, given whole weights or their shapes."""
-        return jax.eval_shape(partial(self.split, key=jax.random.key(0)), params)[0]
+    def split_specs(self, specs: Specs) -> tuple[Specs, Specs]:
+        """(what is trained, what is frozen) of the specs of whole weights.
+
+        Adapters are small: they are whole on every device.
+        """
+        lora = jax.eval_shape(partial(self._init, specs), jax.random.key(0))
+        adapters = jax.tree.map(
+            lambda leaf: ParameterSpec(leaf.shape, (None,) * leaf.ndim), {"a": lora.a, "b": lora.b}
+        )
+        full = {name: part for name, part in specs.items() if name in self.full}
+        frozen = {name: part for name, part in specs.items() if name not in self.full}
+        return {"lora": adapters, "full": full}, frozen
+
+    def _init(self, specs: Specs, key: jax.Array) -> Lora:
+        frozen = {name: part for name, part in specs.items() if name not in self.full}
+        return init_lora(frozen, rank=self.rank, key=key, targets=self.targets, alpha=self.alpha)
 
     def join(self, trained: Parameters, frozen: Parameters) -> Parameters:
         """Whole weights with the adapters merged in; traceable."""

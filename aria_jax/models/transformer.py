@@ -26,6 +26,7 @@ from aria_jax.kernels.attention import (
     split_heads,
 )
 from aria_jax.models.norm import MOMENTS, layer_norm
+from aria_jax.models.parameters import parameter, uniform_init
 from aria_jax.sharding import active_mesh, constrain
 
 ACTIVATIONS = ("batch", "length", None)
@@ -40,26 +41,31 @@ LayerWeights = Mapping[str, jax.Array]
 norm1_scale, norm1_bias, norm2_scale, norm2_bias [D]."""
 
 
-def uniform_init(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:
-    """PyTorch's default for linear layers, as the reference has it: U(-1/√fan_in, 1/√fan_in)."""
-    bound = fan_in**-0.5
-    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
-
-
 class Blocks(nnx.Module):
     """The stacked weights of all blocks, float32, layer first."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         n, d, f = config.n_layers, config.d_model, config.d_model * config.ff_mult
-        self.qkv = nnx.Param(uniform_init(rngs.params(), (n, d, 3, d), d))
-        self.out = nnx.Param(uniform_init(rngs.params(), (n, d, d), d))
-        self.gate = nnx.Param(uniform_init(rngs.params(), (n, d, f), d))
-        self.up = nnx.Param(uniform_init(rngs.params(), (n, d, f), d))
-        self.down = nnx.Param(uniform_init(rngs.params(), (n, f, d), f))
-        self.norm1_scale = nnx.Param(jnp.ones((n, d)))
-        self.norm1_bias = nnx.Param(jnp.zeros((n, d)))
-        self.norm2_scale = nnx.Param(jnp.ones((n, d)))
-        self.norm2_bias = nnx.Param(jnp.zeros((n, d)))
+
+        def linear(shape: tuple[int, ...], axes: tuple[str | None, ...], name: str, **kwargs):
+            value = uniform_init(rngs.params(), (n, *shape), shape[0])
+            published = f"model.encode_layers.{{}}.{name}.weight"
+            return parameter(value, ("layer", *axes), published=published, linear=True, **kwargs)
+
+        def vector(fill: float, name: str) -> nnx.Param:
+            published = f"model.encode_layers.{{}}.{name}"
+            return parameter(jnp.full((n, d), fill), ("layer", None), published=published)
+
+        parts = ("query", "key", "value")
+        self.qkv = linear((d, 3, d), ("embed", None, "heads"), "mixed_qkv", parts=parts)
+        self.out = linear((d, d), ("heads", "embed"), "att_proj_linear")
+        self.gate = linear((d, f), ("embed", "mlp"), "ff_gate_proj")
+        self.up = linear((d, f), ("embed", "mlp"), "ff_up_proj")
+        self.down = linear((f, d), ("mlp", "embed"), "ff_down_proj")
+        self.norm1_scale = vector(1.0, "norm1.weight")
+        self.norm1_bias = vector(0.0, "norm1.bias")
+        self.norm2_scale = vector(1.0, "norm2.weight")
+        self.norm2_bias = vector(0.0, "norm2.bias")
 
     def stacked(self) -> dict[str, jax.Array]:
         """Every weight by name, [N, ...]."""
@@ -71,11 +77,16 @@ class Transformer(nnx.Module):
 
     def __init__(self, config: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         self.config, self.compute = config, compute
-        shape = (config.vocab_size, config.d_model)
-        self.embedding = nnx.Param(0.02 * jax.random.normal(rngs.params(), shape))
+        d = config.d_model
+        self.embedding = parameter(
+            0.02 * jax.random.normal(rngs.params(), (config.vocab_size, d)),
+            (None, "embed"),
+            published="model.tok_embeddings.weight",
+        )
         self.blocks = Blocks(config, rngs)
-        self.norm_scale = nnx.Param(jnp.ones(config.d_model))
-        self.norm_bias = nnx.Param(jnp.zeros(config.d_model))
+        norm = "model.out_layer_norm"
+        self.norm_scale = parameter(jnp.ones(d), (None,), published=f"{norm}.weight")
+        self.norm_bias = parameter(jnp.zeros(d), (None,), published=f"{norm}.bias")
 
     def __call__(
         self,

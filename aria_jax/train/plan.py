@@ -12,9 +12,11 @@ from jax.sharding import AbstractMesh
 
 from aria_jax.config import RunConfig
 from aria_jax.losses.language_model import CHUNK_TOKENS
-from aria_jax.models.heads import abstract_model, split_model
-from aria_jax.sharding import MESH_AXES, parameter_shardings
+from aria_jax.models.heads import abstract_model, parameter_specs, split_model
+from aria_jax.models.parameters import parameter_count
+from aria_jax.sharding import MESH_AXES
 from aria_jax.train.cost import Chip, tokens_per_step, train_flops_per_token
+from aria_jax.train.state import state_shardings
 from aria_jax.train.step import TrainState, new_state
 from data_pipeline.errors import UserError
 
@@ -78,7 +80,7 @@ def plan(
     tokens = tokens_per_step(config) * config.train.steps
     flops = train_flops_per_token(config)
     return Plan(
-        parameters=config.model.n_params,
+        parameters=parameter_count(parameter_specs(config.model)),
         flops_per_token=flops,
         tokens_per_step=tokens_per_step(config),
         tokens=tokens,
@@ -106,7 +108,7 @@ def _mesh_sizes(config: RunConfig, n_devices: int) -> dict[str, int]:
 def _memory(
     config: RunConfig, state: TrainState, mesh: AbstractMesh, sizes: dict[str, int]
 ) -> dict[str, int]:
-    shardings = parameter_shardings(state, mesh)
+    shardings = state_shardings(config, state, mesh)
 
     def size(part: Any, of: Any) -> int:
         pairs = zip(jax.tree.leaves(part), jax.tree.leaves(of), strict=True)

@@ -8,12 +8,19 @@ from typing import Any
 
 import jax
 
-from aria_jax.checkpoints.manager import Checkpointer, shapes_like
+from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.models import base_weights, lora_record, read_model
 from aria_jax.config import RunConfig
-from aria_jax.models.heads import Model, Parameters, abstract_model, init_sharded, split_model
+from aria_jax.models.heads import (
+    Model,
+    abstract_model,
+    init_sharded,
+    parameter_specs,
+    split_model,
+)
 from aria_jax.models.lora import LoraTraining
-from aria_jax.sharding import parameter_shardings
+from aria_jax.models.parameters import Parameters, parameter_shardings
+from aria_jax.sharding import mirrored_shardings
 from aria_jax.train.start import Start, refuse_changed_run
 from aria_jax.train.step import TrainState, new_state
 from data_pipeline.errors import UserError
@@ -24,7 +31,28 @@ Merge = Callable[[Parameters], Model]
 def abstract_state(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[Merge, TrainState]:
     """The model's `merge` function, and the state's shapes with their shardings; no memory."""
     merge, params = split_model(abstract_model(config.model, config.compute))
-    return merge, shapes_like(jax.eval_shape(partial(new_state, config), params), mesh)
+    state = jax.eval_shape(partial(new_state, config), params)
+
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return merge, jax.tree.map(placed, state, state_shardings(config, state, mesh))
+
+
+def state_shardings(
+    config: RunConfig, state: TrainState, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> TrainState:
+    """How a state is sharded: weights as they declare it, what the optimiser keeps likewise."""
+    trained, frozen = parameter_specs(config.model), None
+    if (lora := LoraTraining.of(config)) is not None:
+        trained, frozen = lora.split_specs(trained)
+    params = parameter_shardings(trained, mesh)
+    return TrainState(
+        params,
+        mirrored_shardings(state.opt_state, state.params, params, mesh),
+        None if state.ema is None else params,
+        None if frozen is None else parameter_shardings(frozen, mesh),
+    )
 
 
 def first_state(
@@ -68,7 +96,7 @@ def first_state(
         params = _with_weights_of(params, source, config, start.path)
         if lora is not None:
             record["lora"] = lora_record(lora, start.path, split_model(source)[1])
-    shardings = parameter_shardings(like, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
     return merge, jax.jit(partial(new_state, config), out_shardings=shardings)(params), 0
 
 

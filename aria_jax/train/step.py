@@ -10,8 +10,9 @@ import optax
 
 from aria_jax.config import RunConfig
 from aria_jax.losses.grad_cache import grad_cache
-from aria_jax.models.heads import Model, Parameters
+from aria_jax.models.heads import Model, parameter_specs
 from aria_jax.models.lora import LoraTraining, merge_lora
+from aria_jax.models.parameters import Parameters
 from aria_jax.sharding import constrain
 from aria_jax.train.optimizer import build_optimizer, learning_rate, updates_done
 from aria_jax.train.tasks import Answers, Aux, Batch, BatchLoss, LossFunction, in_parts, joined
@@ -47,7 +48,9 @@ def new_state(config: RunConfig, params: Parameters) -> TrainState:
     """The state of a run that has these weights and has done no step (traceable)."""
     lora, frozen = LoraTraining.of(config), None
     if lora is not None:
-        params, frozen = lora.split(params, jax.random.key(config.train.seed))
+        params, frozen = lora.split(
+            parameter_specs(config.model), params, jax.random.key(config.train.seed)
+        )
     opt_state = build_optimizer(config.optimizer, config.train.steps).init(params)
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay is not None else None
     return TrainState(params, opt_state, ema, frozen)

@@ -4,13 +4,15 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 from aria_jax import sharding
 from aria_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from aria_jax.losses.language_model import next_token_loss
-from aria_jax.models.heads import init_sharded, split_model
+from aria_jax.models.heads import init_sharded, parameter_specs, split_model
+from aria_jax.models.parameters import abstract_parameters, parameter_shardings
 from aria_jax.sharding import (
     LOGICAL_RULES,
     MESH_AXES,
@@ -19,8 +21,8 @@ from aria_jax.sharding import (
     constrain,
     fitting_spec,
     make_mesh,
+    mirrored_shardings,
     named_sharding,
-    parameter_shardings,
 )
 from data_pipeline.errors import UserError
 
@@ -85,7 +87,7 @@ def test_layouts_agree_however_layers_are_computed(single, compute):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_parameters_are_cut_by_the_table():
+def test_parameters_are_sharded_by_the_table():
     mesh = make_mesh(MeshConfig(1, 4, 2), jax.devices()[:8])
     model = init_sharded(CONFIG, ComputeConfig(), jax.random.key(0), mesh)
     qkv = model.backbone.blocks.qkv[...]
@@ -102,17 +104,26 @@ def test_a_sharded_start_is_the_unsharded_one():
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_optimiser_state_is_cut_like_the_parameters():
-    import optax
-
+def test_optimiser_state_is_sharded_like_the_parameters():
     mesh = make_mesh(MeshConfig(1, 4, 2), jax.devices()[:8])
     _, params = split_model(init_sharded(CONFIG, ComputeConfig(), jax.random.key(0), mesh))
     state = jax.eval_shape(optax.adamw(1e-3).init, params)
-    moments = parameter_shardings(state, mesh)[0]
+    shardings = parameter_shardings(parameter_specs(CONFIG), mesh)
+    moments = mirrored_shardings(state, params, shardings, mesh)[0]
     expected = jax.tree.map(lambda leaf: leaf.sharding.spec, params)
     for tree in (moments.mu, moments.nu):
         assert jax.tree.map(lambda leaf: leaf.spec, tree) == expected
     assert moments.count.is_fully_replicated
+
+
+def test_an_array_that_mirrors_no_parameter_is_an_error():
+    mesh = make_mesh(MeshConfig(1, 4, 2), jax.devices()[:8])
+    specs = parameter_specs(CONFIG)
+    params, shardings = abstract_parameters(specs, mesh), parameter_shardings(specs, mesh)
+    # Adafactor keeps rows and columns of second moments, not their whole.
+    state = jax.eval_shape(optax.adafactor(1e-3, min_dim_size_to_factor=8).init, params)
+    with pytest.raises(ValueError, match="nothing says how it is sharded"):
+        mirrored_shardings(state, params, shardings, mesh)
 
 
 def test_user_mistakes_are_explained():
@@ -131,6 +142,36 @@ def test_two_logical_axes_never_share_a_mesh_axis():
         named_sharding(mesh, ("batch", "embed"))
     for rule in LOGICAL_RULES.values():
         assert set((rule,) if isinstance(rule, str) else rule or ()) <= set(MESH_AXES)
+
+
+@pytest.mark.parametrize("use", [batch_sharding, parameter_shardings, constrain], ids=str)
+def test_a_foreign_mesh_is_an_error(use):
+    foreign = jax.make_mesh((4, 2), ("data", "model"), devices=jax.devices()[:8])
+    with jax.set_mesh(foreign), pytest.raises(ValueError, match="make_mesh"):
+        if use is parameter_shardings:
+            use(parameter_specs(CONFIG), foreign)
+        elif use is batch_sharding:
+            use(foreign)
+        else:
+            jax.jit(lambda x: use(x, "batch"))(np.ones(8))
+
+
+def test_axes_that_are_not_automatic_are_an_error():
+    mesh = jax.sharding.Mesh(
+        np.array(jax.devices()[:8]).reshape(8, 1, 1, 1),
+        MESH_AXES,
+        axis_types=(jax.sharding.AxisType.Explicit,) * 4,
+    )
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match="use make_mesh"):
+        active_mesh()
+
+
+def test_an_unknown_logical_axis_is_an_error():
+    mesh = make_mesh(MeshConfig(), jax.devices()[:8])
+    with pytest.raises(ValueError, match=r"unknown logical axes \['embedd'\]"):
+        named_sharding(mesh, ("embedd",))
+    with jax.set_mesh(mesh), pytest.raises(ValueError, match=r"unknown logical axes \['rows'\]"):
+        constrain(np.ones(8), "rows")
 
 
 def test_sizes_that_do_not_divide_stay_whole():

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from aria_jax.checkpoints.published import reference_names, reference_shape
-from aria_jax.checkpoints.safetensors import _write
+from aria_jax.checkpoints.safetensors import tensor_shapes, write_tensors
+from aria_jax.models.heads import parameter_specs
+from aria_jax.models.parameters import parameter_count
 from aria_jax.presets import MODELS
 
 pytestmark = pytest.mark.slow
@@ -22,18 +23,9 @@ def write_bfloat16(path, config):
     """A file of the published one's names, shapes and type, with cheap random weights."""
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 0.02, 1 << 20).astype(ml_dtypes.bfloat16)
-    names = [
-        name
-        for listed in reference_names(config).values()
-        for name in ([listed] if isinstance(listed, str) else listed)
-    ]
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name in names:
-        shape = reference_shape(name, config)
-        begin, end = end, end + 2 * int(np.prod(shape))
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
-    sizes = (int(np.prod(reference_shape(name, config))) for name in names)
-    _write(path, header, (np.resize(noise, size).view(np.uint16) for size in sizes))
+    shapes = tensor_shapes(config)
+    values = (np.resize(noise, shape).view(np.uint16) for shape in shapes.values())
+    write_tensors(path, shapes, values, {"format": "pt"}, "BF16")
 
 
 def peak_memory(arguments):
@@ -65,7 +57,7 @@ def test_medium_converts_there_and_back_without_a_second_copy(tmp_path, record_p
         print(f"{arguments[0]}: {time.perf_counter() - began:.1f} s, peak {peak / 1e9:.2f} GB")
         # The model, the program, and on the way in the greatest of its parameters (a quarter), on
         # the way out what Orbax unpacks at once: never two models.
-        assert peak < 1.8 * 4 * config.n_params
+        assert peak < 1.8 * 4 * parameter_count(parameter_specs(config))
     with safe_open(source, framework="flax") as given, safe_open(back, framework="flax") as found:
         assert set(given.keys()) == set(found.keys())
         for name in ("lm_head.weight", "model.encode_layers.7.mixed_qkv.weight"):

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec
 
 from aria_jax.config import MeshConfig
@@ -15,7 +14,9 @@ from aria_jax.generate.decoding import Decoding, decode
 from aria_jax.generate.sampler import Greedy, MinP, RepetitionPenalty, Temperature
 from aria_jax.generate.weights import DecodingMatrix, decoder_weights, quantize
 from aria_jax.kernels import narrow_cpu
-from aria_jax.sharding import make_mesh, parameter_shardings
+from aria_jax.models.heads import parameter_specs, split_model
+from aria_jax.models.parameters import parameter_shardings
+from aria_jax.sharding import make_mesh
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizer import Kind, Tokenizer
 
@@ -197,9 +198,10 @@ def test_mesh_equals_one_device(random_model, piano_prompt):
     model = random_model(scale=30.0, d_model=32, n_heads=4)
     expected = generate(model, piano_prompt, n=4, max_tokens=24)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
-    graph, state = nnx.split(model)
-    state = jax.device_put(state, parameter_shardings(state, mesh))
-    sharded = nnx.merge(graph, state)
+    merge, params = split_model(model)
+    sharded = merge(
+        jax.device_put(params, parameter_shardings(parameter_specs(model.config), mesh))
+    )
     assert decoder_weights(sharded).blocks[0]["up"].rows_OxI.sharding.spec == PartitionSpec(
         "tensor", "fsdp"
     )

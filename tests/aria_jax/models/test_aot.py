@@ -8,9 +8,10 @@ import pytest
 
 from aria_jax.config import ComputeConfig, MeshConfig
 from aria_jax.losses.language_model import next_token_loss
-from aria_jax.models.heads import abstract_model, split_model
+from aria_jax.models.heads import abstract_model, parameter_specs, split_model
+from aria_jax.models.parameters import abstract_parameters
 from aria_jax.presets import MODELS
-from aria_jax.sharding import batch_sharding, make_mesh, parameter_shardings
+from aria_jax.sharding import batch_sharding, make_mesh
 from tests.topologies import described
 
 pytestmark = pytest.mark.aot
@@ -25,12 +26,8 @@ def compiled_step(mesh, *, rows, length=8192, segments=False, n_layers=2, **comp
     """Loss and gradients of `rows` sequences, compiled for the mesh."""
     config = dataclasses.replace(MODELS["medium"], n_layers=n_layers)
     compute = ComputeConfig(**{"dtype": "bfloat16", "remat": "full"} | compute)
-    merge, params = split_model(abstract_model(config, compute))
-    params = jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        params,
-        parameter_shardings(params, mesh),
-    )
+    merge, _ = split_model(abstract_model(config, compute))
+    params = abstract_parameters(parameter_specs(config), mesh)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=batch_sharding(mesh))
 
     def step(params, inputs, targets, segment_ids):

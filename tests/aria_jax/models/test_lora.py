@@ -8,11 +8,12 @@ from flax import nnx
 
 from aria_jax.checkpoints.safetensors import load_lora, save_lora
 from aria_jax.config import ComputeConfig, ModelConfig
-from aria_jax.models.heads import build_model, split_model
+from aria_jax.models.heads import build_model, parameter_specs, split_model
 from aria_jax.models.lora import apply_lora, init_lora
 from data_pipeline.errors import UserError
 
 CONFIG = ModelConfig(d_model=16, n_heads=2, n_layers=2, max_seq_len=32, vocab_size=50)
+SPECS = parameter_specs(CONFIG)
 TOKENS = jnp.arange(10)[None]
 
 
@@ -21,21 +22,21 @@ def model():
     return split_model(build_model(CONFIG, ComputeConfig(), rngs=nnx.Rngs(0)))
 
 
-def random_lora(params, **settings):
-    lora = init_lora(params, key=jax.random.key(1), **settings)
+def random_lora(**settings):
+    lora = init_lora(SPECS, key=jax.random.key(1), **settings)
     noise = {name: jax.random.normal(jax.random.key(2), b.shape) for name, b in lora.b.items()}
     return lora.replace(b=noise)
 
 
 def test_fresh_adapters_change_nothing(model):
     _, params = model
-    adapted = apply_lora(params, init_lora(params, rank=3, key=jax.random.key(1)))
+    adapted = apply_lora(params, init_lora(SPECS, rank=3, key=jax.random.key(1)))
     jax.tree.map(np.testing.assert_array_equal, params, adapted)
 
 
 def test_adapted_matrices_differ_by_the_low_rank_product(model):
     _, params = model
-    lora = random_lora(params, rank=3, targets=("qkv", "down"), alpha=6.0)
+    lora = random_lora(rank=3, targets=("qkv", "down"), alpha=6.0)
     adapted = apply_lora(params, lora)
     blocks, changed = params["backbone"]["blocks"], adapted["backbone"]["blocks"]
     for name in ("qkv", "down"):
@@ -53,7 +54,7 @@ def test_adapted_matrices_differ_by_the_low_rank_product(model):
 def test_gradient_descent_on_adapters_lowers_the_loss_and_leaves_the_model(model):
     merge, params = model
     before = jax.tree.map(np.asarray, params)
-    lora = init_lora(params, rank=2, key=jax.random.key(0), targets=("out", "down", "head"))
+    lora = init_lora(SPECS, rank=2, key=jax.random.key(0), targets=("out", "down", "head"))
 
     @jax.jit
     def step(lora):
@@ -78,7 +79,7 @@ def test_gradient_descent_on_adapters_lowers_the_loss_and_leaves_the_model(model
 
 def test_adapters_are_saved_alone(model, tmp_path):
     _, params = model
-    lora = random_lora(params, rank=2, alpha=8.0)
+    lora = random_lora(rank=2, alpha=8.0)
     path = tmp_path / "adapters.safetensors"
     save_lora(path, lora)
     n_adapter = sum(leaf.size for leaf in jax.tree.leaves(lora))
@@ -90,8 +91,7 @@ def test_adapters_are_saved_alone(model, tmp_path):
     )
 
 
-def test_mistakes(model, tmp_path):
-    _, params = model
+def test_mistakes(tmp_path):
     key = jax.random.key(0)
     for settings, message in (
         ({"rank": 0}, "rank 0"),
@@ -101,7 +101,7 @@ def test_mistakes(model, tmp_path):
         ({"rank": 2, "targets": ("norm1_scale",)}, "no matrix"),
     ):
         with pytest.raises(UserError, match=message):
-            init_lora(params, key=key, **settings)
+            init_lora(SPECS, key=key, **settings)
     other = split_model(
         build_model(
             ModelConfig(d_model=32, n_heads=2, n_layers=2, vocab_size=50),
@@ -110,7 +110,7 @@ def test_mistakes(model, tmp_path):
         )
     )[1]
     with pytest.raises(UserError, match="another model"):
-        apply_lora(other, init_lora(params, rank=2, key=key))
+        apply_lora(other, init_lora(SPECS, rank=2, key=key))
     with pytest.raises(UserError, match="no such file"):
         load_lora(tmp_path / "none")
     (tmp_path / "text").write_text("hello")
