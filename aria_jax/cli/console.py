@@ -305,6 +305,44 @@ def _printable(value: Any) -> Any:
     return [_printable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
+_KNOWN_SUFFIXES = set(
+    [
+        ".csv",
+        ".gz",
+        ".html",
+        ".jpg",
+        ".json",
+        ".jsonl",
+        ".kar",
+        ".mid",
+        ".midi",
+        ".mp3",
+        ".npy",
+        ".npz",
+        ".parquet",
+        ".pdf",
+        ".png",
+        ".safetensors",
+        ".svg",
+        ".tar",
+        ".tgz",
+        ".tsv",
+        ".txt",
+        ".wav",
+        ".yaml",
+        ".yml",
+        ".zip",
+    ]
+)
+
+
+def check_suffix(path: str, content: str, *suffixes: str) -> None:
+    """Raises `UserError` where a file to write is named as if it held something else."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in _KNOWN_SUFFIXES and suffix not in suffixes:
+        raise UserError(f"{path}: this will be {content}, not {suffix}; name it …{suffixes[0]}")
+
+
 def numbers(text: str, option: str) -> list[int]:
     """Positive whole numbers of a comma-separated argument, in ascending order."""
     parts = text.split(",")

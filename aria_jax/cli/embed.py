@@ -17,6 +17,7 @@ embeds by counting instead, to hold a model against.
 
 examples:
   aria-jax embed my_midis emb.parquet --checkpoint run2
+  aria-jax embed nocturne.mid waltz.mid emb.parquet --checkpoint run2
   aria-jax embed my_midis.tar emb.parquet --checkpoint run2 --bf16 --workers 8
   aria-jax embed my_data emb.parquet --checkpoint run2 --per-slice
   aria-jax embed my_data counts.parquet --baseline pitch-class"""
@@ -24,7 +25,12 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax embed`."""
-    parser.add_argument("source", help="folder of MIDI files, .tar of them, or token shards")
+    parser.add_argument(
+        "sources",
+        nargs="+",
+        metavar="source",
+        help="folder of MIDI files, .tar of them, token shards; or MIDI files",
+    )
     parser.add_argument("out", help="Parquet file to write")
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--checkpoint", help="workdir of a contrastive run")
@@ -55,29 +61,32 @@ def add_slicing(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Embeds and writes."""
-    from aria_jax.cli.console import print_result, progress_bar
+    from aria_jax.cli.console import check_suffix, print_result, progress_bar, stage
     from data_pipeline.errors import UserError
 
+    check_suffix(args.out, "a Parquet file", ".parquet")
     if args.slice_notes < 1 or args.max_tokens < 2 or args.workers < 0:
         raise UserError("--slice-notes must be at least 1, --max-tokens 2, --workers 0")
     host_index, host_count = _host(args)
-    if not Path(args.source).exists():
-        raise UserError(f"{args.source}: no such folder or archive")
-    from aria_jax.embed.export import export
-    from aria_jax.embed.pieces import Slicing, open_source
+    from aria_jax.embed.pieces import Slicing, common_folder, open_source
 
+    origin = common_folder(args.sources)
+    from aria_jax.embed.export import export
+
+    stage("loading the model")
     encode, settings = _encoder(args)
+    stage("listing the files")
     slicing = Slicing(settings["tokenizer"], args.slice_notes, settings["max_tokens"])
     with TemporaryDirectory() as folder, progress_bar("embed", "file") as progress:
         source = open_source(
-            args.source, slicing, spool=Path(folder) / "spool", metadata=args.metadata
+            args.sources, slicing, spool=Path(folder) / "spool", metadata=args.metadata
         )
         summary = export(
             source,
             encode,
             args.out,
             settings={**settings, "slice_notes": args.slice_notes},
-            origin=Path(args.source).resolve(),
+            origin=origin.resolve(),
             per_slice=args.per_slice,
             workers=args.workers,
             host_index=host_index,

@@ -4,6 +4,7 @@ Worker processes import this module, so it must not import jax.
 """
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,13 @@ from typing import Protocol
 import numpy as np
 
 from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
-from data_pipeline.building.sources import Entry, list_source, read_entry, readable_root
+from data_pipeline.building.sources import (
+    Entry,
+    is_midi_name,
+    list_source,
+    read_entry,
+    readable_root,
+)
 from data_pipeline.errors import InvalidMidi, UserError
 from data_pipeline.loaders.pieces import Pieces
 from data_pipeline.metadata import LabelTable, find_tables, read_labels
@@ -76,11 +83,17 @@ class Source(Protocol):
 
 
 def open_source(
-    source: str | Path, slicing: Slicing, *, spool: Path, metadata: str | Path | None = None
+    sources: str | Path | Sequence[str | Path],
+    slicing: Slicing,
+    *,
+    spool: Path,
+    metadata: str | Path | None = None,
 ) -> Source:
-    """A folder of MIDI files, a .tar (.tar.gz …) of them, or token shards.
+    """A folder of MIDI files, a .tar (.tar.gz …) of them, token shards, or a list of MIDI files.
 
     Args:
+        sources: one of the first three, or MIDI files and folders of them, whose names are then
+            relative to the folder that holds them all.
         spool: file that takes what a compressed archive unpacks to; must outlive the source.
             Beside it, SPOOL.tables takes the metadata files of an archive.
         metadata: labels of MIDI files (default: metadata files beside them).
@@ -88,8 +101,13 @@ def open_source(
     Raises:
         UserError: no MIDI files or shards there, or shards of another tokenizer.
     """
-    source = Path(source)
+    source = common_folder(sources)
+    sources = [sources] if isinstance(sources, str | Path) else sources
     tokenizer = Tokenizer.preset(slicing.tokenizer)
+    if not _is_one(sources):
+        entries = _listed(sources, source)
+        table = read_labels(source, find_tables(source, metadata))
+        return _MidiFiles(source, slicing, entries, table)
     if (source / MANIFEST).is_file():
         sizes = {
             split: len(TokenShards(source, split, tokenizer))
@@ -103,6 +121,45 @@ def open_source(
         raise UserError(f"{source}: no MIDI files (.mid, .midi, .kar) here")
     table = read_labels(source, find_tables(source if source.is_dir() else tables, metadata))
     return _MidiFiles(readable_root(source, spool), slicing, entries, table)
+
+
+def common_folder(sources: str | Path | Sequence[str | Path]) -> Path:
+    """A source that is one, or the folder that holds all files and folders of a list.
+
+    Raises:
+        UserError: one of them is not there.
+    """
+    paths = [Path(p) for p in ([sources] if isinstance(sources, str | Path) else sources)]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+    if _is_one(paths):
+        return paths[0]
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    return Path(os.path.commonpath([folder.absolute() for folder in folders]))
+
+
+def _is_one(sources: Sequence[str | Path]) -> bool:
+    """Whether this is a folder, an archive or shards, not a list of files."""
+    return len(sources) == 1 and not is_midi_name(Path(sources[0]).name)
+
+
+def _listed(sources: Sequence[str | Path], root: Path) -> list[Entry]:
+    """The MIDI files among `sources` and in the folders among them, each once."""
+    files: dict[Path, None] = {}
+    for source in map(Path, sources):
+        if source.is_dir():
+            if (source / MANIFEST).is_file():
+                raise UserError(f"{source} holds token shards; name it alone")
+            inside = list(list_source(source, root, root))
+            if not inside:
+                raise UserError(f"{source}: no MIDI files (.mid, .midi, .kar) here")
+            files |= dict.fromkeys(source.absolute() / entry.path for entry in inside)
+        elif is_midi_name(source.name):
+            files[source.absolute()] = None
+        else:
+            raise UserError(f"{source}: expected a MIDI file (.mid, .midi, .kar) or a folder")
+    return [Entry(str(path.relative_to(root)), path.stat().st_size) for path in files]
 
 
 @dataclass(frozen=True)

@@ -192,3 +192,41 @@ def test_classify_answers_for_files_and_scores_them(midi_corpus, tmp_path, capsy
     assert main([*arguments[:3], "no such run"]) == 2
     assert main([*arguments, "--label", "form"]) == 2
     assert "no file" in capsys.readouterr().err
+
+
+def test_one_file_and_a_list_of_files_are_embedded_like_a_folder(midi_corpus, tmp_path, capsys):
+    def embed(*sources):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.parquet"
+        counted = ["--baseline", "pitch-class", "--workers", "0"]
+        assert main(["embed", *map(str, sources), str(out), *counted]) == 0
+        table = read_embeddings(out)
+        rows = zip(table.path, table.embedding.tolist(), table.labels, strict=True)
+        return {path: (vector, labels) for path, vector, labels in rows}
+
+    whole = embed(midi_corpus)
+    names = ["presto_1.mid", "lento_0.mid"]
+    assert embed(midi_corpus / names[0]) == {names[0]: whole[names[0]]}
+    listed = embed(*(midi_corpus / name for name in [*names, names[0]]))
+    assert listed == {name: whole[name] for name in names}
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "x.mid").write_bytes((midi_corpus / names[0]).read_bytes())
+    mixed = embed(midi_corpus, tmp_path / "more" / "x.mid")
+    assert len(mixed) == len(whole) + 1
+    assert [v for p, (v, _) in mixed.items() if p.endswith("more/x.mid")] == [whole[names[0]][0]]
+
+
+@pytest.mark.parametrize(
+    "sources, out, message",
+    [
+        (["{corpus}/none.mid"], "e.parquet", "none.mid: no such file"),
+        (["{corpus}/lento_0.mid", "{corpus}/none.mid"], "e.parquet", "none.mid: no such file"),
+        (["{corpus}/lento_0.mid", "{corpus}/metadata.json"], "e.parquet", "expected a MIDI file"),
+        (["{corpus}"], "e.csv", "e.csv: this will be a Parquet file"),
+        (["{corpus}/lento_0.mid"], "lento_1.mid", "this will be a Parquet file"),
+    ],
+)
+def test_what_cannot_be_embedded_is_named(sources, out, message, midi_corpus, tmp_path, capsys):
+    given = [source.format(corpus=midi_corpus) for source in sources]
+    arguments = ["embed", *given, str(tmp_path / out), "--baseline", "pitch-class"]
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
