@@ -83,26 +83,34 @@ def test_two_processes_on_two_meshes(corpus, tmp_path, run_alone, base):
         assert_same_run(found, run_alone(case, 2))
 
 
-AXES = {
-    "data": (2, 1, 1, 1),
-    "fsdp": (1, 2, 1, 1),
-    "tensor": (1, 1, 2, 1),
-    "sequence": (1, 1, 1, 2),
+MESHES = {
+    (2, 1): [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)],
+    (2, 2): [(2, 2, 1, 1), (2, 1, 2, 1), (1, 2, 2, 1), (1, 1, 2, 2), (2, 1, 1, 2), (1, 1, 4, 1)],
+    (4, 1): [(4, 1, 1, 1), (1, 4, 1, 1), (1, 1, 4, 1), (1, 2, 2, 1), (2, 1, 1, 2)],
 }
-MIXED = [(2, 2, 1, 1), (2, 1, 2, 1), (1, 2, 2, 1), (1, 1, 2, 2), (2, 1, 1, 2), (1, 1, 4, 1)]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes, devices_each", [(2, 1), (2, 2), (4, 1)])
-@pytest.mark.parametrize("task", ["pretrain", "contrastive", "classify", "continue"])
-def test_every_mesh(task, processes, devices_each, corpus, tmp_path, run_alone, base):
-    n_devices = processes * devices_each
-    meshes = AXES if n_devices == 2 else [(4, 1, 1, 1), (1, 4, 1, 1), *MIXED]
-    lora = ("lora_rank=2", "peak_lr=0.02") if task == "continue" else ()
-    cases = [Case(task, mesh, lora, base if lora else None) for mesh in meshes]
+@pytest.mark.parametrize("processes, devices_each", MESHES)
+@pytest.mark.parametrize("task", ["pretrain", "contrastive"])
+def test_every_mesh(task, processes, devices_each, corpus, tmp_path, run_alone):
+    cases = [Case(task, mesh) for mesh in MESHES[processes, devices_each]]
     found = run_processes(processes, cases, corpus, tmp_path, devices_each)
     for case, rows in found.items():
-        assert_same_run(rows, run_alone(case, n_devices))
+        assert_same_run(rows, run_alone(case, processes * devices_each))
+
+
+@pytest.mark.slow
+def test_adapters_and_classes_on_two_processes(corpus, tmp_path, run_alone, base):
+    lora = ("lora_rank=2", "peak_lr=0.02")
+    cases = [
+        Case("continue", (1, 1, 2, 1), lora, base),
+        Case("continue", (1, 2, 1, 1), lora, base),
+        Case("classify", (1, 1, 2, 1), (), base),
+        Case("classify", (2, 1, 1, 1), ("lora_rank=2",), base),
+    ]
+    for case, rows in run_processes(2, cases, corpus, tmp_path).items():
+        assert_same_run(rows, run_alone(case, 2))
 
 
 @pytest.mark.slow
