@@ -159,8 +159,7 @@ class TrainConfig:
     seed: Annotated[int, Range(0)] = 0
     """Of weights, order, augmentation and dropout."""
     grad_accumulation: Count = 1
-    """Parts a batch is computed in, one after the other; the contrastive task caches gradients, so
-    that negatives still come from the whole batch."""
+    """Parts a batch is computed in, one after the other; negatives still come from all of it."""
     eval_every: Count = 500
     """Steps between evaluations on the validation split."""
     eval_batches: Count = 16
@@ -169,8 +168,12 @@ class TrainConfig:
     """Steps between lines of metrics."""
     checkpoint_every: Count = 500
     """Steps between checkpoints."""
+    checkpoint_every_minutes: Positive | None = 15.0
+    """Minutes after the last checkpoint at which another is due; none for steps alone."""
     keep_checkpoints: Count = 3
     """How many of the last checkpoints stay."""
+    profile_steps: str | None = None
+    """First and last step of a trace for XProf and TensorBoard in WORKDIR/profile, e.g. 3-7."""
     max_bad_steps: Count = 10
     """Stop after this many non-finite losses in a row."""
     temperature: Positive = 0.1
@@ -180,12 +183,18 @@ class TrainConfig:
     pooling: Literal["eos", "mean"] = "eos"
     """Where embedding and class heads read: at <E>, or the mean over all positions."""
     lora_rank: Annotated[int, Range(0)] = 0
-    """Above 0, low-rank adapters of the weights given by --init-from are trained, not the weights
-    (arXiv 2106.09685); a new head is trained whole."""
+    """Above 0, adapters of the weights of --init-from, and a new head, are all that is trained."""
     lora_alpha: Positive | None = None
     """Adapters count by lora_alpha / lora_rank; the rank by default."""
     lora_targets: tuple[LoraTarget, ...] = ("qkv", "out", "gate", "up", "down")
     """Matrices that get adapters; head and embedding can be named too."""
+
+    @property
+    def profile_range(self) -> tuple[int, int] | None:
+        """First and last step to trace; None where `profile_steps` names none."""
+        first, _, last = (self.profile_steps or "").partition("-")
+        steps = (int(first), int(last)) if first.isdecimal() and last.isdecimal() else (0, 0)
+        return steps if 1 <= steps[0] <= steps[1] else None
 
 
 @dataclass(frozen=True)
@@ -257,6 +266,8 @@ class RunConfig:
             yield "model.learned_temperature=true is for task contrastive"
         if self.task == "classify" and d.label is None:
             yield "task classify needs data.label=NAME (see `aria-jax data inspect`)"
+        if fine("train.profile_steps") and t.profile_steps and not t.profile_range:
+            yield f"train.profile_steps={t.profile_steps} must be FIRST-LAST, such as 3-7"
         if t.lora_rank and not t.lora_targets:
             yield "train.lora_targets must name a matrix where train.lora_rank is above 0"
         if list(dataclasses.astuple(self.mesh)).count(-1) > 1:

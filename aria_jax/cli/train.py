@@ -133,9 +133,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="share of the chips' peak FLOP/s to plan with (default: 0.4)",
     )
-    parser.add_argument(
-        "--profile", action="store_true", help="write a trace of 5 steps to WORKDIR/profile"
-    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="changes to the preset")
 
@@ -200,8 +197,8 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
 
     from aria_jax.config_file import write_config
     from aria_jax.train.cost import chip_of
+    from aria_jax.train.hooks import JsonlSink, MetricSink, TensorBoardSink
     from aria_jax.train.loop import run as train
-    from aria_jax.train.metrics import JsonlSink, MetricSink, TensorBoardSink
     from aria_jax.train.processes import join_processes, leave_at_once, lost_contact
     from aria_jax.train.tasks import resolve
 
@@ -241,7 +238,6 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
                 init_from=args.init_from,
                 sinks=[*sinks, ProgressSink(resolved.train.steps, report)] if first else [],
                 on_start=started,
-                profile=args.profile,
             )
     except Exception as error:
         if (reason := lost_contact(error)) is None:

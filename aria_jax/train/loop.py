@@ -1,32 +1,39 @@
 """The one training loop, for every task."""
 
-from collections.abc import Callable, Sequence
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 
-from aria_jax.checkpoints.manager import DIRECTORY, Checkpointer
+from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.models import model_record
 from aria_jax.config import RunConfig, to_dict
 from aria_jax.sharding import batch_sharding, iterate_rows, make_mesh
 from aria_jax.train.cost import chip_of, train_flops_per_token
-from aria_jax.train.files import file_metrics
-from aria_jax.train.metrics import Log, MetricSink, Watch
-from aria_jax.train.preemption import stop_requests
-from aria_jax.train.processes import lost_contact
-from aria_jax.train.profiling import Profiler
+from aria_jax.train.hooks import (
+    Clock,
+    Evaluate,
+    Hook,
+    KeepBest,
+    Log,
+    MetricSink,
+    Profile,
+    SaveCheckpoints,
+    StepMonitor,
+)
+from aria_jax.train.processes import lost_contact, stop_requests
 from aria_jax.train.start import Start, decide
-from aria_jax.train.state import Merge, first_state
-from aria_jax.train.step import TrainState, make_eval_step, make_train_step
-from aria_jax.train.tasks import Task, build_task, resolve
+from aria_jax.train.state import first_state
+from aria_jax.train.step import TrainState, TrainStep, make_eval_step, make_train_step
+from aria_jax.train.tasks import build_task, resolve
 from data_pipeline.errors import UserError
+from data_pipeline.loaders import BatchStream
 from data_pipeline.shards import load_manifest
-
-BEST = "best"
 
 
 @dataclass
@@ -55,48 +62,103 @@ def run(
     sinks: Sequence[MetricSink] = (),
     on_start: Callable[[Start], None] | None = None,
     should_stop: Callable[[int], bool] | None = None,
-    profile: bool = False,
+    clock: Clock = time.perf_counter,
 ) -> TrainResult:
     """Trains, or goes on training, in `workdir`.
 
     SIGTERM and SIGINT end the run after the step under way, with a checkpoint. Stopped and run
     again, a run computes bit for bit what it would have computed without the stop (one process).
-    The weights of the lowest validation loss are kept in `workdir/best`.
+    The weights of the lowest validation loss are kept in `workdir/best`, a trace of
+    `config.train.profile_steps` in `workdir/profile`.
 
     Args:
         init_from: checkpoint or published .safetensors whose weights a new run starts from.
         on_start: told how the run begins, before the first step.
         should_stop: asked after each step; True ends the run as a signal does.
-        profile: writes a trace of a few steps to `workdir/profile`, for XProf and TensorBoard.
+        clock: by which throughput is measured and `config.train.checkpoint_every_minutes` pass.
 
     Raises:
         UserError: contradictory settings, unusable data or checkpoint, a diverged loss.
     """
     config = resolve(config.validate(), data_dir)
-    mesh = make_mesh(config.mesh)
+    mesh, settings, workdir = make_mesh(config.mesh), config.train, Path(workdir)
     check_batch(config, mesh)
     task = build_task(config, data_dir, mesh=mesh)
+    for note in task.notes:
+        warnings.warn(note, stacklevel=2)
     tokenizer = load_manifest(data_dir)["tokenizer"]["preset"]
     record = {**model_record(config.model, tokenizer), "config": to_dict(config)}
-    workdir = Path(workdir)
-    checkpointer = Checkpointer(workdir, config.train.keep_checkpoints)
-    try:
+    with _checkpoints(workdir, settings.keep_checkpoints) as checkpointer:
         start = decide(workdir, init_from, checkpointer)
         merge, state, step = first_state(config, mesh, start, checkpointer, record)
         if on_start is not None:
             on_start(start)
-        loop = _Loop(config, task, mesh, merge, checkpointer, _Best(workdir), record, Log(sinks))
-        loop.state, loop.step = state, step
-        with Profiler(workdir / "profile" if profile else None, step) as profiler:
-            interrupted = loop.train(should_stop, profiler)
-        loop.save()
+        log, sharding = Log(sinks), batch_sharding(mesh)
+        monitor = _monitor(config, mesh, log, checkpointer, clock)
+        save = SaveCheckpoints(
+            checkpointer,
+            lambda step: {**record, "position": position(config, task.train, step)},
+            every=settings.checkpoint_every,
+            every_minutes=settings.checkpoint_every_minutes,
+            ask_every=1 if jax.process_count() == 1 else settings.log_every,
+            clock=clock,
+        )
+        evaluate = Evaluate(
+            task,
+            make_eval_step(config, merge, task.loss, task.predictions),
+            sharding,
+            log,
+            monitor,
+            KeepBest(workdir, record),
+            every=settings.eval_every,
+            last_step=settings.steps,
+            n_batches=settings.eval_batches,
+        )
+        with _profile(config, workdir, step) as profile:
+            state, step, interrupted = _train(
+                make_train_step(config, merge, task.loss),
+                iterate_rows(task.train, sharding, step),
+                (state, step),
+                last_step=settings.steps,
+                hooks=(monitor, *profile, evaluate, save),
+                mesh=mesh,
+                should_stop=should_stop,
+            )
+        save.save(step, state)
         checkpointer.wait()
-    except BaseException as error:
-        if lost_contact(error) is None:  # closing would wait for the process that is gone
-            checkpointer.close()
-        raise
-    checkpointer.close()
-    return TrainResult(loop.step, loop.log.last, interrupted, start)
+    return TrainResult(step, log.last, interrupted, start)
+
+
+def _train(
+    train_step: TrainStep,
+    batches: Iterator[dict[str, jax.Array]],
+    begin: tuple[TrainState, int],
+    *,
+    last_step: int,
+    hooks: Sequence[Hook],
+    mesh: jax.sharding.Mesh,
+    should_stop: Callable[[int], bool] | None,
+) -> tuple[TrainState, int, bool]:
+    """Advances to the last step, or until asked to stop; (state, step, whether it was asked)."""
+    (state, step), stopped = begin, False
+    with stop_requests() as stop_requested, jax.set_mesh(mesh):
+        while step < last_step and not stopped:
+            number = jax.device_put(np.int32(step))
+            state, metrics = train_step(state, next(batches), number)
+            step += 1
+            for hook in hooks:
+                hook.on_step(step, state, metrics)
+            wanted = should_stop is not None and should_stop(step)
+            stopped = stop_requested(step) or wanted
+        for hook in hooks:
+            hook.finish()
+    return state, step, stopped and step < last_step
+
+
+def position(config: RunConfig, stream: BatchStream, step: int) -> dict[str, int]:
+    """Where in its data a run stands after `step` steps."""
+    rows = step * config.data.global_batch
+    return {"seed": config.train.seed, "epoch": rows // stream.n_examples, "step": step}
 
 
 def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
@@ -111,128 +173,52 @@ def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
         )
 
 
-class _Loop:
-    """A run under way: `state` after `step` steps."""
+@contextmanager
+def _checkpoints(workdir: Path, keep: int) -> Iterator[Checkpointer]:
+    """Closed at the end, unless that would wait for a process that is gone."""
+    checkpointer = Checkpointer(workdir, keep)
+    try:
+        yield checkpointer
+    except BaseException as error:
+        if lost_contact(error) is None:
+            checkpointer.close()
+        raise
+    checkpointer.close()
 
-    state: TrainState
-    step: int
 
-    def __init__(
-        self,
-        config: RunConfig,
-        task: Task,
-        mesh: jax.sharding.Mesh,
-        merge: Merge,
-        checkpointer: Checkpointer,
-        best: "_Best",
-        record: dict[str, Any],
-        log: Log,
-    ):
-        self._config, self._task, self._mesh = config, task, mesh
-        self._checkpointer, self._best, self._record, self.log = checkpointer, best, record, log
-        self._train_step = make_train_step(config, merge, task.loss)
-        self._eval_step = make_eval_step(config, merge, task.loss, task.answers)
-        self._sharding = batch_sharding(mesh)
-        chip = chip_of(jax.devices()[0].device_kind)
-        self._watch = Watch(
-            log,
-            log_every=config.train.log_every,
-            max_bad=config.train.max_bad_steps,
-            last_good=self._last_good,
-            flops_per_token=train_flops_per_token(config),
-            peak_flops=chip.flops * mesh.size if chip is not None else None,
-        )
-
-    def train(self, should_stop: Callable[[int], bool] | None, profiler: Profiler) -> bool:
-        """Advances to the last step, or until asked to stop (then True)."""
-        settings, stopped = self._config.train, False
-        with stop_requests() as asked, jax.set_mesh(self._mesh):
-            batches = iterate_rows(self._task.train, self._sharding, self.step)
-            self._watch.restart_clock()
-            while self.step < settings.steps and not stopped:
-                number = jax.device_put(np.int32(self.step))
-                self.state, metrics = self._train_step(self.state, next(batches), number)
-                self.step += 1
-                self._watch.after(self.step, metrics)
-                profiler.after(self.step, metrics)
-                if self.step == settings.steps or self.step % settings.eval_every == 0:
-                    with self._watch.paused():
-                        self._evaluate()
-                if self.step % settings.checkpoint_every == 0:
-                    self.save()
-                wanted = should_stop is not None and should_stop(self.step)
-                stopped = asked(self.step) or wanted
-            self._watch.finish()
-        return stopped and self.step < settings.steps
-
-    def save(self) -> None:
-        """Starts writing a checkpoint of the present step."""
-        state, record = self.state, {**self._record, "position": self._position()}
-        record["ema"] = state.ema is not None
-        self._checkpointer.save(
-            self.step, state.params, record, opt_state=state.opt_state, ema=state.ema
-        )
-
-    def _position(self) -> dict[str, int]:
-        rows = self.step * self._config.data.global_batch
-        seed = self._config.train.seed
-        return {"seed": seed, "epoch": rows // self._task.train.n_examples, "step": self.step}
-
-    def _last_good(self) -> str:
-        self._checkpointer.wait()
-        steps = self._checkpointer.steps()
-        if not steps:
+def _monitor(
+    config: RunConfig,
+    mesh: jax.sharding.Mesh,
+    log: Log,
+    checkpointer: Checkpointer,
+    clock: Clock,
+) -> StepMonitor:
+    def last_good() -> str:
+        checkpointer.wait()
+        if not (steps := checkpointer.steps()):
             return "no checkpoint was saved before"
-        return f"the last good checkpoint is {self._checkpointer.directory / str(steps[-1])}"
+        return f"the last good checkpoint is {checkpointer.directory / str(steps[-1])}"
 
-    def _evaluate(self) -> None:
-        """Weighted means over the first validation batches; keeps the weights if they are best.
-
-        Where the task answers for whole files, all batches are seen.
-        """
-        if self._task.evaluate is None:
-            return
-        seen = None if self._task.answers is not None else self._config.train.eval_batches
-        found = [
-            self._eval_step(self.state, batch)
-            for batch in islice(iterate_rows(self._task.evaluate, self._sharding), seen)
-        ]
-        metrics, rows = zip(*jax.device_get(found), strict=True)
-        values = [{name: float(v) for name, v in m.items()} for m in metrics]
-        weights = np.array([v.pop("weight") for v in values])
-        if not weights.sum():
-            return
-        means = {n: float(np.average([v[n] for v in values], weights=weights)) for n in values[0]}
-        if self._task.answers is not None:
-            means |= file_metrics(rows)
-        self.log.write(self.step, means, "val")
-        self._best.offer(self.step, means["loss"], self.state.best_params, self._record)
+    chip = chip_of(jax.devices()[0].device_kind)
+    return StepMonitor(
+        log,
+        log_every=config.train.log_every,
+        max_bad=config.train.max_bad_steps,
+        last_good=last_good,
+        flops_per_token=train_flops_per_token(config),
+        peak_flops=chip.flops * mesh.size if chip is not None else None,
+        clock=clock,
+    )
 
 
-class _Best:
-    """The weights of the lowest validation loss, as a model in a folder of their own."""
-
-    def __init__(self, workdir: Path):
-        self._folder = workdir / BEST
-        # Looked up before the first step: later, one process can find what another has just
-        # written, and processes that decide differently wait for each other in vain.
-        self._loss = self._known() if (self._folder / DIRECTORY).is_dir() else np.inf
-
-    def offer(self, step: int, loss: float, params: Any, record: dict[str, Any]) -> None:
-        """Writes the weights if no evaluation of this run was better."""
-        if loss >= self._loss:
-            return
-        checkpointer = Checkpointer(self._folder, keep=1)
-        try:
-            checkpointer.save(step, params, {**record, "val_loss": loss})
-        finally:
-            checkpointer.close()
-        self._loss = loss
-
-    def _known(self) -> float:
-        checkpointer = Checkpointer(self._folder, keep=1)
-        try:
-            steps = checkpointer.steps()
-            return checkpointer.record(steps[-1])["val_loss"] if steps else np.inf
-        finally:
-            checkpointer.close()
+@contextmanager
+def _profile(config: RunConfig, workdir: Path, step: int) -> Iterator[Sequence[Profile]]:
+    """The hook that traces, if steps to trace were named."""
+    if (steps := config.train.profile_range) is None:
+        yield ()
+        return
+    profile = Profile(workdir / "profile", steps, step)
+    try:
+        yield (profile,)
+    finally:
+        profile.close()

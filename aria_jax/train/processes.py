@@ -1,10 +1,15 @@
-"""Joining the processes of one run, as started by `launch` or by a cluster's own scripts."""
+"""The processes of one run: how they join, stop together, and find that one is gone."""
 
 import os
 import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import jax
+from jax.experimental import multihost_utils
 
 from data_pipeline.errors import UserError
 
@@ -59,6 +64,48 @@ def join_processes() -> int:
         shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
     )
     return index
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[int], bool]]:
+    """Yields `asked(step)`: whether to save and leave after this step.
+
+    Alone, a process catches SIGTERM (preemption) and SIGINT (Ctrl-C) itself. One of several may
+    not leave before the others: jax's coordination service spreads the notice and answers True at
+    the same step everywhere. It catches SIGTERM; the first SIGINT is passed on as one, the second
+    ends the process at once.
+    """
+    several = jax.process_count() > 1
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield multihost_utils.reached_preemption_sync_point if several else lambda step: False
+        return
+    if several:
+        with _interrupt_as_termination():
+            yield multihost_utils.reached_preemption_sync_point
+        return
+    asked = threading.Event()
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, lambda *_: asked.set()) for number in numbers]
+    try:
+        yield lambda step: asked.is_set()
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _interrupt_as_termination() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGINT)
+
+    def pass_on(*_: object) -> None:
+        signal.signal(signal.SIGINT, before)
+        signal.raise_signal(signal.SIGTERM)
+
+    signal.signal(signal.SIGINT, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def lost_contact(error: BaseException) -> str | None:

@@ -21,7 +21,9 @@ FREE = {
     "train.eval_batches",
     "train.log_every",
     "train.checkpoint_every",
+    "train.checkpoint_every_minutes",
     "train.keep_checkpoints",
+    "train.profile_steps",
     "train.max_bad_steps",
 }
 

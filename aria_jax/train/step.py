@@ -15,7 +15,15 @@ from aria_jax.models.lora import LoraTraining, merge_lora
 from aria_jax.models.parameters import Parameters
 from aria_jax.sharding import constrain
 from aria_jax.train.optimizer import build_optimizer, learning_rate, updates_done
-from aria_jax.train.tasks import Answers, Aux, Batch, BatchLoss, LossFunction, in_parts, joined
+from aria_jax.train.tasks import (
+    Aux,
+    Batch,
+    BatchLoss,
+    LossFunction,
+    Predictions,
+    join_microbatches,
+    split_microbatches,
+)
 
 Metrics = dict[str, jax.Array]
 
@@ -39,9 +47,13 @@ class TrainState:
     frozen: Parameters | None = None
 
     @property
-    def best_params(self) -> Parameters:
+    def eval_params(self) -> Parameters:
         """The weights to evaluate and export."""
         return self.params if self.ema is None else self.ema
+
+
+TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
+EvalStep = Callable[[TrainState, Batch], tuple[Metrics, dict[str, jax.Array]]]
 
 
 def new_state(config: RunConfig, params: Parameters) -> TrainState:
@@ -58,7 +70,7 @@ def new_state(config: RunConfig, params: Parameters) -> TrainState:
 
 def make_train_step(
     config: RunConfig, merge: Callable[[Parameters], Model], loss: LossFunction
-) -> Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]:
+) -> TrainStep:
     """(state, batch, step) -> (state, metrics), compiled; the state given is donated.
 
     A step whose loss or gradient is not finite changes nothing and reports `skipped` = 1. With
@@ -125,7 +137,7 @@ def _accumulated(parts: int, one_part: Gradients) -> Gradients:
     """Sums over parts."""
 
     def gradients(params: Parameters, batch: Batch, key: jax.Array | None):
-        rows = in_parts(batch, parts)
+        rows = split_microbatches(batch, parts)
 
         def add(total, part):
             rows, i = part
@@ -147,10 +159,12 @@ def _cached(parts: int, merge: Callable[[Parameters], Model], loss: BatchLoss) -
 
     def gradients(params: Parameters, batch: Batch, key: jax.Array | None):
         def compare(params: Parameters, z: jax.Array):
-            return _weighted(*loss.compare(merge(params), joined(z), batch))
+            return _weighted(*loss.compare(merge(params), join_microbatches(z), batch))
 
         keys = None if key is None else jax.random.split(key, parts)
-        (_, aux), grads = grad_cache(embed, compare, params, (in_parts(batch, parts), keys))
+        (_, aux), grads = grad_cache(
+            embed, compare, params, (split_microbatches(batch, parts), keys)
+        )
         return aux, grads
 
     return gradients
@@ -175,16 +189,16 @@ def make_eval_step(
     config: RunConfig,
     merge: Callable[[Parameters], Model],
     loss: LossFunction,
-    answers: Answers | None = None,
-) -> Callable[[TrainState, Batch], tuple[Metrics, dict[str, jax.Array]]]:
-    """(state, batch) -> metrics of the batch, `weight` among them, and what `answers` says of its
-    rows, whole on every device; compiled, without dropout.
+    predictions: Predictions | None = None,
+) -> EvalStep:
+    """(state, batch) -> metrics of the batch, `weight` among them, and the predictions of its rows,
+    whole on every device; compiled, without dropout.
     """
 
     def eval_step(state: TrainState, batch: Batch) -> tuple[Metrics, dict[str, jax.Array]]:
-        model = merge(merge_lora(config, state.best_params, state.frozen))
+        model = merge(merge_lora(config, state.eval_params, state.frozen))
         value, aux = loss(model, batch, None)
-        rows = {} if answers is None else answers(model, batch)
+        rows = {} if predictions is None else predictions(model, batch)
         rows = {name: constrain(x, *(None,) * x.ndim) for name, x in rows.items()}
         return {"loss": value, **aux}, rows
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,23 +12,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from aria_jax.config import SLICE_NOTES, RunConfig
+from aria_jax.eval.classification import file_probabilities
 from aria_jax.losses.classification import classification_loss
 from aria_jax.losses.contrastive import contrastive_loss
 from aria_jax.losses.language_model import next_token_loss
 from aria_jax.models.heads import Model
-from aria_jax.train.files import slice_answers
 from data_pipeline import loaders
+from data_pipeline.errors import UserError
 from data_pipeline.loaders import BatchStream
-from data_pipeline.shards import load_manifest
+from data_pipeline.shards import TokenShards, load_manifest
 from data_pipeline.tokenizer import Tokenizer
 
 Batch = dict[str, Any]
 Aux = dict[str, jax.Array]
 LossFunction = Callable[[Model, Batch, jax.Array | None], tuple[jax.Array, Aux]]
 
-Answers = Callable[[Model, Batch], dict[str, jax.Array]]
+Predictions = Callable[[Model, Batch], dict[str, jax.Array]]
 
-LEAST_TEMPERATURE = 0.01
+MIN_TEMPERATURE = 0.01
 """Of a learned one: below, single pairs rule the gradient (CLIP, arXiv 2103.00020, section 2.5)."""
 
 
@@ -53,12 +54,12 @@ class BatchLoss:
         if self.parts == 1:
             return self.compare(model, self.embed(model, batch, key), batch)
         keys = None if key is None else jax.random.split(key, self.parts)
-        rows = in_parts(batch, self.parts)
+        rows = split_microbatches(batch, self.parts)
         z = jax.lax.map(lambda part: self.embed(model, *part), (rows, keys))
-        return self.compare(model, joined(z), batch)
+        return self.compare(model, join_microbatches(z), batch)
 
 
-def in_parts(batch: Batch, parts: int) -> Batch:
+def split_microbatches(batch: Batch, parts: int) -> Batch:
     """Row i of [B, ...] as row i // parts of part i % parts, [parts, B / parts, ...].
 
     So each part stays spread over the mesh.
@@ -66,8 +67,8 @@ def in_parts(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
 
 
-def joined(parts: jax.Array) -> jax.Array:
-    """The inverse of `in_parts`."""
+def join_microbatches(parts: jax.Array) -> jax.Array:
+    """The inverse of `split_microbatches`."""
     return jnp.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[2:])
 
 
@@ -80,15 +81,17 @@ class Task:
             tokens seen, `aux["weight"]` is what the loss is a mean over (tokens, rows); the other
             entries are averaged like the loss, and logged.
         train: without end.
-        evaluate: one pass over the validation pieces; None where there are none.
-        answers: (model, batch) -> what `train.files.file_metrics` needs of each row; None where
-            files are not answered for.
+        evaluate: one pass over the validation pieces; None where they cannot be used.
+        predictions: (model, batch) -> what `file_metrics` needs of each row; None where files
+            have no classes.
+        notes: what whoever trains should know beforehand.
     """
 
     loss: LossFunction
     train: BatchStream
     evaluate: BatchStream | None
-    answers: Answers | None = None
+    predictions: Predictions | None = None
+    notes: tuple[str, ...] = ()
 
 
 def resolve(config: RunConfig, data_dir: str | Path) -> RunConfig:
@@ -146,13 +149,30 @@ def build_task(
         return make(data_dir, split=split, **common, **extra, **options)
 
     augment = config.augmentation if config.data.augment else None
-    has_val = bool(load_manifest(data_dir)["splits"].get("val", {}).get("shards"))
-    return Task(
-        loss=loss_function(config, mesh),
-        train=batches("train", augment=augment, workers=config.data.workers),
-        evaluate=batches("val", augment=None, epochs=1, shuffle=False) if has_val else None,
-        answers=_class_answers(config) if config.task == "classify" else None,
-    )
+    train = batches("train", augment=augment, workers=config.data.workers)
+    evaluate: BatchStream | None = None
+    notes: tuple[str, ...] = ()
+    try:
+        evaluate = batches("val", augment=None, epochs=1, shuffle=False)
+        if config.task == "contrastive":
+            _check_negatives(config, data_dir)
+    except UserError as reason:
+        evaluate, notes = None, (f"no validation: {reason}; no weights are kept as the best",)
+    predictions = _class_predictions(config) if config.task == "classify" else None
+    return Task(loss_function(config, mesh), train, evaluate, predictions, notes)
+
+
+def _check_negatives(config: RunConfig, data_dir: str | Path) -> None:
+    """Raises `UserError` where no validation piece is a negative of another."""
+    shards = TokenShards(data_dir, "val")
+    codes, _ = shards.label_codes("composition")
+    n_distinct = len(np.unique(codes[codes >= 0])) + int((codes < 0).sum())
+    if len(shards) < 2 or (config.contrastive.mask_composition and n_distinct < 2):
+        what = "one piece" if len(shards) < 2 else f"{len(shards)} pieces of one composition"
+        raise UserError(
+            f"{data_dir}: the validation split is {what}, which has nothing to be told from: "
+            "val/loss would always be 0 (build with a larger --val-fraction, or more files)"
+        )
 
 
 def loss_function(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> LossFunction:
@@ -254,7 +274,7 @@ def _temperature(config: RunConfig, model: Model) -> jax.Array:
     start = jnp.float32(config.train.temperature)
     if model.log_temperature is None:
         return start
-    return jnp.maximum(start * jnp.exp(model.log_temperature[...]), LEAST_TEMPERATURE)
+    return jnp.maximum(start * jnp.exp(model.log_temperature[...]), MIN_TEMPERATURE)
 
 
 def _classify(config: RunConfig) -> LossFunction:
@@ -271,10 +291,34 @@ def _classify(config: RunConfig) -> LossFunction:
     return loss
 
 
-def _class_answers(config: RunConfig) -> Answers:
-    def answers(model: Model, batch: Batch) -> dict[str, jax.Array]:
+def _class_predictions(config: RunConfig) -> Predictions:
+    def predictions(model: Model, batch: Batch) -> dict[str, jax.Array]:
         # The same network on the same rows as in the loss: compiled together, computed once.
-        logits = model.pooled(batch["tokens"], batch["eos"], config.train.pooling)
-        return slice_answers(logits, batch)
+        logits_BxC = model.pooled(batch["tokens"], batch["eos"], config.train.pooling)
+        kept = {name: batch[name] for name in ("label", "piece", "n_tokens")}
+        return {"probabilities": jax.nn.softmax(logits_BxC.astype(jnp.float32)), **kept}
 
-    return answers
+    return predictions
+
+
+def file_metrics(batches: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Per-file scores from per-slice predictions, averaged with their tokens as weights.
+
+    Args:
+        batches: what `Task.predictions` gave; all slices of every file must be among them.
+
+    Returns:
+        "file_accuracy", "file_macro_f1" (of the classes that occur or are predicted), "n_files".
+    """
+    from sklearn.metrics import accuracy_score, f1_score
+
+    rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    files, file_FxC = file_probabilities(rows["probabilities"], rows["n_tokens"], rows["piece"])
+    first = {piece: row for row, piece in reversed(list(enumerate(rows["piece"].tolist())))}
+    y_true = rows["label"][[first[piece] for piece in files.tolist()]]
+    y_pred = file_FxC.argmax(1)
+    return {
+        "file_accuracy": float(accuracy_score(y_true, y_pred)),
+        "file_macro_f1": float(f1_score(y_true, y_pred, average="macro", zero_division=0)),
+        "n_files": float(len(files)),
+    }

@@ -60,7 +60,7 @@ def test_ends_with_a_report_and_repeats_nothing(pieces, quick, tmp_path, capsys)
 
 
 def test_a_stopped_step_tells_how_to_go_on(pieces, quick, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("aria_jax.train.loop.Watch.flush", lambda self: 1 / 0)
+    monkeypatch.setattr("aria_jax.train.loop.StepMonitor.flush", lambda self: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["demo", str(tmp_path / "out"), "--midi", str(pieces), "--workers", "1"])
     assert (tmp_path / "out" / "steps" / "build.json").exists()

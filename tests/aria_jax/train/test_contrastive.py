@@ -14,7 +14,13 @@ from aria_jax.sharding import batch_sharding, make_mesh
 from aria_jax.train.loop import run
 from aria_jax.train.state import abstract_state
 from aria_jax.train.step import make_train_step, weighted_gradients
-from aria_jax.train.tasks import BatchLoss, batch_shapes, in_parts, joined, loss_function
+from aria_jax.train.tasks import (
+    BatchLoss,
+    batch_shapes,
+    join_microbatches,
+    loss_function,
+    split_microbatches,
+)
 from data_pipeline.errors import UserError
 
 TWINS = jnp.array([0, 0, 1, 1, 2, 2, 3, 3])
@@ -108,9 +114,9 @@ def test_parts_hold_the_activations_of_one_part(config):
 
 def test_rows_come_back_in_order():
     x = jnp.arange(24).reshape(12, 2)
-    parts = in_parts({"x": x}, 4)["x"]
+    parts = split_microbatches({"x": x}, 4)["x"]
     assert parts.shape == (4, 3, 2) and parts[1, 2].tolist() == x[9].tolist()
-    np.testing.assert_array_equal(joined(parts), x)
+    np.testing.assert_array_equal(join_microbatches(parts), x)
 
 
 def test_negatives_may_be_local(config, one_device):

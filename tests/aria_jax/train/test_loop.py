@@ -160,11 +160,18 @@ def test_no_step_waits_for_the_host(config, corpus):
     assert np.isfinite(float(metrics["loss"]))
 
 
+def test_minutes_that_pass_are_a_reason_to_save(config, corpus, tmp_path):
+    now = iter(range(10**6))  # a second a look
+    settings = ("steps=3", "checkpoint_every_minutes=0.01", "keep_checkpoints=9")
+    run(config("pretrain", *settings), corpus, tmp_path, clock=lambda: float(next(now)))
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} >= {"1", "2", "3"}
+
+
 def test_batches_that_do_not_divide_are_explained(config, corpus, tmp_path, eight_devices):
     with pytest.raises(UserError, match="choose a multiple of 8"):
         run(config("pretrain", "global_batch=6", mesh=MeshConfig(8, 1, 1)), corpus, tmp_path)
 
 
 def test_a_profile_is_a_trace_on_disk(config, corpus, tmp_path):
-    run(config("pretrain", "steps=9"), corpus, tmp_path, profile=True)
+    run(config("pretrain", "steps=3", "profile_steps=2-3"), corpus, tmp_path)
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))

@@ -1,0 +1,374 @@
+"""What a run does besides its steps: log, evaluate, keep the best weights, save, profile.
+
+A hook is told of every step once it is dispatched, and acts on those that are its own.
+"""
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from aria_jax.checkpoints.manager import DIRECTORY, Checkpointer
+from aria_jax.models.heads import Parameters
+from aria_jax.sharding import iterate_rows
+from aria_jax.train.step import EvalStep, Metrics, TrainState
+from aria_jax.train.tasks import Task, file_metrics
+from data_pipeline.errors import UserError
+
+BEST = "best"
+"""Folder of a workdir that holds the weights of the lowest validation loss."""
+
+Clock = Callable[[], float]
+"""Seconds since whenever."""
+
+Split = Literal["train", "val"]
+
+
+class MetricSink(Protocol):
+    """Takes metrics as they come; `close` once at the end."""
+
+    def write(self, step: int, metrics: Mapping[str, float], split: Split) -> None:
+        """Takes the metrics of some steps (train) or of one evaluation (val)."""
+
+    def close(self) -> None:
+        """Flushes."""
+
+
+class JsonlSink:
+    """`metrics.jsonl`: one line {"step", "split", name: value, …} each; appended when resumed."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Mapping[str, float], split: Split) -> None:
+        """Appends a line and flushes it: a killed run keeps its log. Infinities become null."""
+        values = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
+        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoardSink:
+    """Scalars `train/loss`, `val/loss`, … for TensorBoard."""
+
+    def __init__(self, directory: Path):
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(directory))
+
+    def write(self, step: int, metrics: Mapping[str, float], split: Split) -> None:
+        """Adds one point to each curve."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"{split}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flushes the event file."""
+        self._writer.close()
+
+
+class Log:
+    """Sends metrics to the sinks of process 0 and remembers the last of each."""
+
+    def __init__(self, sinks: Sequence[MetricSink]):
+        self._sinks = sinks if jax.process_index() == 0 else ()
+        self.last: dict[str, float] = {}
+
+    def write(self, step: int, metrics: dict[str, float], split: Split) -> None:
+        """Writes to every sink."""
+        self.last.update({f"{split}/{name}": value for name, value in metrics.items()})
+        for sink in self._sinks:
+            sink.write(step, metrics, split)
+
+
+class Hook(Protocol):
+    """Something that a run does besides its steps."""
+
+    def on_step(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        """Told that `step` was dispatched, and what it gave; `state` is valid until the next."""
+
+    def finish(self) -> None:
+        """Told that there are no more steps."""
+
+
+class StepMonitor:
+    """Reads the metrics of a step after the next one is under way, so the device never waits.
+
+    Writes means over `log_every` steps: of the steps that were not skipped, with their number.
+
+    Args:
+        flops_per_token: to tell the share of `peak_flops` that is used (MFU); None leaves it out.
+        last_good: names the newest checkpoint for the message of a diverged run.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        *,
+        log_every: int,
+        max_bad: int,
+        last_good: Callable[[], str],
+        flops_per_token: float,
+        peak_flops: float | None,
+        clock: Clock = time.perf_counter,
+    ):
+        self._log, self._log_every, self._max_bad = log, log_every, max_bad
+        self._last_good = last_good
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+        self._clock = clock
+        self._pending: tuple[int, Metrics] | None = None
+        self._bad = 0
+        self._since: list[dict[str, float]] = []
+        self._read_up_to = 0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leaves everything before the next step out of the throughput."""
+        self._began = self._clock()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Reads what is pending, and leaves what happens within out of the throughput."""
+        self.flush()
+        began = self._clock()
+        yield
+        self._began += self._clock() - began
+
+    def on_step(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        """Takes the metrics of the step just dispatched; reads those of the one before."""
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        """Reads what is pending.
+
+        Raises:
+            UserError: too many steps in a row were not finite.
+        """
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self._bad = self._bad + 1 if values["skipped"] else 0
+        if self._bad >= self._max_bad:
+            raise UserError(
+                f"the loss was not finite for {self._bad} steps up to step {step}; "
+                f"{self._last_good()}; lower optimizer.peak_lr and start again from it"
+            )
+        self._since.append(values)
+        self._read_up_to = step
+        if step % self._log_every == 0:
+            self._write(step)
+
+    def finish(self) -> None:
+        """Reads what is pending and writes what is left of the last `log_every` steps."""
+        self.flush()
+        if self._since:
+            self._write(self._read_up_to)
+
+    def _write(self, step: int) -> None:
+        seconds = max(self._clock() - self._began, 1e-9)
+        good = [values for values in self._since if not values["skipped"]]
+        means = {name: float(np.mean([v[name] for v in good])) for name in good[0]} if good else {}
+        tokens_per_s = sum(v["n_tokens"] for v in self._since) / seconds
+        means |= {
+            "skipped": float(len(self._since) - len(good)),
+            "tokens_per_s": tokens_per_s,
+            "step_s": seconds / len(self._since),
+        }
+        if self._peak_flops is not None:
+            means["mfu"] = tokens_per_s * self._flops_per_token / self._peak_flops
+        self._log.write(step, means, "train")
+        self._since = []
+        self.restart_clock()
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Every so many steps and after the last: means over validation batches, and best weights.
+
+    Attributes:
+        every, last_step: when.
+        n_batches: how many batches, from the first; all of them where the task predicts files.
+    """
+
+    task: Task
+    eval_step: EvalStep
+    sharding: jax.sharding.NamedSharding
+    log: Log
+    monitor: StepMonitor
+    best: "KeepBest"
+    every: int
+    last_step: int
+    n_batches: int
+
+    def on_step(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        """Evaluates if it is time; what that takes is no part of the throughput."""
+        if step == self.last_step or step % self.every == 0:
+            with self.monitor.paused():
+                self._evaluate(step, state)
+
+    def finish(self) -> None:
+        """Nothing is under way."""
+
+    def _evaluate(self, step: int, state: TrainState) -> None:
+        if self.task.evaluate is None:
+            return
+        seen = None if self.task.predictions is not None else self.n_batches
+        batches = islice(iterate_rows(self.task.evaluate, self.sharding), seen)
+        metrics, rows = zip(
+            *jax.device_get([self.eval_step(state, batch) for batch in batches]), strict=True
+        )
+        values = [{name: float(v) for name, v in m.items()} for m in metrics]
+        weights = np.array([v.pop("weight") for v in values])
+        if not weights.sum():
+            return
+        means = {n: float(np.average([v[n] for v in values], weights=weights)) for n in values[0]}
+        if self.task.predictions is not None:
+            means |= file_metrics(rows)
+        self.log.write(step, means, "val")
+        self.best.offer(step, means["loss"], state.eval_params)
+
+
+class KeepBest:
+    """The weights of the lowest validation loss, as a model in a folder of their own.
+
+    Args:
+        record: what the checkpoint says of the run.
+    """
+
+    def __init__(self, workdir: Path, record: dict[str, Any]):
+        self._folder, self._record = workdir / BEST, record
+        # Looked up before the first step: later, one process can find what another has just
+        # written, and processes that decide differently wait for each other in vain.
+        self._loss = self._known() if (self._folder / DIRECTORY).is_dir() else np.inf
+
+    def offer(self, step: int, loss: float, params: Parameters) -> None:
+        """Writes the weights if no evaluation of this run was better."""
+        if loss >= self._loss:
+            return
+        checkpointer = Checkpointer(self._folder, keep=1)
+        try:
+            checkpointer.save(step, params, {**self._record, "val_loss": loss})
+        finally:
+            checkpointer.close()
+        self._loss = loss
+
+    def _known(self) -> float:
+        checkpointer = Checkpointer(self._folder, keep=1)
+        try:
+            steps = checkpointer.steps()
+            return checkpointer.record(steps[-1])["val_loss"] if steps else np.inf
+        finally:
+            checkpointer.close()
+
+
+class SaveCheckpoints:
+    """Saves every so many steps, and whenever so many minutes have passed since the last save.
+
+    Args:
+        record: step -> what the checkpoint says of the run.
+        every: steps.
+        every_minutes: None for steps alone.
+        ask_every: steps between looks at the clock, which all processes must take together.
+        agree: the answer of process 0, in every process.
+    """
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        record: Callable[[int], dict[str, Any]],
+        *,
+        every: int,
+        every_minutes: float | None,
+        ask_every: int,
+        clock: Clock = time.perf_counter,
+        agree: Callable[[bool], bool] | None = None,
+    ):
+        self._checkpointer, self._record, self._every = checkpointer, record, every
+        self._seconds = None if every_minutes is None else 60 * every_minutes
+        self._ask_every, self._clock, self._agree = ask_every, clock, agree or process_0_says
+        self._saved_at = clock()
+
+    def on_step(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        """Saves if it is time."""
+        if step % self._every == 0 or self._minutes_have_passed(step):
+            self.save(step, state)
+
+    def finish(self) -> None:
+        """Whoever trains saves the last step."""
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts writing a checkpoint of the step."""
+        record = {**self._record(step), "ema": state.ema is not None}
+        self._checkpointer.save(
+            step, state.params, record, opt_state=state.opt_state, ema=state.ema
+        )
+        self._saved_at = self._clock()
+
+    def _minutes_have_passed(self, step: int) -> bool:
+        if self._seconds is None or step % self._ask_every:
+            return False
+        return self._agree(self._clock() - self._saved_at >= self._seconds)
+
+
+def process_0_says(answer: bool) -> bool:
+    """The answer of process 0, whose clock counts; all processes must ask."""
+    if jax.process_count() == 1:
+        return answer
+    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
+
+
+class Profile:
+    """Traces steps `first` to `last` into a folder, for XProf or TensorBoard's profile tab.
+
+    Args:
+        done: steps that the run has behind it already.
+    """
+
+    def __init__(self, folder: Path, steps: tuple[int, int], done: int):
+        self._folder, (self._first, self._last) = folder, steps
+        self._tracing = self._traced = False
+        if done + 1 == self._first:
+            self._start()
+
+    def on_step(self, step: int, state: TrainState, metrics: Metrics) -> None:
+        """Starts before the first step and stops after the last, waiting for whole steps."""
+        if step + 1 == self._first:
+            jax.block_until_ready(metrics)
+            self._start()
+        elif self._tracing and step >= self._last:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def finish(self) -> None:
+        """Warns where none of the steps was done."""
+        self.close()
+        if not self._traced:
+            warnings.warn(
+                f"train.profile_steps={self._first}-{self._last}: this run did not pass through "
+                "them; nothing was traced",
+                stacklevel=2,
+            )
+
+    def close(self) -> None:
+        """Stops tracing, if it is under way."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+            self._tracing = False
+
+    def _start(self) -> None:
+        jax.profiler.start_trace(str(self._folder))
+        self._tracing = self._traced = True
