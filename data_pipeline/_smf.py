@@ -67,6 +67,21 @@ def unwrapped(data: bytes, name: str) -> bytes:
     return data
 
 
+def time_division(division: int, name: str, standard: bool) -> tuple[int, int | None]:
+    """Ticks per beat, and the tempo in microseconds that holds where a beat is a second of SMPTE.
+
+    aria-utils takes a division of frames for a negative number of ticks per beat.
+    """
+    frames, ticks_per_frame = -(division >> 8), division & 0xFF
+    if division > 0 or (division and not standard):
+        return division, None
+    if frames not in (24, 25, 29, 30) or not ticks_per_frame:
+        raise InvalidMidi("no-ticks-per-beat", f"{name}: {division} is no time division")
+    if frames == 29:  # 30 frames with some left out: 29.97 per second
+        return 30 * ticks_per_frame, 1_001_000
+    return frames * ticks_per_frame, 1_000_000
+
+
 def decoded_tracks(
     data: bytes, name: str, standard: bool, repair: bool
 ) -> tuple[int, int, list[list[np.ndarray]], str]:

@@ -4,14 +4,17 @@ Two readings: what the file says by the standard, and what EleutherAI's aria-uti
 (`compat="aria-utils"`), its faults included.
 """
 
-import io
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from data_pipeline.errors import InvalidMidi, UserError
+
+if TYPE_CHECKING:
+    from miditoolkit import MidiFile
 
 NOTE = np.dtype(
     [("pitch", "u1"), ("velocity", "u1"), ("channel", "u1"), ("start", "i8"), ("end", "i8")]
@@ -218,7 +221,7 @@ def read_midi(
         _sorted_by_tick([track[i] for track in tracks], dtype)
         for i, dtype in enumerate((NOTE, PEDAL, TEMPO, PROGRAM))
     )
-    ticks_per_beat, smpte_tempo = _time_division(division, name, compat)
+    ticks_per_beat, smpte_tempo = _smf.time_division(division, name, not compat)
     if smpte_tempo is not None:
         tempi = np.array([(0, smpte_tempo)], TEMPO)
     notes, pedals = _apply_channel_modes(notes, pedals)
@@ -250,21 +253,6 @@ def _text(content: bytes) -> str:
         return content.decode()
     except UnicodeDecodeError:
         return content.decode("latin1")
-
-
-def _time_division(division: int, name: str, compat: str | None) -> tuple[int, int | None]:
-    """Ticks per beat, and the tempo in microseconds that holds where a beat is a second of SMPTE.
-
-    aria-utils takes a division of frames for a negative number of ticks per beat.
-    """
-    frames, ticks_per_frame = -(division >> 8), division & 0xFF
-    if division > 0 or (division and compat):
-        return division, None
-    if frames not in (24, 25, 29, 30) or not ticks_per_frame:
-        raise InvalidMidi("no-ticks-per-beat", f"{name}: {division} is no time division")
-    if frames == 29:  # 30 frames with some left out: 29.97 per second
-        return 30 * ticks_per_frame, 1_001_000
-    return frames * ticks_per_frame, 1_000_000
 
 
 # Fields in the order of the columns that `decode_track` writes.
@@ -336,39 +324,74 @@ def _without_open_notes(notes: np.ndarray) -> np.ndarray:
 
 
 def write_midi(performance: Performance, path: str | Path) -> None:
-    """Writes a MIDI file with one track per channel (miditoolkit)."""
+    """Writes `midi_bytes`."""
     Path(path).write_bytes(midi_bytes(performance))
 
 
 def midi_bytes(performance: Performance) -> bytes:
-    """The MIDI file of a performance; overlapping notes of one pitch are separated first.
+    """The MIDI file of a performance, which `read_midi` makes the same performance of.
 
-    So of decoded ids, whose durations are rounded to 10 ms, a note that reaches past the next
-    onset of its pitch loses that step: a MIDI file cannot hold such an overlap.
+    But for what no MIDI file can hold: a note that reaches past the next onset of its pitch and
+    channel ends there (of decoded ids, whose durations are rounded to 10 ms, by that step), and
+    notes that last no time or have velocity 0 are left out. Drum hits may last no time.
+
+    Raises:
+        UserError: a value that no MIDI file can hold, such as a pitch of 200.
+    """
+    from data_pipeline._smf_writer import file_bytes
+
+    p = resolve_overlaps(performance)
+    return file_bytes(p.ticks_per_beat, p.notes, p.pedals, p.tempi, p.programs, p.texts)
+
+
+def to_miditoolkit(performance: Performance) -> "MidiFile":
+    """The object of the package miditoolkit: an instrument for each program of a channel that notes
+    are played with, each with the channel's pedal; without texts.
     """
     from miditoolkit import ControlChange, Instrument, MidiFile, Note, TempoChange
 
-    performance = resolve_overlaps(performance)
-    midi = MidiFile(ticks_per_beat=performance.ticks_per_beat)
-    midi.tempo_changes = [
-        TempoChange(60e6 / max(int(row["tempo"]), 1), int(row["tick"])) for row in performance.tempi
-    ]
-    program_of = {int(row["channel"]): int(row["program"]) for row in performance.programs}
-    used = {int(channel) for channel in np.unique(performance.notes["channel"])}
-    for channel in sorted(used):
-        instrument = Instrument(program_of.get(channel, 0), is_drum=channel == DRUM_CHANNEL)
-        chosen = performance.notes[performance.notes["channel"] == channel]
+    p = performance
+    midi = MidiFile(ticks_per_beat=p.ticks_per_beat)
+    midi.tempo_changes = [TempoChange(60e6 / us, tick) for tick, us in p.tempi.tolist() if us]
+    channels, programs = p.notes["channel"], note_programs(p)
+    for channel, program in sorted(set(zip(channels.tolist(), programs.tolist(), strict=True))):
+        instrument = Instrument(program, is_drum=channel == DRUM_CHANNEL)
+        chosen = p.notes[(channels == channel) & (programs == program)]
         instrument.notes = [
-            Note(int(n["velocity"]), int(n["pitch"]), int(n["start"]), int(n["end"]))
-            for n in chosen
-            if n["end"] > n["start"]
+            Note(v, pitch, start, end) for pitch, v, _, start, end in chosen.tolist()
         ]
-        instrument.control_changes = [
-            ControlChange(64, int(p["value"]), int(p["tick"]))
-            for p in performance.pedals
-            if p["channel"] == channel
-        ]
+        pedals = p.pedals[p.pedals["channel"] == channel].tolist()
+        instrument.control_changes = [ControlChange(64, value, tick) for tick, value, _ in pedals]
         midi.instruments.append(instrument)
-    buffer = io.BytesIO()
-    midi.dump(file=buffer)
-    return buffer.getvalue()
+    return midi
+
+
+def from_miditoolkit(midi: "MidiFile") -> Performance:
+    """The performance of miditoolkit's object, each pitched instrument on a channel of its own.
+
+    Raises:
+        UserError: more instruments than channels.
+    """
+    free = [channel for channel in range(16) if channel != DRUM_CHANNEL]
+    notes, pedals, programs = [], [], []
+    for instrument in midi.instruments:
+        if not free and not instrument.is_drum:
+            raise UserError("a performance holds 15 instruments beside the drums, this one more")
+        channel = DRUM_CHANNEL if instrument.is_drum else free.pop(0)
+        programs.append((0, instrument.program, channel))
+        notes += [(n.pitch, n.velocity, channel, n.start, n.end) for n in instrument.notes]
+        controls = instrument.control_changes
+        pedals += [(c.time, c.value, channel) for c in controls if c.number == 64]
+    tempi = [(change.time, round(60e6 / change.tempo)) for change in midi.tempo_changes]
+
+    def table(rows: list[tuple], dtype: np.dtype, tick: str = "tick") -> np.ndarray:
+        out = np.array(rows, dtype)
+        return out[np.argsort(out[tick], kind="stable")]
+
+    return Performance(
+        ticks_per_beat=midi.ticks_per_beat,
+        notes=table(notes, NOTE, "start"),
+        pedals=table(pedals, PEDAL),
+        tempi=table(tempi, TEMPO) if tempi else _DEFAULT_TEMPO,
+        programs=table(programs, PROGRAM) if programs else _DEFAULT_PROGRAM,
+    )

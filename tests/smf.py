@@ -9,10 +9,29 @@ def track(*events: bytes) -> bytes:
     return b"MTrk" + len(body).to_bytes(4, "big") + body
 
 
-def midi_file(*tracks: bytes, division: int = 480, kind: int = 1) -> bytes:
-    """A header before track chunks."""
-    header = kind.to_bytes(2, "big") + len(tracks).to_bytes(2, "big") + division.to_bytes(2, "big")
-    return b"MThd\x00\x00\x00\x06" + header + b"".join(tracks)
+def chunk(kind: bytes, body: bytes, more: int = 0) -> bytes:
+    """A chunk that declares `more` bytes than it has."""
+    return kind + (len(body) + more).to_bytes(4, "big") + body
+
+
+def midi_file(
+    *tracks: bytes, division: int = 480, kind: int = 1, declared: int | None = None
+) -> bytes:
+    """A header before track chunks, of which it declares as many as there are or `declared`."""
+    n_tracks = len(tracks) if declared is None else declared
+    fields = (kind, n_tracks, division)
+    return chunk(b"MThd", b"".join(x.to_bytes(2, "big") for x in fields)) + b"".join(tracks)
+
+
+def note(pitch: int = 60, *, after: int = 0, lasts: int = 400, channel: int = 0) -> bytes:
+    """A note of velocity 64, `after` ticks from the last event."""
+    strike = varint(after) + bytes([0x90 | channel, pitch, 64])
+    return strike + varint(lasts) + bytes([0x80 | channel, pitch, 64])
+
+
+def tempo(us_per_beat: int, *, after: int = 0) -> bytes:
+    """A tempo of so many microseconds per beat, `after` ticks from the last event."""
+    return varint(after) + b"\xff\x51\x03" + us_per_beat.to_bytes(3, "big")
 
 
 def varint(value: int) -> bytes:

@@ -1,12 +1,13 @@
 """Every id, note and millisecond as the reference computes it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data_pipeline.midi import read_midi, resolve_pedal
+from data_pipeline.midi import NOTE, TEMPO, Performance, read_midi, resolve_pedal
 from data_pipeline.tokenizer import INSTRUMENTS, Tokenizer
 
 TOKENIZER = Tokenizer.preset("aria")
@@ -72,6 +73,44 @@ def test_parsed_notes_tempi_and_pedals_of_every_file(golden, golden_midi):
         r = resolve_pedal(p)
         rows = zip(r.notes["pitch"], r.ms(r.notes["start"]), r.ms(r.notes["end"]), strict=True)
         assert sorted([int(a), int(b), int(c)] for a, b, c in rows) == case["pedal_resolved_ms"]
+
+
+def one_tempo_and_programs(performance: Performance) -> bool:
+    """Whether one tempo holds, and on each channel one program from its first note on."""
+    if len(performance.tempi) > 1 or performance.tempi["tick"][0] > 0:
+        return False
+    notes, programs = performance.notes, performance.programs
+    for channel in np.unique(notes["channel"]):
+        changes = programs[programs["channel"] == channel]
+        first = notes["start"][notes["channel"] == channel].min()
+        if len(np.unique(changes["program"])) > 1 or (changes["tick"][:1] > first).any():
+            return False
+    return True
+
+
+def test_both_readings_give_the_same_ids_for_one_tempo_and_one_program_per_channel(real_midi):
+    n_same = 0
+    for path in sorted(real_midi.rglob("*.mid")):
+        standard, reference = (read_midi(path, compat=c) for c in (None, "aria-utils"))
+        if one_tempo_and_programs(reference):
+            assert np.array_equal(TOKENIZER.encode(standard), TOKENIZER.encode(reference)), path
+            n_same += 1
+    assert n_same > 1000
+
+
+def test_an_onset_below_zero_is_counted_as_the_reference_counts():
+    # The reference's clock begins below 0 where the first note lies behind a tempo change: the
+    # first `<T>` is written when it has come to 0.
+    notes = np.array([(60, 64, 0, 0, 50), (62, 64, 0, 2000, 2025), (63, 64, 0, 2100, 2125)], NOTE)
+    tempi = np.array([(0, 1_000_000), (10, 500_000)], TEMPO)
+    notes["start"] += 2000
+    notes["end"] += 2000
+    performance = Performance(500, notes, tempi=tempi, compat="aria-utils")
+    at, onsets_ms = TOKENIZER.events(ids := TOKENIZER.encode(performance))
+    assert onsets_ms.tolist() == [3010, 5010, 5110]  # -1990, 10, 110
+    assert ids.tolist().index(TOKENIZER.time_id) > at[0]
+    standard = TOKENIZER.events(TOKENIZER.encode(replace(performance, compat=None)))[1]
+    assert standard.tolist() == [0, 2000, 2100]
 
 
 @pytest.mark.parametrize("name", ["aria", "pedal"])
