@@ -140,6 +140,7 @@ def run(args: argparse.Namespace) -> int:
             commands=[(step.title, step.command) for step in steps],
             embedding=embeddings.embedding,
             composers=[name or "unknown" for name in embeddings.column("composer")],
+            made_by=args.command_line,
         ),
     )
     print(f"done in {time.perf_counter() - began:.0f} s\nopen {page}")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy as np
 
+    from aria_jax.checkpoints.models import LoadedModel
     from aria_jax.generate.continuation import Continuation
     from aria_jax.generate.decoding import Decoding
     from data_pipeline.tokenizer import Tokenizer
@@ -16,14 +17,23 @@ DESCRIPTION = """\
 Continue a performance. Per continuation there is a MIDI file with the prompt, one without, and a
 piano roll; one HTML page plays them all. Without a prompt the piece begins from nothing.
 
+A model sees so many tokens at once as it was trained with (its max_seq_len); the prompt takes 3 a
+note, and where both do not fit, less is generated than --max-tokens: that is said before. With
+--sliding it goes on instead: where the context is full, the oldest half of it is forgotten, in
+whole stretches of 5 s, and the rest is read again.
+
 What is generated can always be decoded: a grammar of notes forbids everything else
 (--no-grammar switches it off). The same --seed gives the same music, whatever --n is.
 
 examples:
   aria-jax generate --checkpoint run1 --prompt nocturne.mid --out out
   aria-jax generate --checkpoint run1 --prompt nocturne.mid --seconds 20 --n 8 --end --out out
+  aria-jax generate --checkpoint run1 --prompt nocturne.mid --max-tokens 6000 --sliding --out out
   aria-jax generate --checkpoint run1 --out out                        from nothing
   aria-jax generate --checkpoint run1 --prompt-ids ids.json --temperature 0 --json"""
+
+
+MIN_P = 0.035
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +50,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--seconds", type=float, help="length of the prompt (15)")
     length.add_argument("--notes", type=int, help="length of the prompt, in notes")
     add("--n", type=int, default=1, help="continuations (1)")
-    add("--max-tokens", type=int, default=1024, help="tokens of each, 3 a note (1024)")
+    add(
+        "--max-tokens",
+        type=int,
+        default=1024,
+        help="tokens of each, 3 a note (1024); at most what the context holds behind the prompt",
+    )
+    add("--sliding", action="store_true", help="forget the oldest events where the context is full")
     add("--seed", type=int, default=0, help="of the random choices (0)")
     how = parser.add_argument_group("sampling")
     how.add_argument("--temperature", type=float, default=0.98, help="0 is greedy (0.98)")
@@ -50,15 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--repetition-penalty", type=float, default=1.0, help="over recent notes; 1 is none (1)"
     )
-    how.add_argument(
-        "--repetition-window", type=int, default=96, help="how many tokens are recent (96)"
-    )
+    how.add_argument("--repetition-window", type=int, help="how many tokens are recent (96)")
     how.add_argument("--no-grammar", action="store_true", help="sample without the grammar")
     how.add_argument("--end", action="store_true", help="ask for an ending within --max-tokens")
     like = parser.add_argument_group("in the manner of another piece")
     like.add_argument("--embedding", metavar="E.mid", help="piece to condition on")
     like.add_argument("--embedding-checkpoint", metavar="C", help="contrastive run to embed it")
-    like.add_argument("--cfg", type=float, default=1.0, help="strength of the condition (1)")
+    like.add_argument("--cfg", type=float, help="strength of the condition (1)")
     add(
         "--precision",
         default="float32",
@@ -72,41 +86,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Generates and saves."""
-    from data_pipeline.errors import UserError
-
-    if args.out is None and not args.json:
-        raise UserError("say where to save with --out DIR (or --json to print the ids only)")
-    if args.n < 1:
-        raise UserError(f"--n {args.n} must be at least 1")
-    if args.embedding and not args.embedding_checkpoint:
-        raise UserError("--embedding needs --embedding-checkpoint: the run that embeds the piece")
-    limits = _limits(args)
+    limits = _checked_limits(args)
     settings = _settings(args)
-    for path in (args.prompt, args.prompt_ids, args.embedding, args.wav):
-        if path is not None and not Path(path).is_file():
-            raise UserError(f"{path}: no such file")
 
     from aria_jax.checkpoints.models import load_model
-    from aria_jax.cli.console import print_result
+    from aria_jax.cli.console import note, print_result, stage
+    from aria_jax.generate.continuation import fitting_tokens
     from aria_jax.generate.weights import decoder_weights
     from data_pipeline.tokenizer import Tokenizer
 
+    stage("loading the model")
     mesh = _mesh(args.mesh)
     loaded = load_model(args.checkpoint, mesh=mesh)
     tokenizer = Tokenizer.preset(loaded.tokenizer)
     prompt = _prompt(args, tokenizer, limits)
     weights = decoder_weights(loaded.model, args.precision)
+    room = fitting_tokens(weights, prompt, settings)
+    warnings = [
+        *(
+            [_less_room(len(prompt), room, settings, weights.max_seq_len)]
+            * (room < args.max_tokens)
+        ),
+        *(["with --temperature 0 all --n are the same"] * (args.n > 1 and args.temperature == 0)),
+    ]
+    for warning in warnings:  # before the work, not after it
+        note(f"aria-jax: warning: {warning}")
     condition = _condition(args, loaded.config.emb_size)
     continuations = _generate(args, weights, tokenizer, prompt, settings, condition, mesh)
-    name = Path(args.prompt).stem if args.prompt else "prompt" if args.prompt_ids else "piece"
-    files = _save(args, name, continuations) if args.out else []
+    files = _save(args, loaded, prompt, continuations) if args.out else []
     result = {
         "ids": [c.ids.tolist() for c in continuations],
         "prompt_ids": prompt.tolist(),
+        "max_tokens": room,
         "n_notes": [c.n_notes for c in continuations],
         "seconds": [c.seconds for c in continuations],
         "ended": [bool(c.ended) for c in continuations],
         "files": files,
+        "warnings": warnings,
     }
     lines = [
         f"{paths['midi']}: {_remark(c)}" for paths, c in zip(files, continuations, strict=False)
@@ -116,10 +132,56 @@ def run(args: argparse.Namespace) -> None:
     print_result(result, args.json, "\n".join(lines))
 
 
-def _limits(args: argparse.Namespace) -> dict[str, Any]:
-    if args.notes is not None:
-        return {"notes": args.notes}
-    return {"seconds": 15.0 if args.seconds is None else args.seconds}
+def _checked_limits(args: argparse.Namespace) -> dict[str, Any]:
+    """How much of a prompt is taken; refuses what could not be done, or would have no effect."""
+    from data_pipeline.errors import UserError
+
+    if args.out is None and not args.json:
+        raise UserError("say where to save with --out DIR (or --json to print the ids only)")
+    if args.n < 1:
+        raise UserError(f"--n {args.n} must be at least 1")
+    if args.embedding and not args.embedding_checkpoint:
+        raise UserError("--embedding needs --embedding-checkpoint: the run that embeds the piece")
+    needs = {
+        "--seconds": (args.seconds, args.prompt, "--prompt X.mid, of which it is the length"),
+        "--notes": (args.notes, args.prompt, "--prompt X.mid, of which it is the length"),
+        "--cfg": (args.cfg, args.embedding, "--embedding E.mid, the condition that it is of"),
+        "--embedding-checkpoint": (args.embedding_checkpoint, args.embedding, "--embedding E.mid"),
+        "--repetition-window": (
+            args.repetition_window,
+            args.repetition_penalty != 1,
+            "--repetition-penalty above 1",
+        ),
+        "--wav": (args.wav, args.out, "--out DIR, where the sound goes"),
+        **{
+            f"--{name}": (getattr(args, name.replace("-", "_")), args.temperature, "a --temperature"
+                          " above 0: at 0 the likeliest token is taken")
+            for name in ("min-p", "top-p", "top-k")
+        },
+    }  # fmt: skip
+    for option, (given, needed, text) in needs.items():
+        if given is not None and not needed:
+            raise UserError(f"{option} has no effect without {text}")
+    for path in (args.prompt, args.prompt_ids, args.embedding, args.wav):
+        if path is not None and not Path(path).is_file():
+            raise UserError(f"{path}: no such file")
+    if args.prompt is None:
+        return {}
+    from aria_jax.generate.continuation import check_prompt_limits
+
+    unlimited = args.seconds is None and args.notes is None
+    limits = {"seconds": 15.0 if unlimited else args.seconds, "notes": args.notes}
+    check_prompt_limits(**limits)
+    return limits
+
+
+def _less_room(n_prompt: int, room: int, settings: "Decoding", context: int) -> str:
+    """What is said where the context cannot hold what was asked for."""
+    return (
+        f"the prompt takes {n_prompt:,} of the {context:,} tokens that the model sees, so that "
+        f"only {room:,} of {settings.max_tokens:,} tokens follow (about {room // 3:,} notes); "
+        "shorten the prompt with --seconds or --notes, or go on beyond with --sliding"
+    )
 
 
 def _settings(args: argparse.Namespace) -> "Decoding":
@@ -130,17 +192,19 @@ def _settings(args: argparse.Namespace) -> "Decoding":
     return Decoding(
         sampler=choose_sampler(
             args.temperature,
-            min_p=0.035 if uncut else args.min_p,
+            min_p=MIN_P if uncut and args.temperature else args.min_p,
             top_p=args.top_p,
             top_k=args.top_k,
         ),
         max_tokens=args.max_tokens,
         use_grammar=not args.no_grammar,
         force_end=args.end,
-        guidance=args.cfg,
+        guidance=1.0 if args.cfg is None else args.cfg,
         repetition=RepetitionPenalty(
-            penalty=args.repetition_penalty, window=args.repetition_window
+            penalty=args.repetition_penalty,
+            window=96 if args.repetition_window is None else args.repetition_window,
         ),
+        sliding=args.sliding,
     )
 
 
@@ -209,9 +273,10 @@ def _condition(args: argparse.Namespace, emb_size: int | None) -> "np.ndarray | 
 
 
 def _generate(args, weights, tokenizer, prompt, settings, condition, mesh) -> "list[Continuation]":
-    from aria_jax.cli.console import progress_bar
+    from aria_jax.cli.console import progress_bar, stage
     from aria_jax.generate.continuation import continue_prompt
 
+    stage("reading the prompt and compiling")
     with progress_bar("generate", "token") as bar:
         return continue_prompt(
             weights,
@@ -222,7 +287,7 @@ def _generate(args, weights, tokenizer, prompt, settings, condition, mesh) -> "l
             settings=settings,
             condition_E=condition,
             mesh=mesh,
-            progress=lambda pace: bar(pace.n_tokens, pace.max_tokens, str(pace)),
+            progress=lambda now: bar(now.n_tokens, now.max_tokens, str(now)),
         )
 
 
@@ -231,11 +296,49 @@ def _remark(continuation: "Continuation") -> str:
     return f"{continuation.n_notes} notes, {continuation.seconds:.1f} s{ending}"
 
 
-def _save(args, name: str, continuations: "list[Continuation]") -> list[dict[str, str]]:
+def _save(
+    args: argparse.Namespace,
+    loaded: "LoadedModel",
+    prompt: "np.ndarray",
+    continuations: "list[Continuation]",
+) -> list[dict[str, str]]:
+    from aria_jax.models.heads import parameter_specs
+    from aria_jax.models.parameters import parameter_count
     from aria_jax.report.continuations import Result, save_continuations
+    from aria_jax.report.page import Provenance
+    from data_pipeline.tokenizer import Tokenizer
 
+    name = Path(args.prompt).stem if args.prompt else "prompt" if args.prompt_ids else "piece"
     results = [
         Result(c.full, c.prompt, c.continuation, c.continuation_from_zero, _remark(c))
         for c in continuations
     ]
-    return save_continuations(args.out, name, results, soundfont=args.wav)
+    n_params = parameter_count(parameter_specs(loaded.config))
+    n_notes = Tokenizer.preset(loaded.tokenizer).n_notes(prompt)
+    source = args.prompt or args.prompt_ids
+    facts = {
+        "prompt": f"{n_notes} notes of {source}" if source else "none: from nothing",
+        "model": f"{n_params:,} parameters, {loaded.path}",
+        "checkpoint step": f"{loaded.step:,}",
+        "seed": str(args.seed),
+        "sampling": _sampling(args),
+        "precision": args.precision,
+    }
+    if args.embedding:
+        facts["in the manner of"] = f"{args.embedding}, strength {args.cfg or 1.0:g}"
+    made_by = Provenance(args.command_line, facts)
+    return save_continuations(args.out, name, results, made_by=made_by, soundfont=args.wav)
+
+
+def _sampling(args: argparse.Namespace) -> str:
+    """For people, e.g. "temperature 0.98, min-p 0.035, at most 1,024 tokens"."""
+    cuts = {"min-p": args.min_p, "top-p": args.top_p, "top-k": args.top_k}
+    given = [f"{name} {value:g}" for name, value in cuts.items() if value is not None]
+    parts = [f"temperature {args.temperature:g}", *(given or [f"min-p {MIN_P:g}"])]
+    if args.temperature == 0:
+        parts = ["the likeliest token"]
+    if args.repetition_penalty != 1:
+        parts.append(f"repetition penalty {args.repetition_penalty:g}")
+    parts += ["without the grammar"] * args.no_grammar + ["an ending asked for"] * args.end
+    parts += ["sliding context"] * args.sliding
+    return ", ".join([*parts, f"at most {args.max_tokens:,} tokens"])

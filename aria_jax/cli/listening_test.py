@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from aria_jax.eval.listening_test import Comparison
+    from aria_jax.eval.listening_test import Comparison, Trial
     from aria_jax.report.listening_page import Clip
 
 DESCRIPTION = """\
@@ -15,9 +15,12 @@ The paper's listening test: 15 s prompts, 45 s continuations, ours against anoth
 blinded pairs, sides and prompts counter-balanced.
 
   make     CLIPS/SYSTEM/PROMPT.mid (or .wav, .mp3, …) -> one page a judge, and key.json, which alone
-           says what was what: keep it from the judges
+           says what was what: keep it from the judges. Both clips of a pair must begin with the
+           same prompt: of the notes in the first 90 % of --prompt-seconds, 95 % with the same pitch
+           and an onset at most 50 ms away, counted from the first note; else the pair is named and
+           nothing is written. Sound files cannot be compared so, which is said
   analyse  key.json and the judges' votes-*.json -> wins, ties, losses, exact sign test
-  counts   the same test of counts you already have
+  counts   the same test of counts you already have; with --participants, whether they fit
   compare  two folders of MIDI -> density, entropy, intervals, self-similarity of either, and with
            --checkpoint the Fréchet distance of their embeddings
 
@@ -25,6 +28,7 @@ examples:
   aria-jax listening-test make clips study --ours aria --judges 46 --trials 4
   aria-jax listening-test analyse study/key.json votes-*.json
   aria-jax listening-test counts 38 0 6 --judgements 44
+  aria-jax listening-test counts 38 0 6 --participants 46
   aria-jax listening-test compare generated held_out --checkpoint run2"""
 
 KEY_FORMAT = "aria-jax-listening-test-1"
@@ -40,6 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     make.add_argument("--judges", type=int, required=True, help="how many pages")
     make.add_argument("--trials", type=int, help="pairs a judge (default: one per opponent)")
     make.add_argument("--seconds", type=float, default=60.0, help="of each clip (60)")
+    make.add_argument(
+        "--prompt-seconds", type=float, default=15.0, help="of each clip that are the prompt (15)"
+    )
     make.add_argument("--seed", type=int, default=0, help="of the plan (0)")
     analyse = actions.add_parser("analyse", help="analyse votes")
     analyse.add_argument("key", help="key.json of the study")
@@ -48,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name in ("wins", "ties", "losses"):
         counts.add_argument(name, type=int)
     counts.add_argument("--judgements", type=int, help="how many there should be")
+    counts.add_argument(
+        "--participants", type=int, help="how many people judged, once each: does the sum fit?"
+    )
     compare = actions.add_parser("compare", help="objective statistics of two folders")
     compare.add_argument("generated", help="folder of MIDI files")
     compare.add_argument("reference", help="folder of MIDI files")
@@ -72,6 +82,11 @@ def _make(args: argparse.Namespace) -> None:
     from aria_jax.report.listening_page import Question, write_judge_page
     from data_pipeline.errors import UserError
 
+    if not 0 < args.prompt_seconds < args.seconds:
+        raise UserError(
+            f"--prompt-seconds {args.prompt_seconds:g} must lie between 0 and the "
+            f"{args.seconds:g} --seconds of a clip"
+        )
     clips = _find_clips(Path(args.clips))
     if args.ours not in clips:
         raise UserError(f"{args.clips}: no folder {args.ours!r}; there are {', '.join(clips)}")
@@ -90,12 +105,13 @@ def _make(args: argparse.Namespace) -> None:
         rng=np.random.default_rng(args.seed),
     )
     study = f"{out.name}-{args.seed}"
-    out.mkdir(parents=True, exist_ok=True)
     loaded = {
         (system, prompt): _load_clip(clips[system][prompt])
         for system in clips
         for prompt in prompts
     }
+    warnings = _check_pairs(loaded, trials, args)
+    out.mkdir(parents=True, exist_ok=True)
     for judge in range(args.judges):
         questions = []
         for trial in (t for t in trials if t.judge == judge):
@@ -108,11 +124,14 @@ def _make(args: argparse.Namespace) -> None:
             judge=f"{judge + 1:03d}",
             questions=questions,
             seconds=args.seconds,
+            prompt_seconds=args.prompt_seconds,
         )
     key = {
         "format": KEY_FORMAT,
         "study": study,
         "ours": args.ours,
+        "judges": args.judges,
+        "made_by": args.command_line,
         "trials": [asdict(trial) for trial in trials],
     }
     (out / "key.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
@@ -126,7 +145,33 @@ def _make(args: argparse.Namespace) -> None:
         f"{args.judges} pages with {len(trials)} pairs in {out}; give the judges judge-*.html and "
         "clips/ (if any), not key.json"
     )
-    print_result(result, args.json, text)
+    print_result(result, args.json, text, warnings)
+
+
+def _check_pairs(
+    loaded: "dict[tuple[str, str], Clip]", trials: "list[Trial]", args: argparse.Namespace
+) -> list[str]:
+    """Refuses pairs that begin differently; says which could not be compared."""
+    from aria_jax.eval.listening_test import same_prompt
+    from data_pipeline.errors import UserError
+
+    different, unchecked = [], 0
+    for opponent, prompt in sorted({(trial.opponent, trial.prompt) for trial in trials}):
+        one, other = (loaded[system, prompt].performance for system in (args.ours, opponent))
+        if one is None or other is None:
+            unchecked += 1
+        elif not same_prompt(one, other, args.prompt_seconds):
+            different.append(f"{prompt} ({args.ours} and {opponent})")
+    if different:
+        more = f" and {len(different) - 5} more" if len(different) > 5 else ""
+        raise UserError(
+            f"not the same music in the first {args.prompt_seconds:g} s of "
+            f"{', '.join(different[:5])}{more}: both clips of a pair must begin with the prompt; "
+            "--prompt-seconds says how long it is"
+        )
+    if not unchecked:
+        return []
+    return [f"{unchecked} pairs hold sound files, whose prompts were not compared: listen to them"]
 
 
 def _find_clips(folder: Path) -> dict[str, dict[str, Path]]:
@@ -182,7 +227,18 @@ def _analyse(args: argparse.Namespace) -> None:
         judges[judge] = path
         votes |= cast
     asked = [trial for trial in trials if trial.judge in judges]
-    _print_comparisons(analyse(asked, votes), args.json, len(judges))
+    n_made = 1 + max(trial.judge for trial in trials)
+    notes = []
+    if len(judges) < n_made:
+        notes.append(f"votes of {len(judges)} of the {n_made} judges that pages were made for")
+    comparisons = analyse(asked, votes)
+    more = [c.opponent for c in comparisons if c.wins + c.ties + c.losses > len(judges)]
+    if more:
+        notes.append(
+            f"some judges heard {', '.join(more)} more than once: the sign test takes judgements "
+            "as independent, and those of one person are not"
+        )
+    _print_comparisons(comparisons, args.json, len(judges), notes)
 
 
 def _read_json(path: str) -> dict[str, Any]:
@@ -200,14 +256,15 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def _counts(args: argparse.Namespace) -> None:
-    from aria_jax.eval.listening_test import compare
+    from aria_jax.eval.listening_test import compare, fit_of_participants
 
     one = compare("the opponent", args.wins, args.ties, args.losses, n_judgements=args.judgements)
-    _print_comparisons([one], args.json, None)
+    note = None if args.participants is None else fit_of_participants(one, args.participants)
+    _print_comparisons([one], args.json, None, [] if note is None else [note])
 
 
 def _print_comparisons(
-    comparisons: "list[Comparison]", as_json: bool, n_judges: int | None
+    comparisons: "list[Comparison]", as_json: bool, n_judges: int | None, notes: list[str]
 ) -> None:
     from aria_jax.cli.console import print_result
 
@@ -219,8 +276,12 @@ def _print_comparisons(
             f"{c.opponent:<20} {c.wins:4d}  {c.ties:4d}  {c.losses:6d}  {c.p_value:13.3g}  "
             f"{rate} ({c.low:.0%} to {c.high:.0%})"
         )
-    result = {"judges": n_judges, "comparisons": [asdict(c) for c in comparisons]}
-    print_result(result, as_json, "\n".join(lines))
+    result = {
+        "judges": n_judges,
+        "comparisons": [asdict(c) for c in comparisons],
+        "notes": notes,
+    }
+    print_result(result, as_json, "\n".join([*lines, *(f"note: {note}" for note in notes)]))
 
 
 # --- compare -------------------------------------------------------------------------------------

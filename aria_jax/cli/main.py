@@ -9,6 +9,7 @@ import difflib
 import importlib
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
@@ -144,7 +145,9 @@ def _run(verb: str, argv: Sequence[str]) -> int:
     )
     module.add_arguments(parser)
     parse = getattr(module, "PARSE", Parser.parse_args)
-    return module.run(parse(parser, argv)) or 0
+    args = parse(parser, argv)
+    args.command_line = shlex.join(["aria-jax", verb, *argv])  # reports say what made them
+    return module.run(args) or 0
 
 
 def _version() -> str:

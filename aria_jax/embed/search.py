@@ -12,6 +12,8 @@ from data_pipeline.errors import UserError
 
 ROWS = 65_536
 """Rows compared at a time: 128 MiB at 512 numbers each."""
+GROUPS = 32
+"""Row groups of which random pairs are drawn."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,40 @@ def search(
         UserError: not an embeddings file of `aria-jax embed`, or of another width; an index is
             wanted and faiss is not installed.
     """
+    file = _open(embeddings)
+    query = np.asarray(query_E, np.float32)
+    query = query / max(float(np.linalg.norm(query)), 1e-12)
+    blocks = partial(_blocks, file, len(query), embeddings)
+    if index:
+        made = current_index(Path(embeddings), file.metadata.num_rows, len(query), blocks)
+        rows, scores = nearest_in(made, query, k)
+    else:
+        rows, scores = nearest(query, blocks(), k)
+    return _hits(file, rows, scores)
+
+
+def random_similarities(embeddings: str | Path, n: int = 10_000, seed: int = 0) -> np.ndarray:
+    """Cosine similarities of `n` random pairs of rows, ascending, float32: the scale of a score.
+
+    Rows are drawn from at most `GROUPS` row groups, so that a large file is not read whole. Empty
+    where there are fewer than two rows.
+    """
+    file, rng = _open(embeddings), np.random.default_rng(seed)
+    groups = rng.permutation(file.num_row_groups)[:GROUPS].tolist()
+    column = file.read_row_groups(sorted(groups), columns=["embedding"]).column(0).combine_chunks()
+    if len(column) < 2:
+        return np.zeros(0, np.float32)
+    one = rng.integers(0, len(column), n)
+    other = (one + rng.integers(1, len(column), n)) % len(column)
+    rows, at = np.unique(np.stack([one, other]), return_inverse=True)
+    x_NxE = np.stack(column.take(rows).to_numpy(zero_copy_only=False)).astype(np.float32)
+    x_NxE /= np.maximum(np.linalg.norm(x_NxE, axis=1, keepdims=True), 1e-12)
+    first, second = at.reshape(2, -1)
+    return np.sort(np.einsum("ne,ne->n", x_NxE[first], x_NxE[second]))
+
+
+def _open(embeddings: str | Path):
+    """The Parquet file, whose columns are checked."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -56,15 +92,7 @@ def search(
         raise UserError(
             f"{embeddings}: not made by `aria-jax embed` (no column {', '.join(sorted(missing))})"
         )
-    query = np.asarray(query_E, np.float32)
-    query = query / max(float(np.linalg.norm(query)), 1e-12)
-    blocks = partial(_blocks, file, len(query), embeddings)
-    if index:
-        made = current_index(Path(embeddings), file.metadata.num_rows, len(query), blocks)
-        rows, scores = nearest_in(made, query, k)
-    else:
-        rows, scores = nearest(query, blocks(), k)
-    return _hits(file, rows, scores)
+    return file
 
 
 def nearest(

@@ -1,7 +1,7 @@
 """Pairwise listening tests: who hears what on which side, and what the votes say.
 
 The paper's protocol: 15 s prompts with 45 s continuations, ours against another system's, blinded;
-two-sided sign test without ties.
+two-sided sign test without ties. Both sides of a pair begin with the same prompt, which is checked.
 """
 
 from collections import Counter
@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.errors import UserError
+from data_pipeline.midi import Performance
 
+ONSET_TOLERANCE_MS = 50
+"""How far apart the onsets of one note may lie in two clips: systems round them."""
+CHECKED_SHARE = 0.9
+"""Of the prompt's length that is compared: its last notes may be followed early."""
+MIN_SAME_SHARE = 0.95
+"""Of the notes in it that either clip must share with the other."""
 CHOICES = ("first", "tie", "second")
 
 
@@ -32,6 +39,63 @@ class Trial:
     opponent: str
     prompt: str
     ours_first: bool
+
+
+def same_prompt(one: Performance, other: Performance, seconds: float) -> bool:
+    """Whether two clips begin with the same notes, seconds counted from the first note of each.
+
+    Of the notes that begin in the first 90 % of `seconds`, at least 95 % of either clip have a
+    partner of the same pitch in the other whose onset is at most 50 ms away.
+    """
+    end_ms = seconds * 1000 * CHECKED_SHARE
+    sides = [_by_pitch(performance, end_ms + ONSET_TOLERANCE_MS) for performance in (one, other)]
+    for mine, theirs in (sides, sides[::-1]):
+        n = n_same = 0
+        for pitch, onsets_ms in mine.items():
+            free = list(theirs.get(pitch, ()))
+            for onset_ms in (onset for onset in onsets_ms if onset < end_ms):
+                n += 1
+                near = [other for other in free if abs(other - onset_ms) <= ONSET_TOLERANCE_MS]
+                if near:
+                    n_same += 1
+                    free.remove(near[0])
+        if n == 0 or n_same < MIN_SAME_SHARE * n:
+            return False
+    return True
+
+
+def _by_pitch(performance: Performance, end_ms: float) -> dict[int, list[float]]:
+    """Onsets before `end_ms`, in ms from the first note, of each pitch; ascending."""
+    notes = performance.notes
+    onsets_ms = performance.ms(notes["start"])
+    if len(onsets_ms):
+        onsets_ms = onsets_ms - onsets_ms.min()
+    found: dict[int, list[float]] = {}
+    for pitch, onset_ms in sorted(zip(notes["pitch"].tolist(), onsets_ms.tolist(), strict=True)):
+        if onset_ms < end_ms:
+            found.setdefault(pitch, []).append(onset_ms)
+    return found
+
+
+def fit_of_participants(one: "Comparison", n_participants: int, asked_each: int = 1) -> str | None:
+    """What to say where a row does not sum to the judgements that so many people make.
+
+    Raises:
+        UserError: there are more judgements than that.
+    """
+    total, expected = one.wins + one.ties + one.losses, n_participants * asked_each
+    if total > expected:
+        raise UserError(
+            f"{one.opponent}: {total} judgements of {n_participants} participants, who make "
+            f"{expected}: some count more than once, and the sign test takes judgements as "
+            "independent; count each person once, or say how many each made"
+        )
+    if total < expected:
+        return (
+            f"{one.opponent}: {total} of the {expected} judgements that {n_participants} "
+            f"participants make; {expected - total} are missing, and the test knows nothing of why"
+        )
+    return None
 
 
 def design(
@@ -69,8 +133,8 @@ def design(
         ]
         heard: set[str] = set()
         for opponent in rng.permutation(turns).tolist():
-            prompt = _least([p for p in prompts if p not in heard], used[opponent], rng)
-            side = _least([True, False], ours_first[opponent], rng)
+            prompt = _least_used([p for p in prompts if p not in heard], used[opponent], rng)
+            side = _least_used([True, False], ours_first[opponent], rng)
             heard.add(prompt)
             used[opponent][prompt] += 1
             ours_first[opponent][side] += 1
@@ -78,7 +142,7 @@ def design(
     return trials
 
 
-def _least(options: Sequence, counts: Counter, rng: np.random.Generator):
+def _least_used(options: Sequence, counts: Counter, rng: np.random.Generator):
     """One of the options used least, at random."""
     least = min(counts[option] for option in options)
     rarest = [option for option in options if counts[option] == least]

@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from aria_jax.report.page import Section, link, paragraph, write_page
-from aria_jax.report.piano_roll import Part, save_piano_roll
-from aria_jax.report.player import PLAYER_SCRIPT, player
+from aria_jax.report.page import Provenance, Section, link, paragraph, write_page
+from aria_jax.report.piano_roll import PLAYER_SCRIPT, Part, player, save_piano_roll
 from data_pipeline.errors import UserError
 from data_pipeline.midi import Performance, write_midi
 
@@ -42,11 +41,13 @@ def save_continuations(
     name: str,
     results: Sequence[Result],
     *,
+    made_by: Provenance,
     soundfont: str | Path | None = None,
 ) -> list[dict[str, str]]:
     """Writes, per continuation, NAME-i.mid, NAME-i-continuation.mid and NAME-i.png, and NAME.html.
 
     Args:
+        made_by: stands at the end of the page.
         soundfont: an .sf2 or .sf3 file; with it NAME-i.wav is rendered too.
 
     Returns:
@@ -75,11 +76,12 @@ def save_continuations(
         for number, (result, paths) in enumerate(zip(results, saved, strict=True), start=1)
     ]
     intro = PLAYER_SCRIPT + paragraph(
-        "Click into a roll to listen from there. The sound is a plain synthesiser of this page; "
-        "the MIDI files sound as good as the instrument that plays them.",
+        "Pitch over seconds; the darker, the louder. Click into a roll to listen from there. The "
+        "sound is a plain synthesiser of this page; the MIDI files sound as good as the instrument "
+        "that plays them.",
         "note",
     )
-    write_page(page, f"Continuations of {name}", intro, sections)
+    write_page(page, f"Continuations of {name}", intro, sections, made_by)
     return saved
 
 
@@ -88,7 +90,13 @@ def _section(result: Result, paths: dict[str, str]) -> str:
     links = " · ".join(
         link(Path(paths[kind]).name, text) for kind, text in names.items() if kind in paths
     )
-    return player(result.parts) + paragraph(result.remark) + f"<p>{links}</p>"
+    first = result.continuation.notes["start"]
+    marks = (
+        [(float(first.min()) / 1000, "continuation")]
+        if len(result.prompt.notes) and len(first)
+        else []
+    )
+    return player(result.parts, marks=marks) + paragraph(result.remark) + f"<p>{links}</p>"
 
 
 def render_wav(midi_path: str | Path, wav_path: str | Path, soundfont: str | Path) -> None:

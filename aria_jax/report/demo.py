@@ -10,6 +10,7 @@ import numpy as np
 
 from aria_jax.report.charts import confusion_matrix, embedding_map, loss_curves, read_metrics
 from aria_jax.report.page import (
+    Provenance,
     Section,
     code,
     link,
@@ -33,6 +34,7 @@ class DemoResults:
         commands: (title, command line) of each step.
         embedding: float32 [N, E], contrastive embedding of each piece.
         composers: of each piece.
+        made_by: the demo's own command line.
     """
 
     out: Path
@@ -41,6 +43,7 @@ class DemoResults:
     commands: Sequence[tuple[str, str]]
     embedding: np.ndarray
     composers: Sequence[str]
+    made_by: str
 
 
 FEATURES = {
@@ -66,7 +69,7 @@ def write_demo_report(path: Path, demo: DemoResults) -> None:
         _continuation(demo),
         _commands(demo),
     ]
-    write_page(path, "aria_jax demo", intro, sections)
+    write_page(path, "aria_jax demo", intro, sections, Provenance(demo.made_by))
 
 
 def _training(demo: DemoResults) -> Section:

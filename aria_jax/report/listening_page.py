@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aria_jax.report.page import Section, paragraph, write_page
-from aria_jax.report.piano_roll import Part
-from aria_jax.report.player import PLAYER_SCRIPT, player
+from aria_jax.report.piano_roll import PLAYER_SCRIPT, Part, player
 from data_pipeline.midi import Performance
 
 AUDIO_SUFFIXES = (".wav", ".mp3", ".ogg", ".flac", ".m4a")
@@ -69,17 +68,25 @@ class Question:
     second: Clip
 
 
-def _clip_html(clip: Clip, trial_id: str, side: str, out_dir: Path, seconds: float) -> str:
+def _clip_html(
+    clip: Clip, trial_id: str, side: str, out_dir: Path, seconds: float, prompt_seconds: float
+) -> str:
     if clip.performance is not None:
-        # One colour: where the prompt ends, and whose the rest is, is not to be seen.
-        return player([Part.of(up_to(clip.performance, seconds), "clip")])
+        # One colour, and the same mark on either side: whose the rest is, is not to be seen.
+        shown = up_to(clip.performance, seconds)
+        start_ms = shown.ms(shown.notes["start"])
+        part = Part.of(shown, "clip", offset_ms=-start_ms.min() if len(start_ms) else 0)
+        return player([part], marks=[(prompt_seconds, "the prompt ends")])
     if clip.sound is None:
         raise ValueError(f"trial {trial_id}: a clip needs notes or a sound file")
     # A copy under the trial's name: the original's name could tell.
     name = f"{trial_id}-{side}{clip.sound.suffix.lower()}"
     (out_dir / "clips").mkdir(exist_ok=True)
     shutil.copyfile(clip.sound, out_dir / "clips" / name)
-    return f'<audio controls preload="none" src="clips/{html.escape(name, quote=True)}"></audio>'
+    return (
+        f'<audio controls preload="none" src="clips/{html.escape(name, quote=True)}"></audio>'
+        f"<p>The prompt ends at {prompt_seconds:g} s.</p>"
+    )
 
 
 def up_to(performance: Performance, seconds: float) -> Performance:
@@ -97,18 +104,21 @@ def write_judge_page(
     judge: str,
     questions: Sequence[Question],
     seconds: float,
+    prompt_seconds: float,
 ) -> None:
     """Writes one judge's page; answers stay in the browser until downloaded as votes-JUDGE.json.
 
     Args:
         study: name that votes carry, so that none goes to another study.
         seconds: how much of a clip is played.
+        prompt_seconds: where the prompt ends, which is marked.
     """
     path = Path(path)
     sections = []
     for number, question in enumerate(questions, start=1):
         clips = "".join(
-            f"<h3>{label}</h3>{_clip_html(clip, question.trial_id, side, path.parent, seconds)}"
+            f"<h3>{label}</h3>"
+            + _clip_html(clip, question.trial_id, side, path.parent, seconds, prompt_seconds)
             for label, side, clip in (
                 ("First", "first", question.first),
                 ("Second", "second", question.second),
@@ -131,8 +141,9 @@ def write_judge_page(
         PLAYER_SCRIPT
         + _VOTING.replace("STUDY", identity)
         + paragraph(
-            "Each pair begins with the same music and goes on in two ways. Listen to both to the "
-            "end, as often as you like, and say which continuation you prefer as music."
+            f"Each pair begins with the same {prompt_seconds:g} seconds of music and goes on in "
+            "two ways; a line marks where. Listen to both to the end, as often as you like, and "
+            "say which continuation you prefer as music."
         )
         + paragraph("When all are answered, download the answers and send them back.")
         + '<p><button id="download">download answers</button> <span id="done"></span></p>'

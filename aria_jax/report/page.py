@@ -1,9 +1,13 @@
 """One self-contained HTML page from titled sections; nothing is fetched when it is opened."""
 
 import html
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from urllib.parse import quote
+
+from data_pipeline.errors import printable
 
 _STYLE = """
 body { font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 960px; margin: 2.5rem auto;
@@ -13,11 +17,35 @@ svg { max-width: 100%; height: auto } .row { display: flex; flex-wrap: wrap; gap
 .row > * { flex: 1 1 380px }
 table { border-collapse: collapse } td, th { padding: .3rem .9rem .3rem 0; text-align: left;
        border-bottom: 1px solid #ddd }
+h3 { font-size: 1.05rem; margin: 1.2rem 0 .3rem }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
 pre { background: #f5f5f2; padding: .8rem 1rem; overflow-x: auto; border-radius: 4px;
       font-size: .85rem }
 .note { color: #555 } .best { font-weight: 600 }
 """
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What made a report.
+
+    Attributes:
+        command: the command line.
+        facts: model, seed and the like, in the order in which they are shown.
+    """
+
+    command: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def version(self) -> str:
+        """Of this program, e.g. "aria_jax 0.1.0"."""
+        return f"aria_jax {version('aria-jax')}"
+
+    def html(self) -> str:
+        """The end of a page: facts as a table, and the command."""
+        rows = [[name, value] for name, value in (*self.facts.items(), ("made by", self.version))]
+        return f"<h2>How this was made</h2>\n{table((), rows)}{code(self.command)}"
 
 
 @dataclass(frozen=True)
@@ -36,8 +64,9 @@ def paragraph(text: str, css_class: str = "") -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
     """A table; numbers are aligned right and shown with three decimals."""
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    return f"<table><tr>{head}</tr>{''.join(map(_row, rows))}</table>"
+    cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    head = f"<tr>{cells}</tr>" if header else ""
+    return f"<table>{head}{''.join(map(_row, rows))}</table>"
 
 
 def _row(cells: Sequence[str | float]) -> str:
@@ -63,16 +92,25 @@ def code(text: str) -> str:
 
 def link(target: str, text: str) -> str:
     """A link to a file beside the page."""
-    return f'<a href="{html.escape(target, quote=True)}">{html.escape(text)}</a>'
+    return f'<a href="{quote(printable(target))}">{html.escape(text)}</a>'
 
 
-def write_page(path: str | Path, title: str, intro: str, sections: Sequence[Section]) -> None:
-    """Writes the page (UTF-8)."""
+def write_page(
+    path: str | Path,
+    title: str,
+    intro: str,
+    sections: Sequence[Section],
+    made_by: Provenance | None = None,
+) -> None:
+    """Writes the page (UTF-8); only a page that must not tell has no provenance."""
     body = "".join(f"<h2>{html.escape(s.title)}</h2>\n{s.body}\n" for s in sections)
+    body += made_by.html() if made_by is not None else ""
     Path(path).write_text(
-        f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width">'
-        f"<title>{html.escape(title)}</title><style>{_STYLE}</style>\n"
-        f"<h1>{html.escape(title)}</h1>\n{intro}\n{body}</html>\n",
+        printable(
+            f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
+            f'<meta name="viewport" content="width=device-width">'
+            f"<title>{html.escape(title)}</title><style>{_STYLE}</style>\n"
+            f"<h1>{html.escape(title)}</h1>\n{intro}\n{body}</html>\n"
+        ),
         encoding="utf-8",
     )

@@ -1,6 +1,10 @@
-"""Piano rolls: pitch over time, loudness as opacity, one colour per part."""
+"""Piano rolls: pitch over time, loudness as opacity, one colour per part; as pictures, and as
+players for HTML pages (Web Audio, nothing downloaded, seek by clicking).
+"""
 
+import html
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +38,7 @@ class Part:
     end_ms: np.ndarray
 
     @classmethod
-    def of(cls, performance: Performance, label: str, offset_ms: int = 0) -> "Part":
+    def of(cls, performance: Performance, label: str, offset_ms: float = 0) -> "Part":
         """All notes of a performance, shifted by `offset_ms`."""
         notes = performance.notes
         return cls(
@@ -108,3 +112,154 @@ def figure_svg(figure: "Figure") -> str:
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
+
+
+PLAYER_SCRIPT = """
+<style>.player canvas { width: 100%; height: 200px; background: #fff; cursor: pointer; display: block }
+.player button { margin: .4rem .8rem .4rem 0; font-size: 1rem } .player .legend { font-size: .85rem; color: #555 }
+.player .legend i { display: inline-block; width: .8em; height: .8em; margin: 0 .35em 0 1em; border-radius: 2px }
+</style>
+<script>
+(() => {
+  let context, playing = null;
+  const stop = () => {
+    if (!playing) return;
+    playing.master.disconnect();
+    cancelAnimationFrame(playing.frame);
+    playing.button.textContent = "\\u25b6 play";
+    playing = null;
+  };
+  function tone(when, seconds, pitch, velocity, out) {
+    // A struck string: three decaying partials, lower notes ring longer.
+    const loudness = Math.pow(velocity / 127, 1.6) * 0.22, end = when + Math.max(seconds, 0.08);
+    const ring = 4 * Math.pow(2, (60 - pitch) / 24);
+    [[1, 1, 'triangle'], [2, 0.3, 'sine'], [3, 0.12, 'sine']].forEach(([n, share, shape]) => {
+      const oscillator = context.createOscillator(), gain = context.createGain();
+      oscillator.type = shape;
+      oscillator.frequency.value = n * 440 * Math.pow(2, (pitch - 69) / 12);
+      gain.gain.setValueAtTime(0, when);
+      gain.gain.linearRampToValueAtTime(loudness * share, when + 0.006);
+      gain.gain.setTargetAtTime(0, when + 0.006, ring / (n * 3));
+      gain.gain.setTargetAtTime(0, end, 0.06);
+      oscillator.connect(gain).connect(out);
+      oscillator.start(when);
+      oscillator.stop(end + 0.4);
+    });
+  }
+  function setUp(root) {
+    const data = JSON.parse(root.querySelector('script').textContent), canvas = root.querySelector('canvas');
+    const button = root.querySelector('button'), clock = root.querySelector('.clock');
+    const notes = data.notes, length = notes.reduce((m, n) => Math.max(m, n[0] + n[1]), 1);
+    const low = notes.reduce((m, n) => Math.min(m, n[2]), 127) - 2;
+    const high = notes.reduce((m, n) => Math.max(m, n[2]), 0) + 2;
+    const left = 34, below = 18;  // CSS pixels of the pitch axis and of the time axis
+    const step = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600].find(s => length / s <= 12) || 1800;
+    let position = 0;
+    function draw() {
+      const scale = window.devicePixelRatio || 1, pen = canvas.getContext('2d');
+      canvas.width = canvas.clientWidth * scale; canvas.height = canvas.clientHeight * scale;
+      pen.scale(scale, scale);
+      const w = canvas.clientWidth - left - 1, h = canvas.clientHeight - below;
+      const row = h / Math.max(high - low, 12), x = seconds => left + seconds / length * w;
+      const line = (x0, y0, wide, tall, colour) => { pen.fillStyle = colour; pen.fillRect(x0, y0, wide, tall); };
+      pen.font = '11px system-ui, sans-serif';
+      pen.textBaseline = 'middle'; pen.textAlign = 'right';
+      for (let c = 12; c <= 120; c += 12) {
+        const y = (high - c + 0.5) * row;
+        if (y < 5 || y > h) continue;
+        line(left, y, w, 1, '#e6e6e2');
+        pen.fillStyle = '#666'; pen.fillText('C' + (c / 12 - 1), left - 6, y);
+      }
+      pen.textBaseline = 'top'; pen.textAlign = 'center';
+      for (let s = 0; s <= length; s += step) {
+        line(x(s), h, 1, 4, '#999');
+        pen.fillStyle = '#666';
+        pen.textAlign = s === 0 ? 'left' : s / length > 0.97 ? 'right' : 'center';
+        pen.fillText(s + (s === 0 ? ' s' : ''), x(s), h + 5);
+      }
+      line(left, 0, 1, h, '#999'); line(left, h, w, 1, '#999');
+      for (const [start, seconds, pitch, velocity, part] of notes) {
+        pen.globalAlpha = 0.35 + 0.65 * velocity / 127;
+        line(x(start), (high - pitch) * row, Math.max(seconds / length * w, 1.5), row,
+             data.colours[part % data.colours.length]);
+      }
+      pen.globalAlpha = 1;
+      for (const [seconds, label] of data.marks) {
+        pen.setLineDash([4, 3]); pen.strokeStyle = '#222'; pen.beginPath();
+        pen.moveTo(x(seconds), 0); pen.lineTo(x(seconds), h); pen.stroke(); pen.setLineDash([]);
+        pen.textAlign = 'left'; pen.fillStyle = '#222'; pen.fillText(label, x(seconds) + 5, 2);
+      }
+      line(x(position), 0, 1.5, h, '#222');
+      clock.textContent = position.toFixed(1) + ' / ' + length.toFixed(1) + ' s';
+    }
+    function start() {
+      stop();
+      context = context || new AudioContext();
+      context.resume();
+      const master = context.createDynamicsCompressor();
+      master.connect(context.destination);
+      const origin = context.currentTime + 0.1 - position, waiting = notes.filter(n => n[0] >= position);
+      playing = {master, button};
+      button.textContent = "\\u25a0 stop";
+      const follow = () => {
+        position = context.currentTime - origin;
+        while (waiting.length && waiting[0][0] < position + 1) {  // a second ahead of the clock
+          const [at, seconds, pitch, velocity] = waiting.shift();
+          tone(Math.max(origin + at, context.currentTime), seconds, pitch, velocity, master);
+        }
+        draw();
+        if (position > length) { stop(); position = 0; draw(); return; }
+        playing.frame = requestAnimationFrame(follow);
+      };
+      follow();
+    }
+    button.onclick = () => playing && playing.button === button ? stop() : start();
+    canvas.onclick = event => {
+      const again = playing && playing.button === button;
+      const share = (event.offsetX - left) / (canvas.clientWidth - left - 1);
+      position = Math.min(Math.max(share, 0), 1) * length;
+      again ? start() : draw();
+    };
+    window.addEventListener('resize', draw);
+    draw();
+  }
+  document.addEventListener('DOMContentLoaded', () => document.querySelectorAll('.player').forEach(setUp));
+})();
+</script>
+"""  # noqa: E501
+"""Goes once into any page that holds players."""
+
+
+def player(parts: Sequence[Part], *, marks: Sequence[tuple[float, str]] = ()) -> str:
+    """One player as HTML: a roll with axes in the parts' colours, play and stop, seek by clicking.
+
+    Args:
+        parts: named in a legend where there are several.
+        marks: moments to mark by a line, in seconds, with a word each.
+    """
+    notes = [
+        [
+            round(float(start) / 1000, 3),
+            round(max(float(end - start), 10.0) / 1000, 3),
+            int(pitch),
+            int(velocity),
+            number,
+        ]
+        for number, part in enumerate(parts)
+        for start, end, pitch, velocity in zip(
+            part.start_ms, part.end_ms, part.pitch, part.velocity, strict=True
+        )
+    ]
+    notes.sort()
+    content = {"notes": notes, "colours": list(COLOURS), "marks": [list(mark) for mark in marks]}
+    # No text in it may close the script element.
+    data = json.dumps(content, separators=(",", ":")).replace("</", "<\\/")
+    named = [
+        f'<i style="background:{COLOURS[number % len(COLOURS)]}"></i>{html.escape(part.label)}'
+        for number, part in enumerate(parts)
+    ]
+    legend = f'<span class="legend">{"".join(named)}</span>' if len(parts) > 1 else ""
+    return (
+        f'<div class="player"><script type="application/json">{data}</script>'
+        f'<canvas></canvas><button>\u25b6 play</button><span class="clock"></span>{legend}</div>'
+    )

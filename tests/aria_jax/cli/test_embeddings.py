@@ -1,7 +1,9 @@
 """embed, probe, retrieve, search and bench-suite as a user runs them, one after the other."""
 
 import json
+import re
 import shutil
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -131,14 +133,30 @@ def test_search_finds_the_file_itself_first_and_draws_it(
     first = result["hits"][0]
     assert first["path"] == "presto_3.mid" and first["same_file"]
     assert first["score"] == pytest.approx(1, abs=1e-4) and len(result["hits"]) == 3
+    quantiles = [hit["quantile"] for hit in result["hits"]]
+    assert quantiles == sorted(quantiles, reverse=True) and 0.8 < quantiles[0] <= 1
     page = (tmp_path / "near.html").read_text()
-    assert page.count("<svg") == 4 and "the query itself" in page
+    assert page.count('class="player"') == 4 and "the query itself" in page
+    assert "aria-jax search" in page and checkpoint in page  # what made it
+    links = [unquote(target) for target in re.findall(r'<a href="([^"]+)"', page)]
+    assert len(links) == 4 and all((tmp_path / target).is_file() for target in links)
     by_slice = result_of(
         capsys, "search", str(query), str(embedded / "slices.parquet"), "--checkpoint", checkpoint,
         "-k", "2", "--html", str(tmp_path / "slices.html"),
     )  # fmt: skip
     assert "#" in by_slice["hits"][0]["path"]
-    assert (tmp_path / "slices.html").read_text().count("<svg") == 3
+    assert (tmp_path / "slices.html").read_text().count('class="player"') == 3
+
+
+def test_a_page_without_the_midi_files_says_how_to_name_their_folder(
+    midi_corpus, embedded, checkpoint, capsys, tmp_path
+):
+    query, page = str(midi_corpus / "presto_3.mid"), tmp_path / "near.html"
+    arguments = ["search", query, str(embedded / "files.parquet"), "--checkpoint", checkpoint,
+                 "--html", str(page), "-k", "2", "--midi", str(tmp_path)]  # fmt: skip
+    assert main(arguments) == 0
+    assert "2 of 2" in (said := capsys.readouterr().err) and "--midi DIR" in said
+    assert page.read_text().count('class="player"') == 1 and "--midi DIR" in page.read_text()
 
 
 def test_search_refuses_another_models_embeddings(embedded, midi_corpus, tmp_path, capsys):

@@ -66,6 +66,15 @@ def test_files_for_each_continuation(folder, capsys, tmp_path):
         assert f"piece-{i}.mid" in out
     page = (tmp_path / "piece.html").read_text()
     assert page.count('class="player"') == 2 and "src=" not in page and "http" not in page
+    assert "aria-jax generate --checkpoint" in page  # how to make it again
+    for fact in (
+        "prompt",
+        "9 notes of",
+        "checkpoint step",
+        "seed",
+        "temperature 0.98, min-p 0.035",
+    ):
+        assert fact in page
 
 
 def parsed_by_others(path):
@@ -140,7 +149,55 @@ def test_wav_names_its_package(folder, capsys, tmp_path, monkeypatch):
     assert status == 2 and "pip install" in err and "symusic" in err
 
 
+def test_less_room_than_asked_is_said_before(folder, capsys, tmp_path):
+    """40 notes are 123 tokens of 512: 388 can follow, however many were asked for."""
+    arguments = (
+        "generate", "--checkpoint", folder / "lm", "--prompt", folder / "piece.mid",
+        "--notes", 40, "--max-tokens", 420,
+    )  # fmt: skip
+    status, out, err = run(capsys, *arguments, "--json")
+    prompt = len(json.loads(out)["prompt_ids"])
+    room = 512 - prompt - 1
+    assert status == 0 and json.loads(out)["max_tokens"] == room
+    said = f"takes {prompt} of the 512 tokens that the model sees, so that only {room} of 420"
+    assert said in err and err.index(said) < err.index("notes/s")
+    assert "--seconds" in err and "--sliding" in err
+    status, out, err = run(capsys, *arguments, "--sliding", "--json")
+    found = json.loads(out)
+    assert status == 0 and "warning" not in err and found["warnings"] == []
+    assert found["ended"][0] or len(found["ids"][0]) == 420
+
+
+def test_a_file_without_notes_is_no_prompt(folder, capsys, tmp_path):
+    write_midi(Performance(500, np.zeros(0, NOTE)), tmp_path / "silent.mid")
+    arguments = ("generate", "--checkpoint", folder / "lm", "--max-tokens", 12)
+    status, _, err = run(capsys, *arguments, "--prompt", tmp_path / "silent.mid", "--out",
+                         tmp_path / "out")  # fmt: skip
+    assert status == 2 and "silent.mid" in err and "no" in err and "notes" in err
+    assert not (tmp_path / "out").exists()
+
+
 MISTAKES = {
+    "no seconds of a prompt": (
+        ["--checkpoint", "{f}/lm", "--json", "--prompt", "{f}/piece.mid", "--seconds", "0"],
+        "0.0 seconds holds nothing"),
+    "no notes of a prompt": (
+        ["--checkpoint", "{f}/lm", "--json", "--prompt", "{f}/piece.mid", "--notes", "0"],
+        "0 notes holds nothing"),
+    "seconds of no prompt": (
+        ["--checkpoint", "{f}/lm", "--json", "--seconds", "5"], "--seconds has no effect without"),
+    "guidance by nothing": (
+        ["--checkpoint", "{f}/lm", "--json", "--cfg", "2"], "--cfg has no effect without"),
+    "a model that embeds nothing": (
+        ["--checkpoint", "{f}/lm", "--json", "--embedding-checkpoint", "{f}/embedder"],
+        "no effect without --embedding"),
+    "a window without penalty": (
+        ["--checkpoint", "{f}/lm", "--json", "--repetition-window", "9"], "--repetition-penalty"),
+    "sound without files": (
+        ["--checkpoint", "{f}/lm", "--json", "--wav", "{f}/piece.mid"], "--wav has no effect"),
+    "greedy and cut": (
+        ["--checkpoint", "{f}/lm", "--json", "--temperature", "0", "--top-k", "9"],
+        "--top-k has no effect"),
     "nowhere to save": (["--checkpoint", "{f}/lm"], "--out"),
     "no prompt file": (
         ["--checkpoint", "{f}/lm", "--json", "--prompt", "{f}/no.mid"], "no such file"),
@@ -196,9 +253,9 @@ def test_score(folder, capsys, tmp_path):
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node to read JavaScript")
 def test_scripts_of_the_pages_are_javascript(tmp_path):
-    from aria_jax.report import listening_page, player
+    from aria_jax.report import listening_page, piano_roll
 
-    for text in (player.PLAYER_SCRIPT, listening_page._VOTING.replace("STUDY", "{}")):
+    for text in (piano_roll.PLAYER_SCRIPT, listening_page._VOTING.replace("STUDY", "{}")):
         (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
         (tmp_path / "script.js").write_text(script)
         checked = subprocess.run(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -33,11 +34,12 @@ def study(tmp_path, capsys):
             notes["start"] = np.arange(90) * 1000
             notes["end"] = notes["start"] + 500
             notes["pitch"], notes["velocity"] = rng.integers(40, 80, 90), 70
+            notes["pitch"][:16] = 50 + prompt + np.arange(16)  # the prompt: 15 s
             write_midi(Performance(500, notes), file.with_suffix(".mid"))
     status, out, _ = run(
         capsys, "make", tmp_path / "clips", tmp_path / "study", "--ours", OURS, "--judges", 6
     )
-    assert status == 0 and "key.json" in out
+    assert status == 0 and "key.json" in out and (tmp_path / "study" / "key.json").is_file()
     return tmp_path / "study"
 
 
@@ -67,6 +69,7 @@ def test_pages_name_no_system_and_hold_a_minute(study):
         assert all(f'name="{trial}"' in page for trial in asked)
         for data in re.findall(r'<script type="application/json">(.*?)</script>', page):
             starts = [note[0] for note in json.loads(data)["notes"]]
+            assert json.loads(data)["marks"] == [[15.0, "the prompt ends"]]
             assert max(starts) == 59.0 and len({note[4] for note in json.loads(data)["notes"]}) == 1
         for source in re.findall(r'src="(.*?)"', page):
             assert (study / source).is_file()
@@ -119,6 +122,33 @@ def test_studies_that_cannot_be_made(study, capsys, tmp_path):
     assert status == 2 and "nobody" in err
     status, _, err = run(capsys, "make", study, tmp_path / "b", "--ours", OURS, "--judges", 2)
     assert status == 2 and "two systems" in err
+
+
+def test_a_pair_must_begin_with_the_same_prompt(study, capsys, tmp_path):
+    clips = tmp_path / "clips"
+    arguments = ("make", clips, tmp_path / "b", "--ours", OURS, "--judges", 6)
+    _, _, err = run(capsys, *arguments)
+    assert "4 pairs hold sound files" in err  # said, not checked
+    status, _, err = run(capsys, *arguments[:2], tmp_path / "c", *arguments[3:],
+                         "--prompt-seconds", 30)  # fmt: skip
+    assert status == 2 and "prompt0 (oursystem and rivalone)" in err and "30 s" in err
+    shutil.copy(clips / OURS / "prompt3.mid", clips / OTHERS[0] / "prompt2.mid")
+    status, _, err = run(capsys, *arguments[:2], tmp_path / "c", *arguments[3:])
+    assert status == 2 and "prompt2 (oursystem and rivalone)" in err and "prompt1" not in err
+    assert not (tmp_path / "c").exists()
+    status, _, err = run(capsys, *arguments, "--prompt-seconds", 60)
+    assert status == 2 and "--prompt-seconds 60" in err
+
+
+def test_judgements_that_do_not_fit_the_participants(study, capsys):
+    """The rows of the paper sum to 44, 48, 50 and 41 of 46 participants."""
+    status, out, _ = run(capsys, "counts", 38, 0, 6, "--participants", 46)
+    assert status == 0 and "44 of the 46" in out and "2 are missing" in out
+    status, _, err = run(capsys, "counts", 49, 1, 0, "--participants", 46)
+    assert status == 2 and "50 judgements of 46 participants" in err
+    paths = ballots(study, preferring_ours)
+    _, out, _ = run(capsys, "analyse", study / "key.json", *paths[:4])
+    assert "4 of the 6 judges" in out
 
 
 def test_counts(capsys):

@@ -5,8 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from aria_jax.eval.listening_test import Trial, analyse, compare, design
+from aria_jax.eval.listening_test import Trial, analyse, compare, design, same_prompt
 from data_pipeline.errors import UserError
+from data_pipeline.midi import NOTE, Performance
 
 # Wins, ties, losses and p-value as the paper prints them.
 PAPER = [
@@ -121,3 +122,31 @@ def test_impossible_studies():
         design([], ["p"], n_judges=1, trials_per_judge=1, rng=rng)
     with pytest.raises(UserError, match="no judgements"):
         compare("x", 0, 0, 0)
+
+
+def clip(onsets_ms, pitches):
+    notes = np.zeros(len(onsets_ms), NOTE)
+    notes["start"], notes["pitch"], notes["velocity"] = onsets_ms, pitches, 70
+    notes["end"] = notes["start"] + 100
+    return Performance(500, notes[np.argsort(notes["start"], kind="stable")])
+
+
+def test_prompts_are_the_same_up_to_a_stated_tolerance():
+    rng = np.random.default_rng(0)
+    onsets = np.sort(rng.integers(0, 15_000, 100))
+    pitches = rng.integers(30, 90, 100)
+    prompt = clip(onsets, pitches)
+    late = clip(np.append(onsets + 3000, 19_000), np.append(pitches, 60))
+    assert same_prompt(prompt, late, 15)  # silence before the first note does not count
+    rounded = clip(onsets // 10 * 10 + rng.integers(0, 40, 100), pitches)
+    assert same_prompt(prompt, rounded, 15)
+    beyond = onsets >= 13_500 + onsets[0]
+    assert same_prompt(prompt, clip(onsets[~beyond], pitches[~beyond]), 15)
+    assert not same_prompt(prompt, clip(onsets[onsets < 12_000], pitches[onsets < 12_000]), 15)
+    assert not same_prompt(prompt, clip(onsets, pitches + (np.arange(100) % 10 == 0)), 15)
+    assert not same_prompt(prompt, clip(onsets * 11 // 10, pitches), 15)
+    assert not same_prompt(prompt, clip(onsets, rng.permutation(pitches)), 15)
+    twice = clip(np.concatenate([onsets, onsets]), np.concatenate([pitches, pitches + 1]))
+    assert not same_prompt(prompt, twice, 15) and not same_prompt(twice, prompt, 15)
+    nothing = clip([], [])
+    assert not same_prompt(nothing, nothing, 15)
