@@ -34,6 +34,7 @@ from data_pipeline.building.unit_worker import Job, Limits
 from data_pipeline.cleaning import Cleaning
 from data_pipeline.errors import UserError
 from data_pipeline.metadata import LabelTable, find_tables, read_labels
+from data_pipeline.midi import reading_name
 from data_pipeline.shards import FILES, FORMAT_VERSION, MANIFEST, load_manifest
 from data_pipeline.tokenizer import Tokenizer
 
@@ -47,6 +48,7 @@ class BuildSummary:
 
     Attributes:
         n_test: pieces that the metadata's split keeps for testing; their shards are apart.
+        n_repaired: accepted files that are cut and were read up to the break.
         rejected: number of files by "stage/reason".
         warnings: what was not done, and had better be known.
         hours: of music in the accepted pieces.
@@ -57,6 +59,7 @@ class BuildSummary:
     n_files: int
     n_accepted: int
     n_rejected: int
+    n_repaired: int
     n_train: int
     n_val: int
     n_tokens: int
@@ -78,6 +81,8 @@ def build(
     split_column: str | None = None,
     val_fraction: float = 0.1,
     tokenizer_preset: str = "aria",
+    compat: str | None = None,
+    repair: bool = False,
     cleaning: Cleaning | None = None,
     dedup: str = "exact",
     max_per_composition: int | None = None,
@@ -98,6 +103,8 @@ def build(
         metadata: JSON or CSV of labels; None to look for tables beside the files.
         split_column: label whose train/val/test is followed; None: "split", if every piece has it
             (a test piece is never trained on); "none": no published split is followed.
+        compat: None to read files by the standard; "aria-utils" to read them as it does.
+        repair: of files that are cut in a track, take what is whole before the break.
         cleaning: what to take out of every performance first; None for nothing.
         dedup: "exact", "near" or "none"; see `MergeSettings`.
         val_fraction: share of the compositions kept for validation, in [0, 1).
@@ -112,6 +119,8 @@ def build(
     refuse_inside(out, source, "the folder of your MIDI files")
     unit_settings = {
         "tokenizer_preset": tokenizer_preset,
+        "reading": reading_name(compat),
+        "repair": repair,
         "filters": filter_presets.load(filters),
         "cleaning": asdict(cleaning or Cleaning()),
         "fingerprints": dedup == "near",
@@ -209,6 +218,7 @@ def _finish(
     manifest = {
         "format_version": FORMAT_VERSION,
         "tokenizer": tokenizer,
+        "reading": settings["reading"],
         "settings": settings,
         "source": {"n_files": sum(1 for _ in journal.listing.entries())},
         "identity": identity.to_json(),
@@ -216,10 +226,6 @@ def _finish(
         "warnings": [*warnings, *counts["warnings"]],
     }
     write_atomically(out / MANIFEST, json.dumps(manifest, indent=1) + "\n", beside=journal.folder)
-    listed = {shard["file"] for split in counts["splits"].values() for shard in split["shards"]}
-    for path in out.glob("*.arrayrecord"):  # of a corpus that was overwritten
-        if path.name not in listed:
-            path.unlink()
     journal.remove()
 
 
@@ -289,6 +295,7 @@ def _summary(out: Path, manifest: dict[str, Any], done_before: bool) -> BuildSum
         n_train=manifest["splits"]["train"]["n_pieces"],
         n_val=manifest["splits"]["val"]["n_pieces"],
         n_test=manifest["splits"].get("test", {}).get("n_pieces", 0),
+        n_repaired=manifest.get("n_repaired", 0),
         warnings=manifest.get("warnings", []),
         **{name: manifest[name] for name in names},
         done_before=done_before,

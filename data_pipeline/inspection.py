@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.shards import TokenShards, load_manifest, rejections
+from data_pipeline.shards import TokenShards, load_manifest, reading_of, rejections
 from data_pipeline.tokenizer import Kind, Tokenizer
 
 
@@ -21,11 +21,15 @@ class Inspection:
         kinds: how many tokens are of each kind, over the first pieces.
         notes_quantiles: notes of the shortest, quartile, median, quartile and longest piece.
         length_histogram: pieces below each power of two of tokens (and not below the one before).
+        reading: how MIDI files were read, "standard" or "aria-utils".
+        n_repaired: pieces of files that are cut, read up to the break.
         rejected: files by "stage/reason".
         first_lines: the first tokens of the first piece.
     """
 
     tokenizer: str
+    reading: str
+    n_repaired: int
     splits: dict[str, dict[str, float]]
     labels: dict[str, dict[str, int]]
     kinds: dict[str, int]
@@ -71,6 +75,8 @@ def inspect(data_dir: str | Path, *, sampled_pieces: int = 200) -> Inspection:
     quantiles = np.quantile(notes, [0, 0.25, 0.5, 0.75, 1]) if len(notes) else np.zeros(5)
     return Inspection(
         tokenizer=tokenizer.preset_name,
+        reading=reading_of(manifest),
+        n_repaired=manifest.get("n_repaired", 0),
         splits=splits,
         labels={name: dict(counts.most_common()) for name, counts in labels.items()},
         kinds={kind.name.lower(): int(kinds[kind]) for kind in Kind},

@@ -30,6 +30,8 @@ MANIFEST = "manifest.json"
 REJECTED = "rejected.jsonl"
 FILES = "files.jsonl"
 """[path, sha256] of every file that a corpus was made of, rejected ones too."""
+READING_BEFORE = "aria-utils"
+"""How MIDI files were read for corpora and models that do not say it."""
 
 # One record per chunk: a random read decompresses one piece and nothing else.
 _WRITER_OPTIONS = "group_size:1,zstd:3"
@@ -44,7 +46,8 @@ class Record:
     Attributes:
         ids: token ids, uint16 [L].
         meta: path (relative to the source), sha256 (of the MIDI file), duration_ms, n_notes,
-            labels (dict of str to str).
+            labels (dict of str to str); of a cut file that was read up to the break also
+            repaired, the reason.
     """
 
     ids: np.ndarray
@@ -182,6 +185,11 @@ def load_manifest(data_dir: str | Path) -> dict[str, Any]:
             "build the data again"
         )
     return manifest
+
+
+def reading_of(manifest: dict[str, Any]) -> str:
+    """How the corpus's MIDI files were read, as `midi.reading_name` calls it."""
+    return manifest.get("reading", READING_BEFORE)
 
 
 class TokenShards:

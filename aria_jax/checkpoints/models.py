@@ -20,6 +20,8 @@ from aria_jax.models.lora import Lora, LoraTraining
 from aria_jax.models.parameters import Parameters, Specs, abstract_parameters, parameter_shardings
 from aria_jax.sharding import replicated
 from data_pipeline.errors import UserError
+from data_pipeline.midi import STANDARD
+from data_pipeline.shards import READING_BEFORE
 from data_pipeline.tokenizer import Tokenizer
 
 
@@ -34,6 +36,7 @@ class LoadedModel:
         step: optimiser steps it was trained for.
         path: where it was read from.
         pooling: where the head was trained to read: "eos" or "mean".
+        reading: how the MIDI files of its corpus were read, as `data_pipeline.midi.reading_name`.
     """
 
     model: Model
@@ -42,6 +45,7 @@ class LoadedModel:
     step: int
     path: str
     pooling: str = "eos"
+    reading: str = STANDARD
 
     @cached_property
     def fingerprint(self) -> str:
@@ -52,21 +56,30 @@ class LoadedModel:
         return digest.hexdigest()[:16]
 
 
-def model_record(config: ModelConfig, tokenizer: str) -> dict[str, Any]:
+def model_record(config: ModelConfig, tokenizer: str, reading: str = STANDARD) -> dict[str, Any]:
     """The part of a checkpoint's record that `load_model` needs."""
     return {
+        "reading": reading,
         "model": to_dict(config),
         "tokenizer": {"preset": tokenizer, "hash": Tokenizer.preset(tokenizer).hash},
     }
 
 
-def save_model(path: str | Path, model: Model, *, tokenizer: str = "aria", step: int = 0) -> None:
+def save_model(
+    path: str | Path,
+    model: Model,
+    *,
+    tokenizer: str = "aria",
+    step: int = 0,
+    reading: str = STANDARD,
+) -> None:
     """Writes a model as a checkpoint that `load_model`, `--checkpoint` and `--init-from` take."""
     checkpointer = Checkpointer(path)
     try:
         if checkpointer.steps():
             raise UserError(f"{path}: already holds checkpoints; name a new directory")
-        checkpointer.save(step, split_model(model)[1], model_record(model.config, tokenizer))
+        record = model_record(model.config, tokenizer, reading)
+        checkpointer.save(step, split_model(model)[1], record)
     finally:
         checkpointer.close()
 
@@ -116,7 +129,8 @@ def load_model(
                 saved, specs, restore=restore, read_base=read_base, mesh=mesh, base=base
             )
         pooling = record.get("config", {}).get("train", {}).get("pooling", "eos")
-        return LoadedModel(merge(restored), config, preset, step, str(path), pooling)
+        reading = record.get("reading", READING_BEFORE)
+        return LoadedModel(merge(restored), config, preset, step, str(path), pooling, reading)
 
     try:
         return checkpointer.newest(read)[1]

@@ -98,9 +98,15 @@ def _named(text: str) -> tuple[str, Path]:
 
 def _baseline(name: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from aria_jax.embed.baselines import baseline_encoder
+    from data_pipeline.midi import STANDARD
     from data_pipeline.tokenizer import Tokenizer
 
-    settings = {"fingerprint": name, "tokenizer": "aria", "max_tokens": args.max_tokens}
+    settings = {
+        "fingerprint": name,
+        "tokenizer": "aria",
+        "max_tokens": args.max_tokens,
+        "reading": STANDARD,
+    }
     return baseline_encoder(name, Tokenizer.preset("aria")), settings
 
 
@@ -121,6 +127,7 @@ def _networks(args: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
         "tokenizer": loaded.tokenizer,
         "max_tokens": min(args.max_tokens, loaded.config.max_seq_len),
         "pooling": pooling,
+        "reading": loaded.reading,
     }
     untrained = build_model(loaded.config, ComputeConfig(), rngs=nnx.Rngs(params=args.seed))
     made = {
@@ -136,20 +143,23 @@ def _networks(args: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
 def _embed(
     args: argparse.Namespace, out: Path, title: str, encode: Any, settings: dict[str, Any]
 ) -> None:
-    from aria_jax.cli.console import progress_bar
+    from aria_jax.cli.console import progress_bar, warn_of_reading
     from aria_jax.embed.export import export
     from aria_jax.embed.pieces import Slicing, open_source
 
-    slicing = Slicing(settings["tokenizer"], args.slice_notes, settings["max_tokens"])
+    slicing = Slicing(
+        settings["tokenizer"], args.slice_notes, settings["max_tokens"], settings["reading"]
+    )
     with TemporaryDirectory() as folder, progress_bar(title, "file") as progress:
         source = open_source(
             args.dir, slicing, spool=Path(folder) / "spool", metadata=args.metadata
         )
+        warn_of_reading(source.reading, settings["reading"], args.checkpoint)
         export(
             source,
             encode,
             out,
-            settings={**settings, "slice_notes": args.slice_notes},
+            settings={**settings, "reading": source.reading, "slice_notes": args.slice_notes},
             origin=Path(args.dir).resolve(),
             workers=args.workers,
             progress=progress,

@@ -19,6 +19,7 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax classify`."""
+    from aria_jax.cli.console import add_compat
     from aria_jax.cli.embed import add_slicing
 
     parser.add_argument("source", help="folder of MIDI files, .tar of them, or token shards")
@@ -28,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="FILE.jsonl", help="write a line a file: probabilities")
     parser.add_argument("--metadata", help="labels (default: metadata.json beside the files)")
     add_slicing(parser)
+    add_compat(parser, "default: as the model's corpus was read")
     parser.add_argument(
         "--pooling", choices=("eos", "mean"), help="default: as the model was trained"
     )
@@ -77,7 +79,8 @@ def run(args: argparse.Namespace) -> None:
 def _answers(args: argparse.Namespace) -> tuple[tuple[str, ...], list[Any]]:
     """Names of the classes, and what was said of each file."""
     from aria_jax.checkpoints.models import load_model
-    from aria_jax.cli.console import progress_bar
+    from aria_jax.cli.console import chosen_reading, progress_bar
+    from aria_jax.cli.embed import reading_of_source
     from aria_jax.embed.encode import class_encoder
     from aria_jax.embed.pieces import Slicing, open_source
     from aria_jax.eval.predict import predict
@@ -87,11 +90,13 @@ def _answers(args: argparse.Namespace) -> tuple[tuple[str, ...], list[Any]]:
     pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
     encode = class_encoder(loaded.model, pad_id, args.pooling or loaded.pooling)
     max_tokens = min(args.max_tokens, loaded.config.max_seq_len)
-    slicing = Slicing(loaded.tokenizer, args.slice_notes, max_tokens)
+    reading = chosen_reading(args.compat, loaded.reading, args.checkpoint)
+    slicing = Slicing(loaded.tokenizer, args.slice_notes, max_tokens, reading)
     with TemporaryDirectory() as folder, progress_bar("classify", "file") as progress:
         source = open_source(
             args.source, slicing, spool=Path(folder) / "spool", metadata=args.metadata
         )
+        reading_of_source(args, source, reading)
         found = list(predict(source, encode, workers=args.workers, progress=progress))
     return loaded.config.class_names, found
 

@@ -6,6 +6,7 @@ that is over at once is never shown. Rates are of this run's own work, the time 
 present speed.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -349,3 +350,31 @@ def numbers(text: str, option: str) -> list[int]:
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise UserError(f"{option} {text}: expected positive numbers such as 1,5,10")
     return sorted({int(part) for part in parts})
+
+
+def add_compat(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds --compat, which says how MIDI files are read."""
+    from data_pipeline.midi import COMPAT, STANDARD
+
+    parser.add_argument(
+        "--compat",
+        choices=(*COMPAT, STANDARD),
+        help=f"read MIDI files as aria-utils does, faults included, or by the standard ({default})",
+    )
+
+
+def chosen_reading(compat: str | None, model_reading: str, model: object) -> str:
+    """How to read files for a model: as --compat says, else as its corpus was read."""
+    reading = compat or model_reading
+    warn_of_reading(reading, model_reading, model)
+    return reading
+
+
+def warn_of_reading(reading: str, model_reading: str, model: object) -> None:
+    """Says on stderr that files are not read as those of a model's corpus were."""
+    if reading != model_reading:
+        print(
+            f"aria-jax: warning: reading MIDI files by {reading}; those of {model} were read by "
+            f"{model_reading}",
+            file=sys.stderr,
+        )

@@ -114,7 +114,13 @@ def _merge(args: argparse.Namespace) -> None:
         model = merge(apply_lora(params, load_lora(args.source)))
     else:
         raise UserError(f"{args.source}: name the weights these adapters belong to with --base")
-    save_model(args.out, model, tokenizer=loaded.tokenizer, step=loaded.step)
+    save_model(
+        args.out,
+        model,
+        tokenizer=loaded.tokenizer,
+        step=loaded.step,
+        reading=loaded.reading,
+    )
     _report(args.out, model)
 
 

@@ -47,6 +47,8 @@ needs the output folder. The corpus has the same bytes, also where a node dies u
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verbs build, inspect and sample."""
+    from aria_jax.cli.console import add_compat
+
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{build,inspect,sample}")
 
     def verb(name: str, text: str, details: str | None = None) -> argparse.ArgumentParser:
@@ -72,6 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--filters", default="light", help="light, heavy, none or a file (light)")
     build.add_argument("--val-fraction", type=float, default=0.1, help="held out (0.1)")
     build.add_argument("--preset", default="aria", help="tokenizer: aria or pedal (aria)")
+    add_compat(build, "default: standard")
+    build.add_argument(
+        "--repair", action="store_true", help="of files that are cut, take what is before the break"
+    )
     build.add_argument("--solo-piano", action="store_true", help="drop other instruments")
     build.add_argument(
         "--remove-instruments",
@@ -134,6 +140,7 @@ def _build(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import print_result, progress_bar
     from data_pipeline.build import build
     from data_pipeline.cleaning import Cleaning
+    from data_pipeline.midi import STANDARD, compat_of
 
     with progress_bar("build", "file") as progress:
         summary = build(
@@ -145,6 +152,8 @@ def _build(args: argparse.Namespace) -> None:
             split_column=args.split_column,
             val_fraction=args.val_fraction,
             tokenizer_preset=args.preset,
+            compat=compat_of(args.compat or STANDARD),
+            repair=args.repair,
             cleaning=Cleaning(
                 solo_piano=args.solo_piano,
                 remove_instruments=tuple(filter(None, args.remove_instruments.split(","))),
@@ -166,6 +175,8 @@ def _build(args: argparse.Namespace) -> None:
     )
     if summary.done_before:
         text += "\nalready built of the same files with the same settings: nothing to do"
+    if summary.n_repaired:
+        text += f"\n{summary.n_repaired:,} repaired: cut files, read up to the break"
     if summary.n_rejected:
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in summary.rejected.items())
         text += f"\n{summary.n_rejected:,} rejected ({reasons}): see {args.out_dir}/rejected.jsonl"
@@ -182,6 +193,7 @@ def _inspect(args: argparse.Namespace) -> None:
         *_length_table(found.length_histogram, found.notes_quantiles),
         *(line for label, counts in found.labels.items() for line in _label_table(label, counts)),
         *_rejection_table(found.rejected),
+        f"read by: {found.reading}; repaired: {found.n_repaired:,} (cut files, up to the break)",
     ]
     if found.first_lines:
         lines += [

@@ -3,7 +3,10 @@
 import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aria_jax.embed.pieces import Source
 
 DESCRIPTION = """\
 Embed every MIDI file of a folder or .tar (or every piece of token shards): consecutive slices of
@@ -25,6 +28,8 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax embed`."""
+    from aria_jax.cli.console import add_compat
+
     parser.add_argument(
         "sources",
         nargs="+",
@@ -36,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument("--checkpoint", help="workdir of a contrastive run")
     which.add_argument("--baseline", choices=("pitch-class", "statistics"), help="count instead")
     add_slicing(parser)
+    add_compat(parser, "default: as the model's corpus was read")
     parser.add_argument("--metadata", help="labels (default: metadata.json beside the files)")
     parser.add_argument("--per-slice", action="store_true", help="one row per slice")
     parser.add_argument(
@@ -59,6 +65,25 @@ def add_slicing(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, type=int, default=default, help=f"{what} ({default})")
 
 
+def reading_of_source(args: argparse.Namespace, source: "Source", reading: str) -> str:
+    """How the files of `source` are read: as wanted, or as its shards were; says where they differ.
+
+    Raises:
+        UserError: --compat names another reading than the shards were built with.
+    """
+    from aria_jax.cli.console import warn_of_reading
+    from data_pipeline.errors import UserError
+
+    if source.reading != reading and args.compat:
+        raise UserError(
+            f"the files of these shards were read by {source.reading}, which --compat "
+            f"{args.compat} cannot change; leave it out, or give the MIDI files"
+        )
+    if args.checkpoint:
+        warn_of_reading(source.reading, reading, args.checkpoint)
+    return source.reading
+
+
 def run(args: argparse.Namespace) -> None:
     """Embeds and writes."""
     from aria_jax.cli.console import check_suffix, print_result, progress_bar, stage
@@ -76,11 +101,14 @@ def run(args: argparse.Namespace) -> None:
     stage("loading the model")
     encode, settings = _encoder(args)
     stage("listing the files")
-    slicing = Slicing(settings["tokenizer"], args.slice_notes, settings["max_tokens"])
+    slicing = Slicing(
+        settings["tokenizer"], args.slice_notes, settings["max_tokens"], settings["reading"]
+    )
     with TemporaryDirectory() as folder, progress_bar("embed", "file") as progress:
         source = open_source(
             args.sources, slicing, spool=Path(folder) / "spool", metadata=args.metadata
         )
+        settings["reading"] = reading_of_source(args, source, settings["reading"])
         summary = export(
             source,
             encode,
@@ -130,17 +158,23 @@ def _host(args: argparse.Namespace) -> tuple[int, int]:
 
 def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The encoder, and all that its numbers depend on."""
+    from data_pipeline.midi import STANDARD
     from data_pipeline.tokenizer import Tokenizer
 
     if args.baseline:
         from aria_jax.embed.baselines import baseline_encoder
 
-        settings = {"tokenizer": "aria", "max_tokens": args.max_tokens}
+        settings = {
+            "tokenizer": "aria",
+            "max_tokens": args.max_tokens,
+            "reading": args.compat or STANDARD,
+        }
         encode = baseline_encoder(args.baseline, Tokenizer.preset("aria"))
         return encode, {"fingerprint": args.baseline, **settings}
     import jax
 
     from aria_jax.checkpoints.models import load_model
+    from aria_jax.cli.console import chosen_reading
     from aria_jax.config import ComputeConfig, MeshConfig
     from aria_jax.embed.encode import model_encoder
     from aria_jax.sharding import make_mesh
@@ -158,5 +192,6 @@ def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         "tokenizer": loaded.tokenizer,
         "max_tokens": min(args.max_tokens, loaded.config.max_seq_len),
         "pooling": pooling,
+        "reading": chosen_reading(args.compat, loaded.reading, args.checkpoint),
         "dtype": compute.dtype,
     }

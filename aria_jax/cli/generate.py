@@ -38,6 +38,8 @@ MIN_P = 0.035
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax generate`."""
+    from aria_jax.cli.console import add_compat
+
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="C", help="workdir of a language model's run")
     add("--out", metavar="DIR", help="folder for the files; only --json can do without")
@@ -69,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--repetition-window", type=int, help="how many tokens are recent (96)")
     how.add_argument("--no-grammar", action="store_true", help="sample without the grammar")
     how.add_argument("--end", action="store_true", help="ask for an ending within --max-tokens")
+    add_compat(parser, "default: as the model's corpus was read")
     like = parser.add_argument_group("in the manner of another piece")
     like.add_argument("--embedding", metavar="E.mid", help="piece to condition on")
     like.add_argument("--embedding-checkpoint", metavar="C", help="contrastive run to embed it")
@@ -99,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     mesh = _mesh(args.mesh)
     loaded = load_model(args.checkpoint, mesh=mesh)
     tokenizer = Tokenizer.preset(loaded.tokenizer)
-    prompt = _prompt(args, tokenizer, limits)
+    prompt = _prompt(args, tokenizer, loaded.reading, limits)
     weights = decoder_weights(loaded.model, args.precision)
     room = fitting_tokens(weights, prompt, settings)
     warnings = [
@@ -218,11 +221,16 @@ def _mesh(text: str | None):
     return make_mesh(with_overrides(RunConfig(), assignments).mesh)
 
 
-def _prompt(args, tokenizer: "Tokenizer", limits: dict[str, Any]) -> "np.ndarray":
+def _prompt(
+    args, tokenizer: "Tokenizer", model_reading: str, limits: dict[str, Any]
+) -> "np.ndarray":
+    from aria_jax.cli.console import chosen_reading
     from aria_jax.generate.continuation import prompt_of_file, unconditional_prompt
+    from data_pipeline.midi import compat_of
 
     if args.prompt:
-        return prompt_of_file(args.prompt, tokenizer, **limits)
+        compat = compat_of(chosen_reading(args.compat, model_reading, args.checkpoint))
+        return prompt_of_file(args.prompt, tokenizer, compat=compat, **limits)
     return read_ids(args.prompt_ids) if args.prompt_ids else unconditional_prompt(tokenizer)
 
 
@@ -260,10 +268,13 @@ def _condition(args: argparse.Namespace, emb_size: int | None) -> "np.ndarray | 
             f"{args.checkpoint}: this model takes no embedding (it was trained without an adapter, "
             "model.emb_size); leave --embedding out"
         )
+    from aria_jax.cli.console import chosen_reading
     from aria_jax.embed.single import performance_encoder
-    from data_pipeline.midi import read_midi
+    from data_pipeline.midi import compat_of, read_midi
 
-    condition = performance_encoder(args.embedding_checkpoint)(read_midi(args.embedding))
+    encoder = performance_encoder(args.embedding_checkpoint)
+    reading = chosen_reading(args.compat, encoder.slicing.reading, args.embedding_checkpoint)
+    condition = encoder(read_midi(args.embedding, compat=compat_of(reading)))
     if len(condition) != emb_size:
         raise UserError(
             f"{args.embedding_checkpoint} embeds in {len(condition)} numbers, "

@@ -21,9 +21,12 @@ SUFFIXES = (".mid", ".midi", ".kar")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax score`."""
+    from aria_jax.cli.console import add_compat
+
     parser.add_argument("files", nargs="+", metavar="FILE", help="MIDI file, folder or IDS.json")
     parser.add_argument("--checkpoint", required=True, metavar="C", help="workdir of a run")
     parser.add_argument("--context", type=int, help="tokens a window holds (the model's)")
+    add_compat(parser, "default: as the model's corpus was read")
     parser.add_argument("--json", action="store_true", help="one JSON line per file")
 
 
@@ -33,16 +36,18 @@ def run(args: argparse.Namespace) -> int:
 
     paths = _listed(args.files)
     from aria_jax.checkpoints.models import load_model
-    from aria_jax.cli.console import print_result, progress_bar
+    from aria_jax.cli.console import chosen_reading, print_result, progress_bar
     from aria_jax.generate.score import score_pieces
+    from data_pipeline.midi import compat_of
     from data_pipeline.tokenizer import Tokenizer
 
     loaded = load_model(args.checkpoint)
     tokenizer = Tokenizer.preset(loaded.tokenizer)
+    compat = compat_of(chosen_reading(args.compat, loaded.reading, args.checkpoint))
     pieces, named, rejected = [], [], []
     for path in paths:
         try:
-            pieces.append(_read(path, tokenizer))
+            pieces.append(_read(path, tokenizer, compat))
             named.append(path)
         except InvalidMidi as error:
             rejected.append(path)
@@ -86,11 +91,11 @@ def _listed(names: list[str]) -> list[Path]:
     return paths
 
 
-def _read(path: Path, tokenizer):
+def _read(path: Path, tokenizer, compat: str | None):
     """Ids of a MIDI or JSON file."""
     from aria_jax.cli.generate import read_ids
     from data_pipeline.midi import read_midi
 
     if path.suffix.lower() == ".json":
         return read_ids(str(path))
-    return tokenizer.encode(read_midi(path)).astype(int)
+    return tokenizer.encode(read_midi(path, compat=compat)).astype(int)

@@ -19,6 +19,8 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax search`."""
+    from aria_jax.cli.console import add_compat
+
     parser.add_argument("query", metavar="QUERY.mid", help="MIDI file to start from")
     parser.add_argument("embeddings", metavar="EMB", help="made by `aria-jax embed`")
     parser.add_argument("--checkpoint", required=True, help="the model that made EMB")
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--midi", metavar="DIR", help="where the MIDI files are (default: where they were embedded)"
     )
+    add_compat(parser, "default: as the files of EMB were read")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
 
 
@@ -41,19 +44,20 @@ def run(args: argparse.Namespace) -> None:
 
     import numpy as np
 
-    from aria_jax.cli.console import print_result
+    from aria_jax.cli.console import chosen_reading, print_result
     from aria_jax.embed.search import random_similarities, search
     from aria_jax.embed.single import performance_encoder
     from aria_jax.embed.table import read_settings
     from data_pipeline.errors import UserError
-    from data_pipeline.midi import read_midi
+    from data_pipeline.midi import compat_of, read_midi
 
     if args.k < 1:
         raise UserError(f"-k {args.k} must be at least 1")
-    query = read_midi(args.query)
     settings = read_settings(Path(args.embeddings))
     if settings is None or "slice_notes" not in settings:
         raise UserError(f"{args.embeddings}: not made by `aria-jax embed`")
+    reading = chosen_reading(args.compat, settings["reading"], args.embeddings)
+    query = read_midi(args.query, compat=compat_of(reading))
     encoder = performance_encoder(
         args.checkpoint,
         slice_notes=settings["slice_notes"],
@@ -106,7 +110,7 @@ def _write_page(
     folder = Path(args.midi or origin)
     found = []
     for row in shown:
-        file, performance = _performance(folder, row["path"], settings["slice_notes"])
+        file, performance = _performance(folder, row["path"], settings)
         found.append(Found(**{k: row[k] for k in _ROW}, file=file, performance=performance))
     missing = (
         f"its MIDI file is not in {folder}; name the folder that was embedded, or of which the "
@@ -130,23 +134,24 @@ def _write_page(
 _ROW = ("score", "quantile", "path", "labels", "same_file")
 
 
-def _performance(folder: Path, path: str, slice_notes: int) -> tuple[Path | None, Any]:
+def _performance(
+    folder: Path, path: str, settings: dict[str, Any]
+) -> tuple[Path | None, Any]:
     """The file of a row, and what of it the row stands for; None if it cannot be read."""
     import re
 
     from data_pipeline.errors import UserError
-    from data_pipeline.midi import read_midi, resolve_pedal
+    from data_pipeline.midi import compat_of, read_midi, resolve_pedal
     from data_pipeline.slices import with_tokens
 
     name, _, number = path.rpartition("#") if re.search(r"#\d+$", path) else (path, "", "")
     if not (folder / name).is_file():
         return None, None
     try:
-        performance = read_midi(folder / name)
+        performance = read_midi(folder / name, compat=compat_of(settings["reading"]))
     except UserError:
         return None, None
     if number:
-        performance = with_tokens(performance).slice_notes(
-            int(number) * slice_notes, (int(number) + 1) * slice_notes
-        )
+        start, n_notes = int(number) * settings["slice_notes"], settings["slice_notes"]
+        performance = with_tokens(performance).slice_notes(start, start + n_notes)
     return folder / name, resolve_pedal(performance)

@@ -14,14 +14,12 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax tokenize`."""
+    from aria_jax.cli.console import add_compat
+
     parser.add_argument("file", help="MIDI file")
     parser.add_argument("--preset", default="aria", help="aria or pedal (default: aria)")
     parser.add_argument("--solo-piano", action="store_true", help="drop other instruments")
-    parser.add_argument(
-        "--compat",
-        metavar="NAME",
-        help="read as aria-utils does, faults included (default: standard)",
-    )
+    add_compat(parser, "default: standard")
     parser.add_argument(
         "--repair", action="store_true", help="of a file that is cut, take what is before the break"
     )
@@ -35,12 +33,14 @@ def run(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import print_result
     from data_pipeline.cleaning import Cleaning
     from data_pipeline.errors import UserError
-    from data_pipeline.midi import read_midi, reading_name
+    from data_pipeline.midi import STANDARD, compat_of, read_midi, reading_name
     from data_pipeline.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.preset(args.preset)
     try:
-        performance = read_midi(args.file, compat=args.compat, repair=args.repair)
+        performance = read_midi(
+            args.file, compat=compat_of(args.compat or STANDARD), repair=args.repair
+        )
     except OSError as error:
         raise UserError(f"{args.file}: {error.strerror}") from None
     if performance.repaired:

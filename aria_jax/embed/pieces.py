@@ -24,8 +24,8 @@ from data_pipeline.building.sources import (
 from data_pipeline.errors import InvalidMidi, UserError
 from data_pipeline.loaders.pieces import Pieces
 from data_pipeline.metadata import LabelTable, find_tables, read_labels
-from data_pipeline.midi import Performance, read_midi
-from data_pipeline.shards import MANIFEST, TokenShards, load_manifest
+from data_pipeline.midi import STANDARD, Performance, compat_of, read_midi
+from data_pipeline.shards import MANIFEST, TokenShards, load_manifest, reading_of
 from data_pipeline.slices import encode_slices, truncated, with_tokens
 from data_pipeline.tokenizer import Tokenizer
 
@@ -64,11 +64,13 @@ class Slicing:
         tokenizer: preset.
         slice_notes: notes of a slice.
         max_tokens: where slices are truncated.
+        reading: how MIDI files are read, as `data_pipeline.midi.reading_name`.
     """
 
     tokenizer: str = "aria"
     slice_notes: int = SLICE_NOTES
     max_tokens: int = SLICE_TOKENS
+    reading: str = STANDARD
 
 
 class Source(Protocol):
@@ -77,6 +79,10 @@ class Source(Protocol):
     @property
     def paths(self) -> Sequence[str]:
         """Name of each file."""
+
+    @property
+    def reading(self) -> str:
+        """How its MIDI files are read, or were when its shards were built."""
 
     def cut(self, i: int) -> Piece | Rejection:
         """Reads and slices file number i."""
@@ -173,11 +179,15 @@ class _MidiFiles:
     def paths(self) -> Sequence[str]:
         return [entry.path for entry in self.entries]
 
+    @property
+    def reading(self) -> str:
+        return self.slicing.reading
+
     def cut(self, i: int) -> Piece | Rejection:
         entry = self.entries[i]
         try:
             data = read_entry(self.root, entry)
-            performance = read_midi(data)
+            performance = read_midi(data, compat=compat_of(self.slicing.reading))
             n_notes = len(with_tokens(performance).notes)
             slices = midi_slices(performance, self.slicing)
         except InvalidMidi as error:
@@ -208,6 +218,10 @@ class _Shards:
             for split, size in zip(self.splits, self.sizes, strict=True)
             for i in range(size)
         ]
+
+    @property
+    def reading(self) -> str:
+        return reading_of(load_manifest(self.data_dir))
 
     @cached_property
     def _opened(self) -> list[Pieces]:

@@ -18,6 +18,7 @@ class PerformanceEncoder:
     """From a performance to its embedding, float32 [E]: the mean over its slices.
 
     Attributes:
+        slicing: also says how the files of the model's corpus were read.
         fingerprint: of the model, as embeddings files have it.
     """
 
@@ -46,7 +47,12 @@ def performance_encoder(
         UserError: no checkpoint with an embedding head there.
     """
     loaded = load_model(checkpoint)
-    slicing = Slicing(loaded.tokenizer, slice_notes, min(max_tokens, loaded.config.max_seq_len))
+    slicing = Slicing(
+        loaded.tokenizer,
+        slice_notes,
+        min(max_tokens, loaded.config.max_seq_len),
+        loaded.reading,
+    )
     pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
     encode = model_encoder(loaded.model, pad_id, pooling or loaded.pooling)
     return PerformanceEncoder(encode, slicing, loaded.fingerprint)

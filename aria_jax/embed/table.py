@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
+from data_pipeline.shards import READING_BEFORE
 
 _COLUMNS = ("path", "sha256", "embedding", "n_slices", "n_notes", "duration_ms", "labels")
 _SETTINGS = b"export_settings"
@@ -104,7 +105,7 @@ def join_embeddings(
 def read_settings(path: Path) -> dict[str, Any] | None:
     """What a finished export was made with; None if there is none."""
     kept = _metadata(path).get(_SETTINGS)
-    return None if kept is None else json.loads(kept)
+    return None if kept is None else {"reading": READING_BEFORE, **json.loads(kept)}
 
 
 def read_origin(path: Path) -> str:

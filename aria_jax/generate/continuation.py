@@ -163,11 +163,13 @@ def make_prompt(
     return tokenizer.encode(cut, labels=labels, add_eos=False).astype(np.int64)
 
 
-def prompt_of_file(path: str | Path, tokenizer: Tokenizer, **limits) -> np.ndarray:
-    """`make_prompt` of a MIDI file; errors name it."""
+def prompt_of_file(
+    path: str | Path, tokenizer: Tokenizer, *, compat: str | None = None, **limits
+) -> np.ndarray:
+    """`make_prompt` of a MIDI file, `compat` as in `read_midi`; errors name it."""
     from data_pipeline.midi import read_midi
 
-    performance = read_midi(path)
+    performance = read_midi(path, compat=compat)
     try:
         return make_prompt(performance, tokenizer, **limits)
     except InvalidMidi as error:

@@ -33,7 +33,7 @@ from aria_jax.train.step import TrainState, TrainStep, make_eval_step, make_trai
 from aria_jax.train.tasks import build_task, resolve
 from data_pipeline.errors import UserError
 from data_pipeline.loaders import BatchStream
-from data_pipeline.shards import load_manifest
+from data_pipeline.shards import load_manifest, reading_of
 
 
 @dataclass
@@ -86,8 +86,9 @@ def run(
     task = build_task(config, data_dir, mesh=mesh)
     for note in task.notes:
         warnings.warn(note, stacklevel=2)
-    tokenizer = load_manifest(data_dir)["tokenizer"]["preset"]
-    record = {**model_record(config.model, tokenizer), "config": to_dict(config)}
+    manifest = load_manifest(data_dir)
+    tokenizer, reading = manifest["tokenizer"]["preset"], reading_of(manifest)
+    record = {**model_record(config.model, tokenizer, reading), "config": to_dict(config)}
     with _checkpoints(workdir, settings.keep_checkpoints) as checkpointer:
         start = decide(workdir, init_from, checkpointer)
         merge, state, step = first_state(config, mesh, start, checkpointer, record)

@@ -24,6 +24,7 @@ from data_pipeline.shards import (
 )
 
 _MADE_BY_MERGE = re.compile(r"[a-z]+-\d{5}-of-\d{5}\.arrayrecord|[a-z]+-index\.npz")
+_META = ("path", "sha256", "duration_ms", "n_notes", "labels", "repaired")
 
 
 def merge(
@@ -66,6 +67,7 @@ def merge(
     return {
         "n_accepted": sum(split["n_pieces"] for split in splits.values()),
         "n_rejected": rejected.total(),
+        "n_repaired": sum(split["n_repaired"] for split in splits.values()),
         "n_tokens": sum(split["n_tokens"] for split in splits.values()),
         "n_notes": sum(split["n_notes"] for split in splits.values()),
         "hours": sum(split["duration_ms"] for split in splits.values()) / 3.6e6,
@@ -84,16 +86,17 @@ class _SplitWriter:
         self._shards = [ShardWriter(work / shard_name(split, i, n_shards)) for i in range(n_shards)]
         self._indexes = [IndexWriter() for _ in self._shards]
         self._load = [(0, i) for i in range(n_shards)]
-        self._n_notes = self._duration_ms = 0
+        self._n_notes = self._duration_ms = self._n_repaired = 0
 
     def write(self, ids: np.ndarray, summary: dict[str, Any]) -> None:
         load, shard = heapq.heappop(self._load)
         heapq.heappush(self._load, (load + len(ids), shard))
-        meta = {key: summary[key] for key in ("path", "sha256", "duration_ms", "n_notes", "labels")}
+        meta = {key: summary[key] for key in _META if key in summary}
         self._shards[shard].write(ids, meta)
         self._indexes[shard].add(len(ids), meta["n_notes"], meta["duration_ms"], meta["labels"])
         self._n_notes += meta["n_notes"]
         self._duration_ms += meta["duration_ms"]
+        self._n_repaired += "repaired" in meta
 
     def close(self) -> dict[str, Any]:
         shards = [shard.close() for shard in self._shards]
@@ -103,5 +106,6 @@ class _SplitWriter:
             "n_tokens": sum(shard["n_tokens"] for shard in shards),
             "n_notes": self._n_notes,
             "duration_ms": self._duration_ms,
+            "n_repaired": self._n_repaired,
             "shards": shards,
         }

@@ -1,13 +1,14 @@
 """One MIDI file's bytes to one piece of the corpus, or to the reason why not."""
 
 import hashlib
+from functools import partial
 from typing import Any
 
 from data_pipeline import cleaning, dedup, filters
 from data_pipeline.building.journal import rejection
 from data_pipeline.errors import InvalidMidi, printable
 from data_pipeline.metadata import labels_from_texts
-from data_pipeline.midi import read_midi
+from data_pipeline.midi import compat_of, read_midi
 from data_pipeline.tokenizer import Tokenizer
 
 LONGEST_MS = 24 * 3_600_000
@@ -26,7 +27,8 @@ class PieceMaker:
 
     Args:
         settings: tokenizer_preset, filters (resolved thresholds), cleaning (fields of
-            `cleaning.Cleaning`), fingerprints (whether near-duplicates will be looked for).
+            `cleaning.Cleaning`), fingerprints (whether near-duplicates will be looked for),
+            reading (as `midi.reading_name` calls it), repair (whether cut files are).
     """
 
     def __init__(self, settings: dict[str, Any]):
@@ -34,10 +36,12 @@ class PieceMaker:
         self._filters = settings["filters"]
         self._cleaning = cleaning.Cleaning(**settings["cleaning"])
         self._fingerprints = settings["fingerprints"]
+        compat = compat_of(settings["reading"])
+        self._read = partial(read_midi, compat=compat, repair=settings["repair"])
 
     def warm_up(self) -> None:
         """Loads or compiles all that `process_midi` uses, so that no file has to pay for it."""
-        performance = read_midi(_WARM_UP)
+        performance = self._read(_WARM_UP)
         filters.check(self._cleaning.clean(performance), self._filters)
         self._tokenizer.encode(performance)
         dedup.content_hash(performance)
@@ -53,7 +57,7 @@ class PieceMaker:
         """
         stage = "parse"
         try:
-            performance = read_midi(data)
+            performance = self._read(data)
             if performance.duration_ms > LONGEST_MS:
                 return rejection(path, stage, "too-long", int(performance.duration_ms)), b""
             stage = "filter"
@@ -75,6 +79,8 @@ class PieceMaker:
                 "labels": labels,
                 "content": dedup.content_hash(performance),
             }
+            if performance.repaired:
+                summary["repaired"] = printable(performance.repaired)
             if self._fingerprints:
                 summary["fingerprint"] = dedup.fingerprint(performance).astype("<u4").tobytes()
         except InvalidMidi as error:

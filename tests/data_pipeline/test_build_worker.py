@@ -31,6 +31,8 @@ SETTINGS = {
     "filters": {},
     "cleaning": dict(vars(Cleaning())),
     "fingerprints": False,
+    "reading": "standard",
+    "repair": False,
 }
 FAULTY = """
 import os, pickle, sys, time
