@@ -47,7 +47,7 @@ def test_a_corpus_holds_what_its_reading_reads_and_says_so(folder, tmp_path, com
     assert load_manifest(tmp_path / "data")["reading"] == reading
     assert inspect(tmp_path / "data").reading == reading
     other = None if compat else "aria-utils"
-    with pytest.raises(UserError, match="made otherwise .reading: "):
+    with pytest.raises(UserError, match=r"made otherwise .reading: "):
         build(folder, tmp_path / "data", compat=other, **SETTINGS)
 
 
@@ -88,5 +88,5 @@ def test_a_cut_file_is_repaired_where_asked_to(folder, tmp_path):
     manifest = load_manifest(tmp_path / "data")
     assert manifest["n_repaired"] == inspect(tmp_path / "data").n_repaired == 1
     assert not list(rejections(tmp_path / "data"))
-    with pytest.raises(UserError, match="made otherwise .repair: true"):
+    with pytest.raises(UserError, match=r"made otherwise .repair: true"):
         build(folder, tmp_path / "data", **SETTINGS)
