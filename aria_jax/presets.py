@@ -1,7 +1,6 @@
 """The named presets: which run `aria-jax train TASK --preset PRESET` starts."""
 
 import dataclasses
-import difflib
 from typing import Any
 
 from aria_jax.config import (
@@ -14,7 +13,7 @@ from aria_jax.config import (
     Task,
     TrainConfig,
 )
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, did_you_mean
 from data_pipeline.settings import AugmentConfig
 
 _MEDIUM = ModelConfig()
@@ -55,12 +54,8 @@ def for_task(preset: str, task: Task) -> RunConfig:
     warm-up, sequence length) follows the reference's training scripts, or `RECIPES`.
     """
     if preset not in MODELS:
-        near = difflib.get_close_matches(preset, MODELS, n=1)
-        raise UserError(
-            f"no preset {preset!r}"
-            + (f", did you mean {near[0]!r}?" if near else "")
-            + f" The presets are {', '.join(MODELS)}."
-        )
+        hint = did_you_mean(preset, MODELS)
+        raise UserError(f"no preset {preset!r}{hint} The presets are {', '.join(MODELS)}.")
     run = _as_the_reference(preset, task)
     return dataclasses.replace(run, **RECIPES.get((preset, task), {}))
 

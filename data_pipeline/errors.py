@@ -1,5 +1,8 @@
 """The errors a user can cause, told in a way that says what to do, and names fit to print."""
 
+import difflib
+from collections.abc import Iterable
+
 
 def printable(text: str) -> str:
     """The text as any format can hold it: lone surrogates become U+FFFD.
@@ -10,6 +13,12 @@ def printable(text: str) -> str:
     if text.isascii():
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """ ", did you mean 'train'?" where a known word is near, else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1)
+    return f", did you mean {near[0]!r}?" if near else ""
 
 
 class UserError(Exception):

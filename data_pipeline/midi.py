@@ -192,6 +192,24 @@ def resolve_pedal(performance: Performance) -> Performance:
 # --- reading -------------------------------------------------------------------------------------
 
 
+def _file_bytes(path: str | Path) -> bytes:
+    if not isinstance(path, str | Path):
+        raise UserError(f"a MIDI file is given as a path or as bytes, not as {_kind_of(path)}")
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        shards = (Path(path) / "manifest.json").is_file()
+        what = "token shards are here" if shards else "a folder is here"
+        raise UserError(f"{path}: {what}, one MIDI file is wanted") from None
+
+
+def _kind_of(value: object) -> str:
+    name = type(value).__name__
+    return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
+
+
 def read_midi(
     source: str | Path | bytes, *, compat: str | None = None, repair: bool = False
 ) -> Performance:
@@ -206,14 +224,14 @@ def read_midi(
 
     Raises:
         InvalidMidi: not a readable MIDI file; `reason` says why in a word.
-        UserError: no such `compat`.
-        OSError: the file cannot be opened.
+        UserError: no such `compat`, no such file, or a folder.
+        OSError: the file cannot be opened for another reason.
     """
     from data_pipeline import _smf
 
     check_compat(compat)
     name = "MIDI bytes" if isinstance(source, bytes) else str(source)
-    data = _smf.unwrapped(source if isinstance(source, bytes) else Path(source).read_bytes(), name)
+    data = _smf.unwrapped(source if isinstance(source, bytes) else _file_bytes(source), name)
     kind, division, tracks, repaired = _smf.decoded_tracks(data, name, not compat, repair)
     if kind == 2 and len(tracks) > 1 and not compat:
         raise InvalidMidi("format-2", f"{name}: format 2, {len(tracks)} pieces in one file")

@@ -173,6 +173,8 @@ def load_manifest(data_dir: str | Path) -> dict[str, Any]:
             if unfinished
             else "make it with `aria-jax data build MIDI_DIR OUT_DIR`"
         )
+        if not Path(data_dir).exists():
+            raise UserError(f"{data_dir}: no such folder, so no token shards here; {hint}")
         raise UserError(f"{data_dir}: no token shards here ({MANIFEST} is missing); {hint}")
     try:
         manifest = json.loads(path.read_text())

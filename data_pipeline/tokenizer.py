@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from data_pipeline.cleaning import remove_instruments
-from data_pipeline.errors import InvalidMidi, UserError
+from data_pipeline.errors import InvalidMidi, UserError, did_you_mean
 from data_pipeline.metadata import normalise_class
 from data_pipeline.midi import (
     DRUM_CHANNEL,
@@ -73,7 +73,8 @@ class Tokenizer:
             UserError: no such preset.
         """
         if name not in ("aria", "pedal"):
-            raise UserError(f"no tokenizer preset {name!r}; the presets are aria and pedal")
+            hint = did_you_mean(name, ("aria", "pedal"))
+            raise UserError(f"no tokenizer preset {name!r}{hint}; the presets are aria and pedal")
         return Tokenizer(name)
 
     # --- vocabulary ---

@@ -5,16 +5,15 @@ A verb module defines `DESCRIPTION`, `add_arguments(parser)` and `run(args) -> i
 """
 
 import argparse
-import difflib
 import importlib
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NoReturn
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, did_you_mean
 
 # verb -> (module under aria_jax.cli, one line for --help). Nothing here imports jax.
 VERBS = {
@@ -47,6 +46,14 @@ examples:
   aria-jax embed my_midis emb.parquet --checkpoint run1   one vector per file
 
 `aria-jax VERB --help` explains each verb."""
+
+
+_PATH_ERRORS = {
+    FileNotFoundError: "no such file",
+    IsADirectoryError: "a folder is there, a file is needed",
+    NotADirectoryError: "a file is there, a folder is needed",
+    FileExistsError: "a file is there, a folder is needed",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,12 +91,6 @@ class Parser(argparse.ArgumentParser):
         return [option for action in self._actions for option in action.option_strings]
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ ", did you mean 'train'?" where a known word is near, else nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
-
-
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, VERBS))
     listing = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items())
@@ -121,6 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(argv[0], argv[1:])
     except UserError as error:
         print(f"aria-jax: error: {error}", file=sys.stderr)
+        return 2
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
+        if error.filename is None:
+            raise
+        print(f"aria-jax: error: {error.filename}: {_PATH_ERRORS[type(error)]}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # `aria-jax ... | head` is no error
         sys.stderr.close()

@@ -75,6 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _listed(names: list[str]) -> list[Path]:
     """Files, with folders replaced by the MIDI files in them."""
+    from data_pipeline.building.sources import no_midi_files
     from data_pipeline.errors import UserError
 
     paths: list[Path] = []
@@ -82,7 +83,7 @@ def _listed(names: list[str]) -> list[Path]:
         if name.is_dir():
             inside = sorted(p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES)
             if not inside:
-                raise UserError(f"{name}: no MIDI files (.mid, .midi, .kar) here")
+                raise no_midi_files(name)
             paths += inside
         elif name.is_file():
             paths.append(name)

@@ -18,6 +18,7 @@ from data_pipeline.building.sources import (
     Entry,
     is_midi_name,
     list_source,
+    no_midi_files,
     read_entry,
     readable_root,
 )
@@ -124,7 +125,7 @@ def open_source(
     tables = spool.with_name(spool.name + ".tables")
     entries = list(list_source(source, spool, tables))
     if not entries:
-        raise UserError(f"{source}: no MIDI files (.mid, .midi, .kar) here")
+        raise no_midi_files(source)
     table = read_labels(source, find_tables(source if source.is_dir() else tables, metadata))
     return _MidiFiles(readable_root(source, spool), slicing, entries, table)
 
@@ -159,7 +160,7 @@ def _listed(sources: Sequence[str | Path], root: Path) -> list[Entry]:
                 raise UserError(f"{source} holds token shards; name it alone")
             inside = list(list_source(source, root, root))
             if not inside:
-                raise UserError(f"{source}: no MIDI files (.mid, .midi, .kar) here")
+                raise no_midi_files(source)
             files |= dict.fromkeys(source.absolute() / entry.path for entry in inside)
         elif is_midi_name(source.name):
             files[source.absolute()] = None

@@ -26,7 +26,7 @@ from typing import Any
 import msgpack
 
 from data_pipeline.artifact import Identity, file_digest, hashed, write_atomically
-from data_pipeline.building.sources import Entry, list_source, readable_root
+from data_pipeline.building.sources import Entry, list_source, no_midi_files, readable_root
 from data_pipeline.errors import UserError, printable
 
 UNIT_FILES = 256
@@ -99,7 +99,7 @@ class Journal:
         entries = list_source(source, listing.spool, listing.tables)
         first = next(entries, None)  # from here on the bytes of an archive are there to be read
         if first is None:
-            raise UserError(f"{source}: no MIDI files (.mid, .midi, .kar) here or in its folders")
+            raise no_midi_files(source)
         root = readable_root(source, listing.spool)
         with listing.path.open("w") as file:
             rows = hashed(chain([first], entries), partial(entry_digest, root))

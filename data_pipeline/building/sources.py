@@ -38,6 +38,13 @@ class Entry:
     offset: int = -1
 
 
+def no_midi_files(source: Path) -> UserError:
+    """What to say of a source without any."""
+    if (source / "manifest.json").is_file():
+        return UserError(f"{source}: token shards are here, MIDI files are wanted")
+    return UserError(f"{source}: no MIDI files ({', '.join(SUFFIXES)}) here or in its folders")
+
+
 def is_midi_name(name: str) -> bool:
     """Whether a file name has a MIDI suffix, in any case; macOS forks (._x) do not count."""
     return name.lower().endswith(SUFFIXES) and not name.startswith("._")

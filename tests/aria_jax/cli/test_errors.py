@@ -55,7 +55,7 @@ def files(tmp_path, corpus):
 
 CASES = {
     "unknown verb": (["trian"], "did you mean 'train'?"),
-    "missing MIDI file": (["tokenize", "{tmp}/none.mid"], "No such file"),
+    "missing MIDI file": (["tokenize", "{tmp}/none.mid"], "no such file"),
     "not a MIDI file": (["tokenize", "{tmp}/text.mid"], "not a MIDI file"),
     "truncated MIDI file": (["tokenize", "{tmp}/some.mid"], "track 1 of 1 is missing"),
     "unknown preset": (["tokenize", "{tmp}/text.mid", "--preset", "x"], "no tokenizer preset"),

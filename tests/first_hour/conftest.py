@@ -1,0 +1,79 @@
+"""What the uses of the table need: files, a corpus, models; all made once."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flax import nnx
+
+from aria_jax.checkpoints.models import save_model
+from aria_jax.cli.main import main
+from aria_jax.config import ComputeConfig, ModelConfig
+from aria_jax.models.heads import build_model
+from data_pipeline.midi import NOTE, Performance, read_midi, write_midi
+from data_pipeline.tokenizer import Tokenizer
+from tests.first_hour.uses import Use, check
+
+_SIZES = {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 512}
+_HEADS = {
+    "lm": {"head": "lm"},
+    "encoder": {"head": "embedding", "emb_size": 8},
+    "classifier": {"head": "class", "class_names": ("lento", "presto")},
+}
+
+
+def save_models(folder: Path) -> dict[str, Path]:
+    """A language model, one that embeds and one that classifies, with random weights."""
+    for name, head in _HEADS.items():
+        config = ModelConfig(**_SIZES, **head)
+        model = build_model(config, ComputeConfig(), rngs=nnx.Rngs(0))
+        save_model(folder / name, model)
+    return {name: folder / name for name in _HEADS}
+
+
+@pytest.fixture(scope="session")
+def places(midi_corpus, tmp_path_factory) -> dict[str, Path]:
+    """Names that commands of the table use in braces.
+
+    midi: ten MIDI files with labels; piece, query: two of them; data: their token shards; lm,
+    encoder, classifier: models; vectors, counts: embeddings; ids: token ids as JSON; text: a file
+    that is no MIDI; silent: MIDI without notes; empty: an empty folder; nothing: no such path.
+    """
+    folder = tmp_path_factory.mktemp("first-hour")
+    piece = midi_corpus / "lento_0.mid"
+    found = {
+        "midi": midi_corpus,
+        "piece": piece,
+        "query": midi_corpus / "presto_1.mid",
+        "nothing": folder / "nothing",
+        **save_models(folder),
+    }
+    for name in ("data", "vectors", "counts", "slices", "ids", "text", "silent", "empty"):
+        suffix = {"ids": ".json", "text": ".mid", "silent": ".mid"}.get(name, "")
+        suffix = ".parquet" if name in ("vectors", "counts", "slices") else suffix
+        found[name] = folder / f"{name}{suffix}"
+    found["text"].write_text("this is no MIDI file")
+    write_midi(Performance(480, np.zeros(0, NOTE)), found["silent"])
+    found["empty"].mkdir()
+    ids = Tokenizer.preset("aria").encode(read_midi(piece).slice_notes(0, 20))
+    found["ids"].write_text(json.dumps({"ids": ids.tolist()}))
+    midi, data = str(midi_corpus), str(found["data"])
+    build = ["data", "build", midi, data, "--val-fraction", "0.2", "--filters", "none"]
+    assert main(build) == 0
+    encoder = ["--checkpoint", str(found["encoder"]), "--workers", "0"]
+    counting = ["--baseline", "pitch-class", "--workers", "0"]
+    assert main(["embed", midi, str(found["vectors"]), *encoder]) == 0
+    assert main(["embed", midi, str(found["slices"]), "--per-slice", *encoder]) == 0
+    assert main(["embed", midi, str(found["counts"]), *counting]) == 0
+    return found
+
+
+@pytest.fixture
+def run_use(places, tmp_path):
+    """Runs one row of the table in a folder of its own."""
+
+    def run(use: Use) -> None:
+        check(use, places, tmp_path)
+
+    return run
