@@ -134,9 +134,7 @@ def _write_page(
 _ROW = ("score", "quantile", "path", "labels", "same_file")
 
 
-def _performance(
-    folder: Path, path: str, settings: dict[str, Any]
-) -> tuple[Path | None, Any]:
+def _performance(folder: Path, path: str, settings: dict[str, Any]) -> tuple[Path | None, Any]:
     """The file of a row, and what of it the row stands for; None if it cannot be read."""
     import re
 
