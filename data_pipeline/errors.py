@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def printable(text: str) -> str:
@@ -39,3 +40,31 @@ class InvalidMidi(UserError):
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
+
+
+def read_file(path: str | Path, wanted: str) -> bytes:
+    """The bytes of a file that a user names.
+
+    Args:
+        wanted: what it should be, e.g. "one MIDI file".
+
+    Raises:
+        UserError: no such file, a folder, or no path at all.
+        OSError: it cannot be read for another reason.
+    """
+    if not isinstance(path, str | Path):
+        raise UserError(f"expected the path of {wanted}, not {kind_of(path)}")
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except IsADirectoryError:
+        shards = (Path(path) / "manifest.json").is_file()
+        found = "token shards are here" if shards else "a folder is here"
+        raise UserError(f"{path}: {found}, {wanted} is wanted") from None
+
+
+def kind_of(value: object) -> str:
+    """The type of a value in a sentence, e.g. "a list", "an int"."""
+    name = type(value).__name__
+    return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"

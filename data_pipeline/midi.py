@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.errors import InvalidMidi, UserError
+from data_pipeline.errors import InvalidMidi, UserError, read_file
 
 if TYPE_CHECKING:
     from miditoolkit import MidiFile
@@ -192,24 +192,6 @@ def resolve_pedal(performance: Performance) -> Performance:
 # --- reading -------------------------------------------------------------------------------------
 
 
-def _file_bytes(path: str | Path) -> bytes:
-    if not isinstance(path, str | Path):
-        raise UserError(f"a MIDI file is given as a path or as bytes, not as {_kind_of(path)}")
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        shards = (Path(path) / "manifest.json").is_file()
-        what = "token shards are here" if shards else "a folder is here"
-        raise UserError(f"{path}: {what}, one MIDI file is wanted") from None
-
-
-def _kind_of(value: object) -> str:
-    name = type(value).__name__
-    return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
-
-
 def read_midi(
     source: str | Path | bytes, *, compat: str | None = None, repair: bool = False
 ) -> Performance:
@@ -231,7 +213,9 @@ def read_midi(
 
     check_compat(compat)
     name = "MIDI bytes" if isinstance(source, bytes) else str(source)
-    data = _smf.unwrapped(source if isinstance(source, bytes) else _file_bytes(source), name)
+    data = _smf.unwrapped(
+        source if isinstance(source, bytes) else read_file(source, "one MIDI file"), name
+    )
     kind, division, tracks, repaired = _smf.decoded_tracks(data, name, not compat, repair)
     if kind == 2 and len(tracks) > 1 and not compat:
         raise InvalidMidi("format-2", f"{name}: format 2, {len(tracks)} pieces in one file")
