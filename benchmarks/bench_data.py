@@ -17,14 +17,9 @@ from typing import Any
 import numpy as np
 
 from data_pipeline import dedup, filters
+from data_pipeline._smf import decoded_tracks
 from data_pipeline.augment import AugmentConfig, augment
-from data_pipeline.midi import (
-    _chunks,
-    _decode_track,
-    midi_bytes,
-    pedalled_ends,
-    read_midi,
-)
+from data_pipeline.midi import midi_bytes, pedalled_ends, read_midi
 from data_pipeline.shards import pack_record
 from data_pipeline.tokenizer import Tokenizer
 from tests.corpora import random_performance
@@ -113,11 +108,6 @@ def _baselines(paths: list[Path]) -> dict[str, Step]:
 def _parts(
     paths: list[Path], data: list[bytes], performances: list, tokenizer: Tokenizer
 ) -> dict[str, Step]:
-    def decode(i: int) -> None:
-        content = np.frombuffer(data[i], np.uint8)
-        for start, end in _chunks(data[i], "")[1]:
-            _decode_track(content, start, end, "")
-
     def times(i: int) -> None:
         performance = performances[i]
         performance.between_ms(performance.notes["start"], pedalled_ends(performance))
@@ -125,7 +115,7 @@ def _parts(
     return {
         "opening the file": lambda i: paths[i].read_bytes(),
         "bytes to performance": lambda i: read_midi(data[i]),
-        "  of it decoding events": decode,
+        "  of it decoding events": lambda i: decoded_tracks(data[i], "", True, False),
         "performance to ids": lambda i: tokenizer.encode(performances[i]),
         "  of it pedal and milliseconds": times,
     }

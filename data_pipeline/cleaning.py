@@ -25,12 +25,16 @@ class Cleaning:
     Attributes:
         solo_piano: drop what anything but a piano plays, and the drums.
         remove_instruments: families whose notes are dropped.
+        pedal_threshold, pedal_hysteresis: the pedal goes down at a value of threshold + hysteresis
+            and up at threshold - hysteresis; see `threshold_pedal`.
         remove_redundant_pedals: drop pedal events without effect on any note.
         resolve_overlaps: end a note where the next of its pitch and channel begins.
     """
 
     solo_piano: bool = False
     remove_instruments: tuple[str, ...] = ()
+    pedal_threshold: int = PEDAL_DOWN
+    pedal_hysteresis: int = 0
     remove_redundant_pedals: bool = False
     resolve_overlaps: bool = False
 
@@ -38,6 +42,11 @@ class Cleaning:
         unknown = sorted(set(self.remove_instruments) - set(FAMILIES))
         if unknown:
             raise UserError(f"no instrument {', '.join(unknown)}; there are {', '.join(FAMILIES)}")
+        threshold, hysteresis = self.pedal_threshold, self.pedal_hysteresis
+        if not 0 <= hysteresis <= min(threshold, 127 - threshold):
+            raise UserError(
+                f"pedal threshold {threshold} ± hysteresis {hysteresis} must lie in 0..127"
+            )
 
     def clean(self, performance: Performance) -> Performance:
         """The performance without what is not wanted."""
@@ -45,6 +54,8 @@ class Cleaning:
             performance = keep_piano(performance)
         if self.remove_instruments:
             performance = remove_instruments(performance, self.remove_instruments)
+        if (self.pedal_threshold, self.pedal_hysteresis) != (PEDAL_DOWN, 0):
+            performance = threshold_pedal(performance, self.pedal_threshold, self.pedal_hysteresis)
         if self.resolve_overlaps:
             performance = resolve_overlaps(performance)
         if self.remove_redundant_pedals:
@@ -95,6 +106,21 @@ def _without(performance: Performance, unwanted: np.ndarray, drums: bool = False
         pedals=performance.pedals[kept(performance.pedals)],
         programs=programs[kept(programs) & ~named],
     )
+
+
+def threshold_pedal(performance: Performance, threshold: int, hysteresis: int = 0) -> Performance:
+    """Continuous pedal values as 127 and 0: down from `threshold + hysteresis` on, up from
+    `threshold - hysteresis` on, between them as it was before (reference: apply_pedal_threshold).
+    """
+    pedals = performance.pedals.copy()
+    for channel in np.unique(pedals["channel"]):
+        at = np.flatnonzero(pedals["channel"] == channel)
+        value = pedals["value"][at].astype(int)
+        down = value >= threshold + hysteresis
+        decided = down | (value <= threshold - hysteresis)
+        latest = np.maximum.accumulate(np.where(decided, np.arange(len(at)), -1))
+        pedals["value"][at] = np.where((latest >= 0) & down[latest], 127, 0)
+    return replace(performance, pedals=pedals)
 
 
 def remove_redundant_pedals(performance: Performance) -> Performance:

@@ -70,6 +70,7 @@ def _event(rng: np.random.Generator, channel: int) -> bytes:
         bytes([0xE0 | channel, 5, 6]),
         bytes([0xA0 | channel, pitch, 6]),
         bytes([0xB0 | channel, 7, 100]),
+        bytes([0xB0 | channel, int(rng.choice([120, 121, 123, 127])), 0]),
         b"\xff\x51\x03" + int(rng.integers(100_000, 2_000_000)).to_bytes(3, "big"),
         b"\xff\x01\x05Bach\xe9",
         b"\xff\x02\x03abc",

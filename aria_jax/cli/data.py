@@ -86,6 +86,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="families to drop, e.g. strings,pipe",
     )
     build.add_argument(
+        "--pedal-threshold",
+        type=int,
+        default=64,
+        metavar="N",
+        help="half pedal: down from N on (64)",
+    )
+    build.add_argument(
+        "--pedal-hysteresis",
+        type=int,
+        default=0,
+        metavar="N",
+        help="down from threshold + N on, up from threshold - N on (0)",
+    )
+    build.add_argument(
         "--remove-redundant-pedals", action="store_true", help="drop pedal events without effect"
     )
     build.add_argument(
@@ -157,6 +171,8 @@ def _build(args: argparse.Namespace) -> None:
             cleaning=Cleaning(
                 solo_piano=args.solo_piano,
                 remove_instruments=tuple(filter(None, args.remove_instruments.split(","))),
+                pedal_threshold=args.pedal_threshold,
+                pedal_hysteresis=args.pedal_hysteresis,
                 remove_redundant_pedals=args.remove_redundant_pedals,
                 resolve_overlaps=args.resolve_overlaps,
             ),

@@ -5,8 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from data_pipeline.cleaning import keep_piano, remove_instruments, remove_redundant_pedals
-from data_pipeline.midi import NOTE, PEDAL, PROGRAM, Performance, resolve_pedal
+from data_pipeline.cleaning import (
+    Cleaning,
+    keep_piano,
+    remove_instruments,
+    remove_redundant_pedals,
+)
+from data_pipeline.errors import UserError
+from data_pipeline.midi import NOTE, PEDAL, PEDAL_DOWN, PROGRAM, Performance, resolve_pedal
 from tests.corpora import random_performance
 
 PIANO, FLUTE, BELLS = 0, 73, 14
@@ -64,6 +70,32 @@ def pedalled(*pedals: tuple[int, int]) -> Performance:
 )
 def test_pedal_presses_without_effect_go(pedals, kept):
     assert remove_redundant_pedals(pedalled(*pedals)).pedals["tick"].tolist() == kept
+
+
+@pytest.mark.parametrize(
+    "threshold, hysteresis, values, down",
+    [
+        (64, 0, [63, 64, 65, 63], [0, 1, 1, 0]),
+        (40, 0, [39, 40, 127], [0, 1, 1]),
+        (64, 20, [70, 84, 70, 50, 45, 44, 70, 83], [0, 1, 1, 1, 1, 0, 0, 0]),
+        (64, 63, [126, 127, 2, 1], [0, 1, 1, 0]),
+    ],
+)
+def test_a_half_pressed_pedal_stays_as_it_was(threshold, hysteresis, values, down):
+    other = (3, 127, 1)  # another channel decides nothing here
+    rows = [(i, v, 0) for i, v in enumerate(values)]
+    pedals = np.array([*rows[:3], other, *rows[3:]], PEDAL)
+    performance = Performance(500, pedalled().notes, pedals)
+    cleaned = Cleaning(pedal_threshold=threshold, pedal_hysteresis=hysteresis).clean(performance)
+    mine = cleaned.pedals[cleaned.pedals["channel"] == 0]
+    assert (mine["value"] >= PEDAL_DOWN).astype(int).tolist() == down
+    assert cleaned.pedals[["tick", "channel"]].tolist() == pedals[["tick", "channel"]].tolist()
+
+
+@pytest.mark.parametrize("threshold, hysteresis", [(128, 0), (-1, 0), (64, -1), (64, 64), (20, 30)])
+def test_a_threshold_beyond_the_pedal_is_refused(threshold, hysteresis):
+    with pytest.raises(UserError, match=r"0\.\.127"):
+        Cleaning(pedal_threshold=threshold, pedal_hysteresis=hysteresis)
 
 
 @pytest.mark.parametrize("seed", range(20))

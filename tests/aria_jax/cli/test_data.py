@@ -80,6 +80,9 @@ def test_cleaning_and_deduplication_are_options(tmp_path, capsys):
     wrong = ["--remove-instruments", "violin"]
     assert main(["data", "build", str(folder), str(tmp_path / "e"), *wrong]) == 2
     assert "no instrument violin" in capsys.readouterr().err
+    wrong = ["--pedal-threshold", "100", "--pedal-hysteresis", "30"]
+    assert main(["data", "build", str(folder), str(tmp_path / "e"), *wrong]) == 2
+    assert "pedal threshold 100 ± hysteresis 30" in capsys.readouterr().err
 
 
 def test_help_tells_the_thresholds_of_the_presets(capsys):

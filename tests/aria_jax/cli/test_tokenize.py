@@ -34,6 +34,38 @@ def test_solo_piano_leaves_other_instruments_out(tmp_path, capsys):
         assert json.loads(capsys.readouterr().out)["n_notes"] == n
 
 
+def test_a_reading_is_chosen_and_told(tmp_path, capsys):
+    notes = np.array([(60, 64, 0, 0, 100), (62, 64, 0, 1000, 1100)], NOTE)
+    programs = np.array([(0, 0, 0), (500, 40, 0)], PROGRAM)  # a piano, then a violin
+    write_midi(Performance(500, notes, programs=programs), tmp_path / "a.mid")
+    tokenizer = Tokenizer.preset("aria")
+    for options, reading, first in (
+        ([], "standard", "piano"),
+        (["--compat", "aria-utils"], "aria-utils", "strings"),
+    ):
+        assert main(["tokenize", str(tmp_path / "a.mid"), "--json", *options]) == 0
+        result = json.loads(capsys.readouterr().out)
+        note = next(i for i in result["ids"] if tokenizer.kind[i] == Kind.NOTE)
+        assert (result["reading"], tokenizer.tokens[note][0]) == (reading, first)
+    assert main(["tokenize", str(tmp_path / "a.mid"), "--compat", "mido"]) == 2
+    shown = capsys.readouterr().err
+    assert "no reading 'mido'" in shown and "aria-utils" in shown and len(shown.splitlines()) == 1
+
+
+def test_a_cut_file_is_repaired_on_request(piece, tmp_path, capsys):
+    (tmp_path / "cut.mid").write_bytes(piece.read_bytes()[:1000])
+    assert main(["tokenize", str(tmp_path / "cut.mid")]) == 2
+    assert "is cut after" in capsys.readouterr().err
+    assert main(["tokenize", str(tmp_path / "cut.mid"), "--repair", "--json"]) == 0
+    out, err = capsys.readouterr()
+    result = json.loads(out)
+    assert 0 < result["n_notes"] < 320
+    assert "is cut after" in result["repaired"] and result["repaired"] in err
+    assert main(["tokenize", str(piece), "--repair", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["repaired"] == "" and not err
+
+
 @pytest.mark.parametrize("preset", ["aria", "pedal"])
 @pytest.mark.parametrize("bare", [False, True])
 def test_ids_become_midi_that_has_the_same_ids_up_to_quantisation(
