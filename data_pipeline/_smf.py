@@ -8,6 +8,7 @@ depends on: system-exclusive bytes above 127, key and time signatures that do no
 """
 
 import struct
+from contextlib import suppress
 
 import numba
 import numpy as np
@@ -103,16 +104,23 @@ def decoded_tracks(
         number = f"track {len(tracks) + 1} of {max(n_declared, len(tracks) + 1)}"
         position = end
         if chunk != b"MTrk":
-            if standard and chunk.isascii() and chunk.decode().isprintable():
+            unknown = standard and _is_chunk_type(chunk)
+            if unknown and end <= len(data):
                 continue
-            if standard and len(tracks) >= n_declared:
-                break  # padding
+            padding = standard and len(tracks) >= n_declared
+            if (unknown or padding) and b"MTrk" not in data[start - 8 :]:
+                break
             raise InvalidMidi("no-track-header", f"{name}: {number} has no MTrk header")
-        tables, stop, ended, cut = _decode_track(data, start, end, f"{name}: {number}", standard)
+        track = _decode_track(data, start, end, f"{name}: {number}", standard)
+        if standard and not (track[2] or _is_chunk_type(data[end : end + 4])):
+            with suppress(InvalidMidi):  # perhaps its length was too small
+                longer = _decode_track(data, start, len(data), name, standard)
+                track = longer if longer[2] else track
+        tables, stop, ended, cut = track
         tracks.append(tables)
         if standard and ended:
-            if data[stop : stop + 4] == b"MTrk":
-                position = stop  # its length was too large
+            if stop > end or data[stop : stop + 4] == b"MTrk":
+                position = stop  # its length was wrong
         elif cut or end > len(data):
             missing.append(f"{number} is cut after {stop - start} of {end - start} bytes")
     if len(tracks) < n_declared:
@@ -120,6 +128,10 @@ def decoded_tracks(
     if missing and not repair:
         raise InvalidMidi("truncated", f"{name}: {missing[0]}; repairing keeps what is before")
     return kind, division, tracks, "; ".join(missing)
+
+
+def _is_chunk_type(chunk: bytes) -> bool:
+    return chunk.isascii() and chunk.decode().isprintable()
 
 
 def _decode_track(

@@ -17,6 +17,7 @@ import numpy as np
 
 from data_pipeline.artifact import write_atomically
 from data_pipeline.errors import UserError
+from data_pipeline.midi import NOTE, TEMPO, Performance, midi_bytes
 from data_pipeline.pool import map_in_order
 
 # Folder of the music21 corpus -> composer label. Folders with too few scores to learn from, and
@@ -157,7 +158,8 @@ def _render(task: tuple[str, Path]) -> str | None:
     if len(notes) < 16:
         return "fewer than 16 notes"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, _midi_bytes(notes, beats_per_minute or _fitting_tempo(notes)))
+    performance = _performance(notes, beats_per_minute or _fitting_tempo(notes))
+    write_atomically(path, midi_bytes(performance))
     return None
 
 
@@ -191,16 +193,9 @@ def _fitting_tempo(notes: np.ndarray) -> float:
     return float(np.clip(beats / UNMARKED_ONSET_SECONDS * 60, 60, 400))
 
 
-def _midi_bytes(notes: np.ndarray, quarters_per_minute: float) -> bytes:
-    import io
-
-    from miditoolkit import Instrument, MidiFile, Note, TempoChange
-
-    midi = MidiFile(ticks_per_beat=TICKS_PER_BEAT)
-    midi.tempo_changes = [TempoChange(quarters_per_minute, 0)]
-    piano = Instrument(program=0, name="piano")
-    piano.notes = [Note(VELOCITY, int(p), int(s), int(e)) for s, e, p in notes]
-    midi.instruments = [piano]
-    buffer = io.BytesIO()
-    midi.dump(file=buffer)
-    return buffer.getvalue()
+def _performance(notes: np.ndarray, quarters_per_minute: float) -> Performance:
+    rows = np.zeros(len(notes), NOTE)
+    rows["start"], rows["end"], rows["pitch"] = notes.T
+    rows["velocity"] = VELOCITY
+    tempi = np.array([(0, round(60e6 / quarters_per_minute))], TEMPO)
+    return Performance(TICKS_PER_BEAT, rows, tempi=tempi)

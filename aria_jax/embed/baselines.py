@@ -26,8 +26,8 @@ def note_statistics(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     )
     if len(at) < 2:
         return np.zeros(24, np.float32)
-    # In slices that begin after the last change of tempo the reference's clock, and so ours, can
-    # start below 0 (midi_data.py get_duration_ms); the first `<T>` is then missing.
+    # In slices that begin after the last change of tempo the clock of the aria-utils reading can
+    # start below 0 (its get_duration_ms); the first `<T>` is then missing.
     gaps = np.maximum(np.diff(onset_ms), 0)
     chords = np.unique(onset_ms, return_counts=True)[1]
     seconds = max(gaps.sum() / 1000, SEGMENT_MS / 1e6)

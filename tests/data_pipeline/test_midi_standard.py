@@ -81,6 +81,18 @@ SAYS = {
         file_500(chunk(b"MTrk", b"".join(two) + EOT, more=1000)),
         TWO,
     ),
+    "a track that declares too little": (
+        file_500(chunk(b"MTrk", note(60) + note(62, after=100) + EOT, more=-9)),
+        TWO,
+    ),
+    "a track that declares too little, before another": (
+        file_500(chunk(b"MTrk", note(60) + EOT, more=-6), track(note(62, after=500))),
+        TWO,
+    ),
+    "a track without an end before padding": (
+        file_500(chunk(b"MTrk", b"".join(two))) + b"\0" * 9,
+        TWO,
+    ),
     "an empty track": (file_500(chunk(b"MTrk", b""), track(*two)), TWO),
     "no end of track": (file_500(chunk(b"MTrk", b"".join(two))), TWO),
     "padding after the end of track": (
@@ -277,6 +289,22 @@ REFUSED = {
     "bytes that are no chunk between tracks": (
         file_500(track(*two), b"\0\1\2\3\0\0\0\0", track(*two)),
         "no-track-header",
+    ),
+    "bytes that are no chunk before an undeclared track": (
+        file_500(track(*two), b"\0\1\2\3", track(*two), declared=1),
+        "no-track-header",
+    ),
+    "an unknown chunk so long that a track would be lost": (
+        file_500(track(*two), chunk(b"Junk", b"", more=99), track(*two), declared=1),
+        "no-track-header",
+    ),
+    "an unknown chunk that is cut, before a declared track": (
+        file_500(track(*two), chunk(b"Junk", b"abc", more=9), declared=2),
+        "truncated",
+    ),
+    "a track that declares too little and does not end": (
+        file_500(chunk(b"MTrk", b"".join(two), more=-6)),
+        "truncated",
     ),
     "RIFF without data": (riff(odd_info), "not-midi"),
     "RIFF of something else": (riff(riff_chunk(b"data", b"RIFF")), "not-midi"),
