@@ -72,6 +72,12 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
     return Mesh(_device_grid(tuple(sizes.values()), devices), MESH_AXES, axis_types=kinds)
 
 
+def local_mesh() -> Mesh | None:
+    """The devices of this process, batches spread over them; None where it has one."""
+    devices = jax.local_devices()
+    return make_mesh(MeshConfig(), devices) if len(devices) > 1 else None
+
+
 def _device_grid(shape: tuple[int, ...], devices: list) -> np.ndarray:
     """`devices` as an array of `shape`, data axis first, by the interconnect's topology."""
     n_slices = 1
@@ -147,18 +153,30 @@ def iterate_rows(
         yield _global_arrays(rows, ranges, stream.global_batch, sharding)
 
 
+def put_batch(batch: Any, sharding: NamedSharding) -> Any:
+    """A tree of whole arrays [B, …] that every process has, as global arrays."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), batch
+    )
+
+
+def row_shards(sharding: NamedSharding) -> int:
+    """In how many parts the first axis is sharded."""
+    axes = _axes(sharding.spec[0]) if sharding.spec else ()
+    return int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
+
+
 def local_rows(sharding: NamedSharding, n_rows: int) -> tuple[RowRange, ...]:
     """Which of `n_rows` rows the devices of this process hold: ascending, disjoint ranges.
 
     Raises:
         UserError: the rows do not divide over the devices.
     """
-    axes = _axes(sharding.spec[0]) if sharding.spec else ()
-    parts = int(np.prod([sharding.mesh.shape[axis] for axis in axes]))
-    if n_rows % parts:
+    if n_rows % (parts := row_shards(sharding)):
+        axes = " × ".join(f"mesh.{axis}" for axis in _axes(sharding.spec[0]))
         raise UserError(
-            f"a batch of {n_rows} rows does not divide over {parts} devices "
-            f"({' × '.join(f'mesh.{axis}' for axis in axes)}); choose a multiple of {parts}"
+            f"a batch of {n_rows} rows does not divide over {parts} devices ({axes}); "
+            f"choose a multiple of {parts}"
         )
     indices = sharding.addressable_devices_indices_map((n_rows,)).values()
     merged: list[RowRange] = []

@@ -84,11 +84,13 @@ def _answers(args: argparse.Namespace) -> tuple[tuple[str, ...], list[Any]]:
     from aria_jax.embed.encode import class_encoder
     from aria_jax.embed.pieces import Slicing, open_source
     from aria_jax.eval.predict import predict
+    from aria_jax.sharding import local_mesh
     from data_pipeline.tokenizer import Tokenizer
 
-    loaded = load_model(args.checkpoint)
+    mesh = local_mesh()
+    loaded = load_model(args.checkpoint, mesh=mesh)
     pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
-    encode = class_encoder(loaded.model, pad_id, args.pooling or loaded.pooling)
+    encode = class_encoder(loaded.model, pad_id, args.pooling or loaded.pooling, mesh=mesh)
     max_tokens = min(args.max_tokens, loaded.config.max_seq_len)
     reading = chosen_reading(args.compat, loaded.reading, args.checkpoint)
     slicing = Slicing(loaded.tokenizer, args.slice_notes, max_tokens, reading)

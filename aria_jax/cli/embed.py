@@ -171,16 +171,13 @@ def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         }
         encode = baseline_encoder(args.baseline, Tokenizer.preset("aria"))
         return encode, {"fingerprint": args.baseline, **settings}
-    import jax
-
     from aria_jax.checkpoints.models import load_model
     from aria_jax.cli.console import chosen_reading
-    from aria_jax.config import ComputeConfig, MeshConfig
+    from aria_jax.config import ComputeConfig
     from aria_jax.embed.encode import model_encoder
-    from aria_jax.sharding import make_mesh
+    from aria_jax.sharding import local_mesh
 
-    devices = jax.local_devices()
-    mesh = make_mesh(MeshConfig(), devices) if len(devices) > 1 else None
+    mesh = local_mesh()
     compute = ComputeConfig(dtype="bfloat16" if args.bf16 else "float32")
     loaded = load_model(args.checkpoint, mesh=mesh, compute=compute)
     pooling = args.pooling or loaded.pooling

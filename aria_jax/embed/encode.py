@@ -1,15 +1,15 @@
 """Slices to vectors, in batches of like length."""
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import jax
 import numpy as np
 from flax import nnx
 
 from aria_jax.models.heads import Model, head_width
-from aria_jax.sharding import batch_sharding, usable_cpus
+from aria_jax.sharding import batch_sharding, put_batch, replicated, row_shards, usable_cpus
 from data_pipeline.errors import UserError
 
 Encode = Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -30,7 +30,8 @@ def model_encoder(
 
     Args:
         pooling: as it was trained with, "eos" or "mean".
-        mesh: cuts batches over its devices, where the model must already be.
+        mesh: batches are sharded over its devices, where the model must already be. Where they
+            are those of several processes, all must encode the same slices; each gets all rows.
 
     Raises:
         UserError: the model has another head.
@@ -43,8 +44,13 @@ def model_encoder(
     return _encoder(model, pad_id, pooling, mesh)
 
 
-def class_encoder(model: Model, pad_id: int, pooling: str = "eos") -> Encode:
+def class_encoder(
+    model: Model, pad_id: int, pooling: str = "eos", *, mesh: jax.sharding.Mesh | None = None
+) -> Encode:
     """From slices to the probabilities of a class head, in the order of `config.class_names`.
+
+    Args:
+        mesh: as of `model_encoder`.
 
     Raises:
         UserError: the model has another head.
@@ -54,7 +60,7 @@ def class_encoder(model: Model, pad_id: int, pooling: str = "eos") -> Encode:
             f"this model has a {model.config.head!r} head, not a class head; "
             "train one with `aria-jax train classify`"
         )
-    return _encoder(model, pad_id, pooling, None, jax.nn.softmax)
+    return _encoder(model, pad_id, pooling, mesh, jax.nn.softmax)
 
 
 def _encoder(
@@ -67,21 +73,21 @@ def _encoder(
     """What `read` makes of the head's outputs."""
     graph, state = nnx.split(model)
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=None if mesh is None else replicated(mesh))
     def embed(state, tokens_BxL: jax.Array, eos_B: jax.Array) -> jax.Array:
         return read(nnx.merge(graph, state).pooled(tokens_BxL, eos_B, pooling))
 
-    cut = None if mesh is None else batch_sharding(mesh)
-    ways = 1 if mesh is None else mesh.size
+    ways = 1 if mesh is None else row_shards(batch_sharding(mesh))
     batch_tokens, side_by_side = BATCH_TOKENS, 1
     if mesh is None and jax.default_backend() == "cpu":
         batch_tokens, side_by_side = CPU_BATCH_TOKENS, min(usable_cpus(), MOST_SIDE_BY_SIDE)
 
     def encode_batch(batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple:
         chosen, tokens_BxL, eos_B = batch
-        tokens, eos = jax.device_put((tokens_BxL, eos_B), cut)
-        # A thread has a mesh of its own: kernels look there for what they are cut over.
-        with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        if mesh is None:
+            return chosen, np.asarray(embed(state, tokens_BxL, eos_B))[: len(chosen)]
+        tokens, eos = put_batch((tokens_BxL, eos_B), batch_sharding(mesh))
+        with jax.set_mesh(mesh):  # a thread has a mesh of its own
             return chosen, np.asarray(embed(state, tokens, eos))[: len(chosen)]
 
     def encode(slices: Sequence[np.ndarray]) -> np.ndarray:

@@ -20,11 +20,15 @@ from aria_jax.sharding import (
     batch_sharding,
     constrain,
     fitting_spec,
+    iterate_rows,
+    local_rows,
     make_mesh,
     mirrored_shardings,
     named_sharding,
+    put_rows,
 )
 from data_pipeline.errors import UserError
+from data_pipeline.loaders import BatchStream
 
 # 61 tokens divide by no mesh axis, like the real vocabulary.
 CONFIG = ModelConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=32, vocab_size=61)
@@ -230,3 +234,65 @@ def test_only_the_data_axis_crosses_slices():
     assert {chip.id for chip in grid.flat} == set(range(8))
     with pytest.raises(UserError, match="must divide by the 2 slices"):
         sharding._device_grid((1, 8, 1, 1), slices(2))
+
+
+class Numbers:
+    """Examples that are their own number; remembers which were made."""
+
+    n_examples = 100
+
+    def __init__(self):
+        self.made = []
+
+    def batch(self, epochs, indices):
+        self.made += indices.tolist()
+        return {"one": indices, "two": indices[:, None] * [1.0, 2.0]}
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 1, 8, 1), (2, 2, 2, 1), (1, 2, 1, 4)])
+def test_rows_are_put_where_the_sharding_says_and_made_once(sizes):
+    sharding = batch_sharding(make_mesh(MeshConfig(*sizes)))
+    stream = BatchStream(Numbers(), 8)
+    batch = put_rows(stream, 3, sharding)
+    assert stream.examples.made == list(range(24, 32))
+    (ahead,) = [rows for rows, _ in zip(iterate_rows(stream, sharding, 3), "1", strict=False)]
+    for found in (batch, ahead):
+        assert found["one"].sharding == sharding
+        np.testing.assert_array_equal(found["one"], np.arange(24, 32))
+        np.testing.assert_array_equal(found["two"], np.arange(24, 32)[:, None] * [1, 2])
+
+
+def test_a_process_makes_the_rows_of_its_own_devices(monkeypatch):
+    """As several processes see it, whatever the order of devices on the mesh."""
+    mesh = make_mesh(MeshConfig(2, 2, 2, 1))
+    sharding = batch_sharding(mesh)
+
+    def of(*devices):
+        everywhere = sharding.devices_indices_map((8,))
+        own = {device: everywhere[device] for device in devices}
+        monkeypatch.setattr(
+            type(sharding), "addressable_devices_indices_map", lambda self, shape: own
+        )
+        return local_rows(sharding, 8)
+
+    grid = mesh.devices[..., 0]  # data, fsdp, tensor
+    assert of(*grid[0].ravel()) == ((0, 4),)
+    assert of(*grid[:, 1].ravel()) == ((2, 4), (6, 8))
+    assert of(*grid[:, :, 0].ravel()) == ((0, 8),)
+    assert of(grid[1, 1, 1]) == ((6, 8),)
+    monkeypatch.setattr(
+        type(sharding),
+        "addressable_devices_indices_map",
+        lambda self, shape: {
+            d: self.devices_indices_map(shape)[d] for d in [*grid[0, 1], grid[1, 1, 0]]
+        },
+    )
+    stream = BatchStream(Numbers(), 8)
+    rows = stream.rows(1, *local_rows(sharding, 8))
+    assert rows["one"].tolist() == [10, 11, 14, 15]
+
+
+def test_a_batch_that_does_not_divide_names_the_axes():
+    sharding = batch_sharding(make_mesh(MeshConfig(2, 2, 2, 1)))
+    with pytest.raises(UserError, match=r"6 rows .* 4 devices \(mesh.data × mesh.fsdp\)"):
+        put_rows(BatchStream(Numbers(), 6), 0, sharding)

@@ -10,6 +10,8 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
+
 from aria_jax.config import RunConfig, with_overrides
 from aria_jax.presets import for_task
 
@@ -36,6 +38,7 @@ class Case:
     mesh: tuple[int, int, int, int]
     settings: tuple[str, ...] = ()
     init_from: str | None = None
+    embed: bool = False
 
     @property
     def name(self) -> str:
@@ -74,7 +77,25 @@ def train(case: Case, corpus: str, folder: Path) -> list:
 
     sink = Recorder()
     run(case.config, corpus, folder / case.name, init_from=case.init_from, sinks=[sink])
+    if case.embed:
+        z = embeddings(case, folder / case.name)
+        sink.rows += [
+            [row, "embed", float(np.abs(z_E).sum()), len(z_E)] for row, z_E in enumerate(z)
+        ]
     return sink.rows
+
+
+def embeddings(case: Case, workdir: Path) -> np.ndarray:
+    """Five slices in two batches, embedded over the mesh of the run, float32 [5, E]."""
+    from aria_jax.checkpoints.models import load_model
+    from aria_jax.embed import encode
+    from aria_jax.sharding import make_mesh
+
+    encode.BATCH_TOKENS = 3 * encode.BUCKET
+    mesh = make_mesh(case.config.mesh)
+    model = load_model(workdir, mesh=mesh).model
+    slices = [np.arange(2, 2 + length) for length in (3, 40, 9, 22, 60)]
+    return encode.model_encoder(model, pad_id=0, mesh=mesh)(slices)
 
 
 def main(corpus: str, folder: str, cases: str) -> None:

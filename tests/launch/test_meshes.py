@@ -77,7 +77,7 @@ def test_two_processes_on_two_meshes(corpus, tmp_path, run_alone, base):
     """One on which both hold the same rows, one on which each has its own."""
     cases = [
         Case("pretrain", (1, 1, 2, 1)),
-        Case("contrastive", (2, 1, 1, 1), ("eval_every=3",), init_from=base),
+        Case("contrastive", (2, 1, 1, 1), ("eval_every=3",), init_from=base, embed=True),
     ]
     for case, found in run_processes(2, cases, corpus, tmp_path).items():
         assert_same_run(found, run_alone(case, 2))
@@ -94,7 +94,8 @@ MESHES = {
 @pytest.mark.parametrize("processes, devices_each", MESHES)
 @pytest.mark.parametrize("task", ["pretrain", "contrastive"])
 def test_every_mesh(task, processes, devices_each, corpus, tmp_path, run_alone):
-    cases = [Case(task, mesh) for mesh in MESHES[processes, devices_each]]
+    embed = task == "contrastive"
+    cases = [Case(task, mesh, embed=embed) for mesh in MESHES[processes, devices_each]]
     found = run_processes(processes, cases, corpus, tmp_path, devices_each)
     for case, rows in found.items():
         assert_same_run(rows, run_alone(case, processes * devices_each))
