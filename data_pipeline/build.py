@@ -29,7 +29,7 @@ from data_pipeline.building.journal import Journal, Listing, disk_errors_explain
 from data_pipeline.building.merge import merge
 from data_pipeline.building.plan import DEDUP, MergeSettings
 from data_pipeline.building.runners import RUNNERS
-from data_pipeline.building.sources import readable_root
+from data_pipeline.building.sources import has_inner_tables, readable_root
 from data_pipeline.building.unit_worker import Job, Limits
 from data_pipeline.cleaning import Cleaning
 from data_pipeline.errors import UserError
@@ -97,7 +97,7 @@ def build(
     What it is made of is decided by content: every file of the source is read and hashed first.
 
     Args:
-        midi_dir: folder (searched recursively) or tar archive.
+        midi_dir: folder (searched recursively), archive, Parquet or MIDI file; see `sources`.
         workers: processes; None for one per core.
         filters: "light", "heavy", "none" or a file of thresholds.
         metadata: JSON or CSV of labels; None to look for tables beside the files.
@@ -129,12 +129,13 @@ def build(
     tokenizer_hash = Tokenizer.preset(tokenizer_preset).hash
     settings = {**unit_settings, **asdict(how), "tokenizer_hash": tokenizer_hash}
     column = None if split_column == "none" else split_column
-    if metadata is not None or source.is_dir():  # those of an archive are found by listing it
+    inner = metadata is None and has_inner_tables(source)
+    if not inner:
         labels = read_labels(source, find_tables(source, metadata), column)
     journal = Journal(out)
     with new_folder(out), disk_errors_explained(out), journal.locked():
         listing = journal.list_asked(source, lambda n: progress(0, n) if progress else None)
-        if metadata is None and not source.is_dir():
+        if inner:
             labels = read_labels(source, find_tables(listing.tables), column)
         asked = Identity(
             "a corpus", IDENTITY_VERSION, {"files": rows_digest(listing.digests()),

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from aria_jax.embed.pieces import Source
 
 DESCRIPTION = """\
-Embed every MIDI file of a folder or .tar (or every piece of token shards): consecutive slices of
+Embed every MIDI file of a folder or archive (or every piece of token shards): consecutive slices of
 300 notes, each embedded at its <E> token, averaged per file. Writes Parquet: path, sha256,
 embedding, n_slices, n_notes, duration_ms, labels. Files that cannot be read are named in
 OUT.rejected.jsonl; the rest goes on. Interrupted and run again, it goes on where it stopped.
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources",
         nargs="+",
         metavar="source",
-        help="folder of MIDI files, .tar of them, token shards; or MIDI files",
+        help="folder, archive or Parquet of MIDI, token shards; or MIDI files",
     )
     parser.add_argument("out", help="Parquet file to write")
     which = parser.add_mutually_exclusive_group(required=True)
@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> None:
             args.sources, slicing, spool=Path(folder) / "spool", metadata=args.metadata
         )
         settings["reading"] = reading_of_source(args, source, settings["reading"])
+        warnings = list(source.warnings)
         summary = export(
             source,
             encode,
@@ -130,13 +131,14 @@ def run(args: argparse.Namespace) -> None:
         "n_parts_before": summary.n_parts_before,
         "complete": summary.complete,
         "fingerprint": settings["fingerprint"],
+        "warnings": warnings,
     }
     text = f"{args.out}: {summary.n_rows} rows"
     if not summary.complete:
         text = "this host's parts are done; the last host to finish writes " + args.out
     if summary.n_rejected:
         text += f"; {summary.n_rejected} files rejected, see {args.out}.rejected.jsonl"
-    print_result(result, args.json, text)
+    print_result(result, args.json, text, warnings)
 
 
 def _host(args: argparse.Namespace) -> tuple[int, int]:

@@ -14,15 +14,16 @@ from typing import Protocol
 import numpy as np
 
 from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
+from data_pipeline.building.listing import SUFFIXES, Entry, is_midi_name
 from data_pipeline.building.sources import (
-    Entry,
-    is_midi_name,
+    has_inner_tables,
     list_source,
     no_midi_files,
     read_entry,
     readable_root,
+    walk_folder,
 )
-from data_pipeline.errors import InvalidMidi, UserError
+from data_pipeline.errors import InvalidMidi, UserError, printable
 from data_pipeline.loaders.pieces import Pieces
 from data_pipeline.metadata import LabelTable, find_tables, read_labels
 from data_pipeline.midi import STANDARD, Performance, compat_of, read_midi
@@ -85,6 +86,10 @@ class Source(Protocol):
     def reading(self) -> str:
         """How its MIDI files are read, or were when its shards were built."""
 
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What had better be known of its labels."""
+
     def cut(self, i: int) -> Piece | Rejection:
         """Reads and slices file number i."""
 
@@ -96,11 +101,11 @@ def open_source(
     spool: Path,
     metadata: str | Path | None = None,
 ) -> Source:
-    """A folder of MIDI files, a .tar (.tar.gz …) of them, token shards, or a list of MIDI files.
+    """All that `data build` takes, token shards, or a list of MIDI files.
 
     Args:
-        sources: one of the first three, or MIDI files and folders of them, whose names are then
-            relative to the folder that holds them all.
+        sources: a folder, archive, Parquet or shards, or MIDI files and folders of them, whose
+            names are then relative to the folder that holds them all.
         spool: file that takes what a compressed archive unpacks to; must outlive the source.
             Beside it, SPOOL.tables takes the metadata files of an archive.
         metadata: labels of MIDI files (default: metadata files beside them).
@@ -126,7 +131,8 @@ def open_source(
     entries = list(list_source(source, spool, tables))
     if not entries:
         raise no_midi_files(source)
-    table = read_labels(source, find_tables(source if source.is_dir() else tables, metadata))
+    inner = has_inner_tables(source)
+    table = read_labels(source, find_tables(tables if inner else source, metadata))
     return _MidiFiles(readable_root(source, spool), slicing, entries, table)
 
 
@@ -153,20 +159,23 @@ def _is_one(sources: Sequence[str | Path]) -> bool:
 
 def _listed(sources: Sequence[str | Path], root: Path) -> list[Entry]:
     """The MIDI files among `sources` and in the folders among them, each once."""
-    files: dict[Path, None] = {}
+    names = ", ".join(SUFFIXES)
+    files: dict[str, Entry] = {}
     for source in map(Path, sources):
+        path = str(source.absolute().relative_to(root))
         if source.is_dir():
             if (source / MANIFEST).is_file():
                 raise UserError(f"{source} holds token shards; name it alone")
-            inside = list(list_source(source, root, root))
+            before = "" if path == "." else f"{path}/"
+            inside = [Entry(before + e.path, *e.row[1:]) for e in walk_folder(source)]
             if not inside:
                 raise no_midi_files(source)
-            files |= dict.fromkeys(source.absolute() / entry.path for entry in inside)
+            files |= {entry.path: entry for entry in inside}
         elif is_midi_name(source.name):
-            files[source.absolute()] = None
+            files[path] = Entry(path, source.stat().st_size)
         else:
-            raise UserError(f"{source}: expected a MIDI file (.mid, .midi, .kar) or a folder")
-    return [Entry(str(path.relative_to(root)), path.stat().st_size) for path in files]
+            raise UserError(f"{source}: expected a MIDI file ({names}) or a folder")
+    return list(files.values())
 
 
 @dataclass(frozen=True)
@@ -178,7 +187,11 @@ class _MidiFiles:
 
     @property
     def paths(self) -> Sequence[str]:
-        return [entry.path for entry in self.entries]
+        return [printable(entry.path) for entry in self.entries]
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        return self.labels.warnings(entry.path for entry in self.entries)
 
     @property
     def reading(self) -> str:
@@ -186,17 +199,18 @@ class _MidiFiles:
 
     def cut(self, i: int) -> Piece | Rejection:
         entry = self.entries[i]
+        path = printable(entry.path)
         try:
             data = read_entry(self.root, entry)
             performance = read_midi(data, compat=compat_of(self.slicing.reading))
             n_notes = len(with_tokens(performance).notes)
             slices = midi_slices(performance, self.slicing)
         except InvalidMidi as error:
-            return Rejection(entry.path, error.reason, str(error))
+            return Rejection(path, error.reason, printable(str(error)))
         except OSError as error:
-            return Rejection(entry.path, "unreadable", str(error))
+            return Rejection(path, "unreadable", printable(str(error)))
         return Piece(
-            path=entry.path,
+            path=path,
             sha256=hashlib.sha256(data).hexdigest(),
             slices=slices,
             n_notes=n_notes,
@@ -211,6 +225,10 @@ class _Shards:
     slicing: Slicing
     splits: tuple[str, ...]
     sizes: tuple[int, ...]
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        return ()
 
     @property
     def paths(self) -> Sequence[str]:

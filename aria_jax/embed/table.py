@@ -5,6 +5,7 @@ columns, or NPZ with an array "embedding" [N, E] and any arrays of N. Columns of
 """
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -92,7 +93,7 @@ def join_embeddings(
     metadata = {
         _FINGERPRINT: settings["fingerprint"],
         _SETTINGS: json.dumps(settings),
-        _ORIGIN: origin,
+        _ORIGIN: os.fsencode(origin),
     }
     schema = pq.read_schema(parts[0]).with_metadata(metadata)
     partial = out.with_name(out.name + ".partial")
@@ -110,7 +111,7 @@ def read_settings(path: Path) -> dict[str, Any] | None:
 
 def read_origin(path: Path) -> str:
     """Where the files of an export were; "" if it does not say."""
-    return _metadata(path).get(_ORIGIN, b"").decode()
+    return os.fsdecode(_metadata(path).get(_ORIGIN, b""))
 
 
 def _metadata(path: Path) -> dict[bytes, bytes]:

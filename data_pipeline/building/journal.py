@@ -12,7 +12,6 @@ Every file appears complete or not at all.
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -25,8 +24,9 @@ from typing import Any
 
 import msgpack
 
-from data_pipeline.artifact import Identity, file_digest, hashed, write_atomically
-from data_pipeline.building.sources import Entry, list_source, no_midi_files, readable_root
+from data_pipeline.artifact import Identity, hashed, write_atomically
+from data_pipeline.building.listing import Entry
+from data_pipeline.building.sources import entry_digest, list_source, no_midi_files, readable_root
 from data_pipeline.errors import UserError, printable
 
 UNIT_FILES = 256
@@ -104,7 +104,7 @@ class Journal:
         with listing.path.open("w") as file:
             rows = hashed(chain([first], entries), partial(entry_digest, root))
             for number, (entry, sha256) in enumerate(rows, start=1):
-                file.write(json.dumps([entry.path, entry.size, entry.offset, sha256]) + "\n")
+                file.write(json.dumps([sha256, *entry.row]) + "\n")
                 if number % UNIT_FILES == 0:
                     progress(number)
             file.flush()
@@ -168,33 +168,17 @@ class Listing:
 
     def entries(self) -> Iterator[Entry]:
         """The files, in order."""
-        for path, size, offset, _ in self._lines():
-            yield Entry(path, size, offset)
+        for _, *row in self._lines():
+            yield Entry(*row)
 
     def digests(self) -> Iterator[tuple[str, str | None]]:
         """(path, sha256 or None where the file cannot be read) of each file, in order."""
-        for path, _, _, sha256 in self._lines():
+        for sha256, path, *_ in self._lines():
             yield path, sha256
 
     def _lines(self) -> Iterator[list[Any]]:
         with self.path.open() as file:
             yield from map(json.loads, file)
-
-
-def entry_digest(root: Path, entry: Entry) -> str | None:
-    """sha256 of a file of a source; None where it cannot be read."""
-    try:
-        if entry.offset < 0:
-            return file_digest(root / entry.path)
-        sha, left = hashlib.sha256(), entry.size
-        with root.open("rb") as file:
-            file.seek(entry.offset)
-            while left > 0 and (block := file.read(min(left, 1 << 20))):
-                sha.update(block)
-                left -= len(block)
-        return sha.hexdigest()
-    except OSError:
-        return None
 
 
 def batched_entries(entries: Iterator[Entry]) -> Iterator[list[Entry]]:

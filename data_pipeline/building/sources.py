@@ -1,41 +1,43 @@
-"""Where MIDI files come from: a folder, a tar archive read in place, or a compressed one.
+"""Where MIDI files come from: a folder, an archive, Parquet, or a single file.
 
-Every source is listed in the same order (by the bytes of the path), so that a folder and the
-archive made of it give the same corpus.
+    folder                        searched recursively, linked folders too
+    .zip, .tar                    read in place
+    .tar.gz, .tar.bz2, .tar.xz    unpacked into one file for as long as the build takes
+    .parquet, or a folder of it   rows with MIDI bytes; unpacked likewise
+    .mid, .midi, .kar, .rmi       one file; with .gz after it also in all of the above
+
+Every source is listed in the same order (by the bytes of the path), so that a folder and what was
+made of it give the same corpus.
 """
 
-import heapq
-import os
+import errno
+import gzip
+import hashlib
+import io
+import lzma
+import sqlite3
 import tarfile
+import zlib
 from collections.abc import Iterator
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
-import msgpack
+from data_pipeline.artifact import file_digest
+from data_pipeline.building.archives import (
+    FILE_BYTES,
+    BrokenArchiveError,
+    add_tar,
+    add_zip,
+    is_zip,
+    unzip,
+)
+from data_pipeline.building.listing import SUFFIXES, DiskTree, Entry, MemberTree, is_midi_name, walk
+from data_pipeline.building.parquet_table import add_parquet, is_parquet
+from data_pipeline.errors import InvalidMidi, UserError
 
-from data_pipeline.errors import UserError
-from data_pipeline.metadata import is_table_name
-
-SUFFIXES = (".mid", ".midi", ".kar")
-_COPY_BYTES = 1 << 20
-_RUN_ROWS = 20_000
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One file of a source.
-
-    Attributes:
-        path: relative to the source, "/" between parts.
-        size: bytes.
-        offset: where its bytes begin in the archive; -1 for a file of a folder.
-    """
-
-    path: str
-    size: int
-    offset: int = -1
+_BROKEN = (
+    *(BrokenArchiveError, InvalidMidi, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError),
+    *(ValueError, OverflowError),
+)
 
 
 def no_midi_files(source: Path) -> UserError:
@@ -45,156 +47,144 @@ def no_midi_files(source: Path) -> UserError:
     return UserError(f"{source}: no MIDI files ({', '.join(SUFFIXES)}) here or in its folders")
 
 
-def is_midi_name(name: str) -> bool:
-    """Whether a file name has a MIDI suffix, in any case; macOS forks (._x) do not count."""
-    return name.lower().endswith(SUFFIXES) and not name.startswith("._")
-
-
 def list_source(source: Path, spool: Path, tables: Path) -> Iterator[Entry]:
-    """Yields the MIDI files of a folder or archive, sorted by path.
+    """Yields the MIDI files of a source sorted by path, also those that cannot be read.
 
     Args:
-        source: folder, .tar, or a tar compressed as tarfile can read it (.tar.gz, .tgz, .tar.xz…).
-        spool: file that takes the MIDI bytes of a compressed archive, which has no random access;
-            untouched otherwise. Its folder also takes what sorting an archive needs.
+        source: see the module.
+        spool: file that takes the MIDI bytes of a source without random access; untouched
+            otherwise. Its folder also takes the index of an archive.
         tables: folder that takes the label tables of an archive, which are found beside its MIDI
-            files or in the folder that holds all of them; not made otherwise.
+            files or in the folder that holds all of them, and the labels of Parquet; not made
+            otherwise.
 
     Raises:
-        UserError: no such folder or archive, or an archive that cannot be read.
+        UserError: no such source, or one that cannot be read.
     """
     if source.is_dir():
-        yield from _walk(str(source), "")
+        first = None
+        for entry in walk_folder(source):
+            first = first or entry
+            yield entry
+        if first is None and (files := _parquet_files(source)):
+            yield from _list_members(source, files, spool, tables)
+    elif source.is_file() and is_midi_name(source.name):
+        yield Entry(source.name, source.stat().st_size)
     elif source.is_file():
-        yield from _list_archive(source, spool, tables)
+        yield from _list_members(source, [source], spool, tables)
     else:
         raise UserError(
-            f"{source}: no such folder or tar archive; give the folder of your MIDI files"
+            f"{source}: no such folder or archive; give the folder of your MIDI files, or a .tar, "
+            ".zip or .parquet of them"
         )
 
 
-def read_entry(root: Path, entry: Entry) -> bytes:
-    """The bytes of a file; `root` is the folder, the archive or the spool. Raises OSError."""
-    if entry.offset < 0:
-        return (root / entry.path).read_bytes()
-    with root.open("rb") as file:
-        file.seek(entry.offset)
-        return file.read(entry.size)
+def has_inner_tables(source: Path) -> bool:
+    """Whether label tables are found by listing the source, and not beside its files."""
+    if source.is_dir():
+        return next(walk_folder(source), None) is None and bool(_parquet_files(source))
+    return source.is_file() and not is_midi_name(source.name)
 
 
 def readable_root(source: Path, spool: Path) -> Path:
-    """What `read_entry` reads from, once `list_source` was exhausted."""
-    return spool if source.is_file() and _is_compressed(source) else source
+    """What `read_entry` reads from, once `list_source` was exhausted: folder, archive or spool."""
+    if spool.is_file():
+        return spool
+    return source.parent if source.is_file() and is_midi_name(source.name) else source
 
 
-def _walk(root: str, prefix: str) -> Iterator[Entry]:
-    """Depth first; memory is bounded by the largest single folder."""
-    found = []
-    with os.scandir(os.path.join(root, prefix)) as items:
-        for item in items:
-            if item.is_dir(follow_symlinks=False):
-                found.append((item.name + "/", 0))
-            elif is_midi_name(item.name) and item.is_file():
-                found.append((item.name, item.stat().st_size))
-    for name, size in sorted(found, key=lambda item: os.fsencode(item[0])):
-        if name.endswith("/"):
-            yield from _walk(root, prefix + name)
-        else:
-            yield Entry(prefix + name, size)
+def read_entry(root: Path, entry: Entry, max_bytes: int = FILE_BYTES) -> bytes:
+    """The bytes of a MIDI file, unpacked.
 
+    Args:
+        root: see `readable_root`.
+        max_bytes: that it may have.
 
-def _is_compressed(source: Path) -> bool:
-    """Whether the archive's bytes are not those of the files in it."""
-    try:
-        with tarfile.open(source, "r:"):
-            return False
-    except tarfile.ReadError:
-        return True
-
-
-def _list_archive(source: Path, spool: Path, tables: Path) -> Iterator[Entry]:
-    try:
-        if _is_compressed(source):
-            with tarfile.open(source, "r|*") as archive, spool.open("wb") as out:
-                found = _Listing(spool.parent)
-                for path, member in _members(archive, tables):
-                    found.add(path, member.size, out.tell())
-                    _copy(archive, member, out)
-                out.flush()
-                os.fsync(out.fileno())
-        else:
-            with tarfile.open(source, "r:") as archive:
-                found = _Listing(spool.parent)
-                for path, member in _members(archive, tables):
-                    found.add(path, member.size, member.offset_data)
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(
-            f"{source}: not a readable tar archive ({error}); give a folder, .tar or .tar.gz"
-        ) from error
-    yield from found.entries()
-
-
-class _Listing:
-    """Members of an archive in the order they are met, to be read sorted by path.
-
-    Sorted runs go to the disk, so that a million members need no more memory than twenty thousand.
+    Raises:
+        OSError: it cannot be read.
+        InvalidMidi: what was listed as a fault, too large, or damaged in its archive.
     """
-
-    def __init__(self, folder: Path):
-        self._folder = folder
-        self._rows: list[tuple[bytes, int, int, int]] = []
-        self._runs: list[Path] = []
-        self._n = 0
-
-    def add(self, path: str, size: int, offset: int) -> None:
-        # Of members with one path the last counts, which is what unpacking leaves: it comes first.
-        self._n += 1
-        self._rows.append((os.fsencode(path), -self._n, size, offset))
-        if len(self._rows) == _RUN_ROWS:
-            run = self._folder / f"members-{len(self._runs)}"
-            with run.open("wb") as out:
-                for row in self._sorted_rows():
-                    out.write(msgpack.packb(row))
-            self._runs.append(run)
-
-    def _sorted_rows(self) -> list[tuple[bytes, int, int, int]]:
-        rows, self._rows = self._rows, []
-        rows.sort()
-        return rows
-
-    def entries(self) -> Iterator[Entry]:
-        """Sorted by path, each path once."""
-        with ExitStack() as stack:
-            runs = [stack.enter_context(run.open("rb")) for run in self._runs]
-            unpackers = [msgpack.Unpacker(run, use_list=False) for run in runs]
-            before = None
-            for path, _, size, offset in heapq.merge(self._sorted_rows(), *unpackers):
-                if path != before:
-                    yield Entry(os.fsdecode(path), size, offset)
-                before = path
-        for run in self._runs:
-            run.unlink()
+    if entry.fault:
+        raise InvalidMidi(entry.fault, f"{entry.path}: {entry.fault} ({entry.detail})")
+    if entry.offset < 0:
+        with (root / entry.path).open("rb") as file:
+            data = file.read(max_bytes + 1)
+    else:
+        with root.open("rb") as file:
+            if entry.packed >= 0:
+                data = unzip(file, entry, max_bytes)
+            else:
+                file.seek(entry.offset)
+                data = file.read(min(entry.size, max_bytes + 1))
+    if entry.path.lower().endswith(".gz") and data[:2] == b"\x1f\x8b":
+        try:
+            with gzip.open(io.BytesIO(data)) as unpacked:
+                data = unpacked.read(max_bytes + 1)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InvalidMidi("damaged", f"{entry.path}: not whole gzip data ({error})") from None
+    if len(data) > max_bytes:
+        raise InvalidMidi("too-large", f"{entry.path}: over {max_bytes} bytes")
+    return data
 
 
-def _members(archive: tarfile.TarFile, tables: Path) -> Iterator[tuple[str, tarfile.TarInfo]]:
-    for member in archive:
-        vars(archive)["members"] = []  # tarfile keeps every header it read: a million of them
-        path = member.name.removeprefix("./")
-        folder, _, name = path.rpartition("/")
-        # Sparse members are stored in pieces, so their bytes cannot be read in place.
-        if not member.isreg() or member.issparse():
-            continue
-        if is_midi_name(name):
-            yield path, member
-        elif is_table_name(name) and "/" not in folder and folder not in ("..", "."):
-            (tables / folder).mkdir(parents=True, exist_ok=True)
-            with (tables / folder / name).open("wb") as out:
-                _copy(archive, member, out)
-                out.flush()
-                os.fsync(out.fileno())
+def entry_digest(root: Path, entry: Entry) -> str | None:
+    """sha256 of a file of a source, as it is in the folder; None where it cannot be read."""
+    if entry.fault:
+        return None
+    try:
+        if entry.offset < 0:
+            return file_digest(root / entry.path)
+        sha, left = hashlib.sha256(), entry.size
+        with root.open("rb") as file:
+            if entry.packed >= 0:
+                return hashlib.sha256(unzip(file, entry, FILE_BYTES)).hexdigest()
+            file.seek(entry.offset)
+            while left > 0 and (block := file.read(min(left, 1 << 20))):
+                sha.update(block)
+                left -= len(block)
+        return sha.hexdigest()
+    except (OSError, InvalidMidi):
+        return None
 
 
-def _copy(archive: tarfile.TarFile, member: tarfile.TarInfo, out: BinaryIO) -> None:
-    stream = archive.extractfile(member)
-    while stream is not None and (block := stream.read(_COPY_BYTES)):
-        out.write(block)
+def walk_folder(folder: Path) -> Iterator[Entry]:
+    """Yields the MIDI files of a folder, sorted by path. Raises UserError."""
+    try:
+        yield from walk(DiskTree(folder))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot read this folder ({error.strerror})") from error
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*.parquet") if path.is_file())
+
+
+def _list_members(source: Path, files: list[Path], spool: Path, tables: Path) -> Iterator[Entry]:
+    """Lists the archive, or the Parquet files, that `source` is or holds."""
+    tree = MemberTree(spool.with_name("members"))
+    try:
+        if source.is_dir() or is_parquet(source):
+            root = source if source.is_dir() else source.parent
+            add_parquet(files, root, tree, spool, tables)
+        elif is_zip(source):
+            add_zip(source, tree, tables)
+        else:
+            add_tar(source, tree, spool, tables)
+        tree.resolve_links()
+        yield from walk(tree)
+    except _BROKEN as error:
+        if isinstance(error, UserError) and not isinstance(error, InvalidMidi):
+            raise
+        raise UserError(
+            f"{source}: not a readable archive ({error}); give a folder, .tar, .tar.gz, .zip or "
+            ".parquet"
+        ) from error
+    except sqlite3.OperationalError as error:
+        full = error.sqlite_errorcode == sqlite3.SQLITE_FULL
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error), spool.parent) from error
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(f"{source}: cannot be read ({error.strerror or error})") from error
+    finally:
+        tree.close()

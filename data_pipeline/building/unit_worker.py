@@ -15,15 +15,15 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgpack
 
 from data_pipeline.building.journal import rejection
-from data_pipeline.building.sources import Entry, read_entry
-from data_pipeline.errors import printable
+from data_pipeline.building.sources import FILE_BYTES, Entry, read_entry
+from data_pipeline.errors import InvalidMidi, printable
 
 if TYPE_CHECKING:
     from data_pipeline.building.pieces import PieceMaker
@@ -47,7 +47,7 @@ class Limits:
     cpu_s: float = 20.0
     wall_s: float = 300.0
     memory_bytes: int = 2 << 30
-    file_bytes: int = 32 << 20
+    file_bytes: int = FILE_BYTES
 
     @property
     def result_bytes(self) -> int:
@@ -74,7 +74,7 @@ class Job:
     def packed(self, first: int) -> bytes:
         """The files from number `first` on, as the worker is sent them."""
         files = zip(self.entries[first:], self.labels[first:], strict=True)
-        return pack([str(self.root), [[astuple(entry), labels] for entry, labels in files]])
+        return pack([str(self.root), [[entry.row, labels] for entry, labels in files]])
 
 
 # --- frames --------------------------------------------------------------------------------------
@@ -181,7 +181,10 @@ def _process_file(
     if entry.size > limits.file_bytes:
         return rejection(entry.path, "read", "too-large", entry.size), b""
     try:
-        data = read_entry(root, entry)
+        data = read_entry(root, entry, limits.file_bytes)
+    except InvalidMidi as error:
+        stage = "list" if entry.fault else "read"
+        return rejection(entry.path, stage, error.reason, entry.detail or None), b""
     except OSError as error:
         return rejection(entry.path, "read", "unreadable", error.strerror), b""
     return maker.process_midi(entry.path, data, labels)

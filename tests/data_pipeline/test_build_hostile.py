@@ -53,7 +53,8 @@ def test_every_hostile_file_is_quarantined_with_its_reason(midi_corpus, tmp_path
     summary = build(folder, tmp_path / "data", workers=2, filters="none")
     reasons = {row["path"]: row["reason"] for row in rejections(tmp_path / "data")}
     assert not [path for path in reasons if path.startswith("good/")]
-    assert summary.n_files == 10 + len(HOSTILE)
+    assert summary.n_files == 10 + len(HOSTILE) + 1
+    assert reasons["dangling.mid"] == "broken-link"
     assert summary.n_accepted + summary.n_rejected == summary.n_files
     for name, (_, reason) in HOSTILE.items():
         if reason is not None:
