@@ -35,7 +35,7 @@ from data_pipeline.cleaning import Cleaning
 from data_pipeline.errors import UserError
 from data_pipeline.metadata import LabelTable, find_tables, read_labels
 from data_pipeline.midi import reading_name
-from data_pipeline.shards import FILES, FORMAT_VERSION, MANIFEST, load_manifest
+from data_pipeline.shards import FILES, FORMAT_VERSION, MANIFEST, REJECTED, load_manifest
 from data_pipeline.tokenizer import Tokenizer
 
 IDENTITY_VERSION = 1
@@ -111,8 +111,9 @@ def build(
         progress: called with (files done, files in all).
 
     Raises:
-        UserError: unusable arguments, no MIDI files, full disk; `out_dir` lies in the source or
-            holds a corpus of other files, labels or settings, and `overwrite` was not said.
+        UserError: unusable arguments, no MIDI files or none that became a piece, full disk;
+            `out_dir` lies in the source or holds a corpus of other files, labels or settings, and
+            `overwrite` was not said.
     """
     _check_arguments(val_fraction, dedup, max_per_composition, shards, runner, workers)
     source, out = Path(midi_dir), Path(out_dir)
@@ -211,6 +212,8 @@ def _finish(
     """Makes the corpus of the finished units; its manifest, written last, says that it is whole."""
     units = [journal.unit_path(number) for number, _ in journal.units()]
     counts = merge(units, journal.final, out, how)
+    if not counts["n_accepted"]:
+        _refuse_empty(journal, out, counts)
     with atomic(out / FILES, beside=journal.folder) as partial, partial.open("w") as file:
         for row in journal.digests():
             file.write(json.dumps(row) + "\n")
@@ -228,6 +231,19 @@ def _finish(
     }
     write_atomically(out / MANIFEST, json.dumps(manifest, indent=1) + "\n", beside=journal.folder)
     journal.remove()
+
+
+def _refuse_empty(journal: Journal, out: Path, counts: dict[str, Any]) -> None:
+    """Nothing that could be trained on is left, only rejected.jsonl."""
+    for path in (*out.glob("*.arrayrecord"), *out.glob("*-index.npz")):
+        path.unlink()
+    journal.remove()
+    reasons = ", ".join(f"{reason} {n:,}" for reason, n in counts["rejected"].items())
+    raise UserError(
+        f"{out}: no corpus, as none of {counts['n_rejected']:,} files became a piece ({reasons}); "
+        f"{out / REJECTED} says why of each"
+        + ("; --filters none keeps all that can be read" if "filter/" in reasons else "")
+    )
 
 
 class _Work:

@@ -35,12 +35,12 @@ ALLOWED = {
     "aria_jax.models": COMMON | {"aria_jax.kernels"},
     "aria_jax.checkpoints": COMMON | {"aria_jax.models"},
     "aria_jax.train": COMMON
-    | {f"aria_jax.{r}" for r in ("models", "losses", "kernels", "checkpoints")}
-    | {"aria_jax.eval.classification"},
+    | {f"aria_jax.{r}" for r in ("models", "losses", "kernels", "checkpoints")},
     "aria_jax.generate": COMMON
     | {"aria_jax.models", "aria_jax.kernels", "aria_jax.losses", "aria_jax.checkpoints"},
     "aria_jax.embed": COMMON | {"aria_jax.models", "aria_jax.checkpoints"},
-    "aria_jax.eval": COMMON | {"aria_jax.models", "aria_jax.embed", "aria_jax.checkpoints"},
+    "aria_jax.eval": COMMON
+    | {f"aria_jax.{r}" for r in ("models", "losses", "embed", "checkpoints")},
     "aria_jax.report": COMMON,
     # Compiles the very programs that others run.
     "aria_jax.aot": COMMON

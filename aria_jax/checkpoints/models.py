@@ -37,6 +37,8 @@ class LoadedModel:
         path: where it was read from.
         pooling: where the head was trained to read: "eos" or "mean".
         reading: how the MIDI files of its corpus were read, as `data_pipeline.midi.reading_name`.
+        corpus: token shards it was trained on; "" where unknown.
+        adapted: whether adapters were merged into the weights they belong to.
     """
 
     model: Model
@@ -46,6 +48,8 @@ class LoadedModel:
     path: str
     pooling: str = "eos"
     reading: str = STANDARD
+    corpus: str = ""
+    adapted: bool = False
 
     @cached_property
     def fingerprint(self) -> str:
@@ -130,7 +134,18 @@ def load_model(
             )
         pooling = record.get("config", {}).get("train", {}).get("pooling", "eos")
         reading = record.get("reading", READING_BEFORE)
-        return LoadedModel(merge(restored), config, preset, step, str(path), pooling, reading)
+        corpus = record.get("corpus", {}).get("path", "")
+        return LoadedModel(
+            model=merge(restored),
+            config=config,
+            tokenizer=preset,
+            step=step,
+            path=str(path),
+            pooling=pooling,
+            reading=reading,
+            corpus=corpus,
+            adapted=saved is not None,
+        )
 
     try:
         return checkpointer.newest(read)[1]

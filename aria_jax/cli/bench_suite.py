@@ -13,9 +13,9 @@ far each feature set is from the handcrafted note statistics, with intervals.
 
 Feature sets: pitch-class histogram and handcrafted note statistics (always); with --checkpoint the
 model, and the same network untrained; with --embeddings NAME=FILE any other model's. Labels come
-from metadata files beside the MIDI files, {category: {split: {path: label}}} among the layouts:
-then the published split is used, otherwise 5-fold cross-validation that keeps compositions
-together.
+from metadata files beside the MIDI files, {category: {split: {path: label}}} among the layouts. A
+published split, there or as a label "split" of the files, is used, and judged on "test" where it
+has one; otherwise 5-fold cross-validation that keeps compositions together.
 
 examples:
   aria-jax bench-suite benchmarks_dir --out suite --checkpoint run2
@@ -32,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--embeddings", action="append", default=[], metavar="NAME=FILE", help="another model's"
     )
-    parser.add_argument("--readout", choices=("logistic", "linear", "knn"), default="logistic")
+    parser.add_argument(
+        "--classifier", "--readout", choices=("logistic", "linear", "knn"), default="logistic"
+    )
     parser.add_argument("--metadata", help="labels (default: metadata files beside the MIDI files)")
     add_slicing(parser)
     parser.add_argument(
@@ -62,7 +64,9 @@ def run(args: argparse.Namespace) -> None:
             files[name] = out / f"{name}.parquet"
             _embed(args, files[name], f"embed: {name}", encode, settings)
     table = read_embeddings(files["statistics"])
-    tasks = find_tasks(table, min_per_class=args.min_per_class)
+    tasks = find_tasks(
+        table, min_per_class=args.min_per_class, published_split=_published_split(Path(args.dir))
+    )
     features = {
         name: rows_by_path(read_embeddings(path), table.path, name)
         for name, path in (*files.items(), *others)
@@ -71,7 +75,7 @@ def run(args: argparse.Namespace) -> None:
         results = run_suite(
             tasks,
             features,
-            readout=args.readout,
+            classifier=args.classifier,
             min_per_class=args.min_per_class,
             seed=args.seed,
             progress=progress,
@@ -85,6 +89,15 @@ def run(args: argparse.Namespace) -> None:
     protocols = {task.name: task.protocol for task in tasks}
     result = {"results": shown, "protocols": protocols, "table": str(out / "results.md")}
     print_result(result, args.json, text)
+
+
+def _published_split(source: Path) -> bool:
+    """Whether a label "split" is the data set's own: token shards may have been divided by us."""
+    from data_pipeline.shards import MANIFEST, load_manifest
+
+    if not (source / MANIFEST).is_file():
+        return True
+    return bool(load_manifest(source).get("published_split"))
 
 
 def _named(text: str) -> tuple[str, Path]:

@@ -4,13 +4,17 @@ import argparse
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from aria_jax.eval.predict import Prediction
 
 DESCRIPTION = """\
 Label every MIDI file of a folder or .tar (or every piece of token shards) with a model trained by
 `aria-jax train classify`. Consecutive slices of 300 notes are classified, and a file gets the mean
 of their probabilities, weighted by their tokens. Where the files have the label already (--label),
-the answers are scored. Files that cannot be read are named; the rest goes on.
+the predictions are scored, those about files that the model learnt from apart. Files that cannot be
+read are named; the rest goes on.
 
 examples:
   aria-jax classify my_midis --checkpoint run3/best
@@ -40,44 +44,90 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Classifies and prints."""
     from aria_jax.cli.console import print_result
-    from aria_jax.eval.classification import accuracy, macro_f1
-    from aria_jax.eval.predict import Prediction, confusion_of
+    from aria_jax.eval.predict import Prediction
     from data_pipeline.errors import UserError
 
     if not Path(args.source).exists():
         raise UserError(f"{args.source}: no such folder or archive")
-    names, found = _answers(args)
-    answers = [
+    names, corpus, found = _predictions(args)
+    predictions = [
         one
         for one in found
         if isinstance(one, Prediction) and args.split in (None, one.labels.get("split"))
     ]
     rejected = [one for one in found if not isinstance(one, Prediction)]
     result: dict[str, Any] = {
-        "n_files": len(answers),
+        "n_files": len(predictions),
         "n_rejected": len(rejected),
         "classes": list(names),
-        "answers": {one.path: names[one.answer] for one in answers},
+        "answers": {one.path: names[one.predicted] for one in predictions},
     }
-    lines = [f"{one.path}: {names[one.answer]} ({one.probabilities.max():.2f})" for one in answers]
+    lines = [
+        f"{one.path}: {names[one.predicted]} ({one.probabilities.max():.2f})" for one in predictions
+    ]
     lines += [f"{one.path}: not read ({one.message})" for one in rejected]
+    warnings: list[str] = []
     if args.label:
-        counts = confusion_of(answers, args.label, names)
-        if not counts.sum():
-            raise UserError(f"no file of {args.source} has a {args.label} of {', '.join(names)}")
-        scores = {"accuracy": accuracy(counts), "macro_f1": macro_f1(counts)}
-        result |= {**scores, "n_scored": int(counts.sum()), "confusion": counts.tolist()}
-        lines.append(
-            f"accuracy {scores['accuracy']:.3f}  macro-F1 {scores['macro_f1']:.3f}  "
-            f"{counts.sum()} files with a known {args.label}"
-        )
+        scores, more, warnings = _scores(args, names, corpus, predictions)
+        result |= scores
+        lines += more
     if args.out:
-        _write(Path(args.out), names, answers)
-    print_result(result, args.json, "\n".join(lines))
+        _write(Path(args.out), names, predictions)
+    print_result(result, args.json, "\n".join(lines), warnings)
 
 
-def _answers(args: argparse.Namespace) -> tuple[tuple[str, ...], list[Any]]:
-    """Names of the classes, and what was said of each file."""
+def _scores(
+    args: argparse.Namespace,
+    names: tuple[str, ...],
+    corpus: str,
+    predictions: "list[Prediction]",
+) -> tuple[dict[str, Any], list[str], list[str]]:
+    """Scores as JSON, lines and warnings; files that the model learnt from are apart."""
+    from aria_jax.eval.predict import score_predictions, training_files
+    from data_pipeline.errors import UserError
+
+    warnings = []
+    try:
+        learnt = training_files(corpus) if corpus else frozenset()
+    except UserError:
+        learnt = frozenset()
+        corpus = ""
+    if not corpus:
+        warnings.append(
+            f"{args.checkpoint} does not say which files it learnt from, or they are gone: some of "
+            "these may be among them"
+        )
+    seen = [one for one in predictions if one.sha256 in learnt]
+    held_out = [one for one in predictions if one.sha256 not in learnt]
+    groups = {
+        "held out": score_predictions(held_out, args.label, names),
+        "learnt from": score_predictions(seen, args.label, names),
+    }
+    found = {name: scores for name, scores in groups.items() if scores.n_scored}
+    if not found:
+        raise UserError(f"no file of {args.source} has a {args.label} of {', '.join(names)}")
+    if n_seen := groups["learnt from"].n_scored:
+        rest = "they are scored apart" if "held out" in found else "this says nothing of new files"
+        warnings.append(f"the model learnt from {n_seen} of these files ({corpus}): {rest}")
+    as_json = {
+        name.replace(" ", "_"): {
+            "accuracy": one.accuracy,
+            "macro_f1": one.macro_f1,
+            "n_scored": one.n_scored,
+            "confusion": one.confusion.tolist(),
+        }
+        for name, one in found.items()
+    }
+    lines = [
+        f"accuracy {one.accuracy:.3f}  macro-F1 {one.macro_f1:.3f}  {one.n_scored} files with a "
+        f"known {args.label}" + (f" that the model {name}" if name == "learnt from" else "")
+        for name, one in found.items()
+    ]
+    return {**next(iter(as_json.values())), **as_json}, lines, warnings
+
+
+def _predictions(args: argparse.Namespace) -> tuple[tuple[str, ...], str, list[Any]]:
+    """Names of the classes, the training corpus, and what is said of each file."""
     from aria_jax.checkpoints.models import load_model
     from aria_jax.cli.console import chosen_reading, progress_bar
     from aria_jax.cli.embed import reading_of_source
@@ -100,16 +150,16 @@ def _answers(args: argparse.Namespace) -> tuple[tuple[str, ...], list[Any]]:
         )
         reading_of_source(args, source, reading)
         found = list(predict(source, encode, workers=args.workers, progress=progress))
-    return loaded.config.class_names, found
+    return loaded.config.class_names, loaded.corpus, found
 
 
-def _write(out: Path, names: tuple[str, ...], answers: list[Any]) -> None:
+def _write(out: Path, names: tuple[str, ...], predictions: list[Any]) -> None:
     rows = [
         {
             "path": one.path,
-            "answer": names[one.answer],
+            "answer": names[one.predicted],
             "probabilities": dict(zip(names, one.probabilities.round(6).tolist(), strict=True)),
         }
-        for one in answers
+        for one in predictions
     ]
     out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -61,9 +61,12 @@ def run(args: argparse.Namespace) -> None:
 def _from_safetensors(args: argparse.Namespace) -> None:
     from aria_jax.checkpoints.models import save_model
     from aria_jax.checkpoints.safetensors import import_model
+    from data_pipeline.errors import UserError
 
     class_names = tuple(name for name in args.class_names.split(",") if name)
     model = import_model(args.source, n_heads=args.n_heads, class_names=class_names)
+    if class_names and model.config.head != "class":
+        raise UserError(f"{args.source}: --class-names has no effect without a class head")
     tokenizer = _tokenizer(args.source, model.config.vocab_size, args.tokenizer)
     save_model(args.out, model, tokenizer=tokenizer)
     _report(args.out, model)
@@ -107,6 +110,11 @@ def _merge(args: argparse.Namespace) -> None:
 
     if Path(args.source).suffix != ".safetensors":
         loaded = load_model(args.source, base=args.base)
+        if not loaded.adapted:
+            raise UserError(
+                f"{args.source}: trained all weights (no train.lora_rank): it has no adapters to "
+                "merge, and stands alone already"
+            )
         model = loaded.model
     elif args.base:
         loaded = load_model(args.base)

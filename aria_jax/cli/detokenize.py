@@ -31,6 +31,11 @@ def run(args: argparse.Namespace) -> None:
     if not Path(args.ids).is_file():
         raise UserError(f"{args.ids}: no such file")
     performance = Tokenizer.preset(args.preset).decode(read_ids(args.ids))
+    if not len(performance.notes):
+        raise UserError(
+            f"{args.ids}: no notes in these tokens: a note is three, (instrument, pitch, velocity) "
+            "(onset) (duration), and its instrument is announced before <S>"
+        )
     try:
         write_midi(performance, args.out)
     except OSError as error:

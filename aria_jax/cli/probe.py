@@ -9,7 +9,9 @@ composition are never on both sides where the labels name compositions. Interval
 bootstrapped over files. With rows per slice (`embed --per-slice`) it learns from slices and judges
 files by the mean of theirs.
 
-Readouts: logistic (logistic regression, C by inner cross-validation), linear (a linear layer
+With --split-column it learns from "train" and judges each other split by itself, "test" first.
+
+Classifiers: logistic (logistic regression, C by inner cross-validation), linear (a linear layer
 trained as the reference trains it), knn (vote of the five nearest).
 
 EMB may come from any model: Parquet with a column "embedding" of lists, or NPZ with an array
@@ -18,7 +20,7 @@ EMB may come from any model: Parquet with a column "embedding" of lists, or NPZ 
 examples:
   aria-jax probe emb.parquet --label composer
   aria-jax probe emb.parquet --label composer --split-column split --plot confusion.png
-  aria-jax probe emb.parquet --label pianist --readout knn --few-shot 1,2,5,10
+  aria-jax probe emb.parquet --label pianist --classifier knn --few-shot 1,2,5,10
   aria-jax probe mert.npz --label composer --metadata midis/metadata.json"""
 
 
@@ -31,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     side.add_argument(
         "--split-column", metavar="LABEL", help='label that is "train" for the files to learn from'
     )
-    parser.add_argument("--readout", choices=("logistic", "linear", "knn"), default="logistic")
+    parser.add_argument(
+        "--classifier", "--readout", choices=("logistic", "linear", "knn"), default="logistic"
+    )
     parser.add_argument("--metadata", help="labels to join by path (JSON or CSV)")
     parser.add_argument(
         "--group-column", default="composition", help="label kept on one side (composition)"
@@ -53,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
     from aria_jax.cli.console import numbers, print_result
     from aria_jax.embed.table import read_embeddings, with_metadata
-    from aria_jax.eval.probe import few_shot, probe
+    from aria_jax.eval.probe import few_shot, held_out_splits, probe
     from data_pipeline.errors import UserError
 
     table = read_embeddings(args.embeddings)
@@ -67,16 +71,22 @@ def run(args: argparse.Namespace) -> None:
             )
     files = table.files()
     groups = [c or f for c, f in zip(table.column(args.group_column), files, strict=True)]
+    splits = table.column(args.split_column) if args.split_column else None
     options = {
         "groups": groups,
-        "splits": table.column(args.split_column) if args.split_column else None,
+        "splits": splits,
         "files": files,
         "folds": args.cv,
         "min_per_class": args.min_per_class,
         "seed": args.seed,
     }
     labels = table.column(args.label)
-    result = probe(table.embedding, labels, readout=args.readout, **options)
+    judged = held_out_splits(splits) if splits else [None]
+    by_split = {
+        split: probe(table.embedding, labels, classifier=args.classifier, judge=split, **options)
+        for split in judged or [None]
+    }
+    result = next(iter(by_split.values()))
     curve = []
     if args.few_shot:
         curve = few_shot(table.embedding, labels, numbers(args.few_shot, "--few-shot"), **options)
@@ -87,17 +97,20 @@ def run(args: argparse.Namespace) -> None:
         confusion_matrix(result.confusion, result.classes, title).savefig(args.plot, dpi=130)
     shown = {
         "label": args.label,
-        "readout": args.readout,
+        "classifier": args.classifier,
         **result.summary(),
         "per_class_f1": result.per_class_f1,
         "few_shot": [asdict(point) for point in curve],
+        "splits": {name: r.summary() for name, r in by_split.items() if name is not None},
     }
-    print_result(shown, args.json, _text(result, curve, args))
+    texts = [_text(r, curve if r is result else [], args) for r in by_split.values()]
+    print_result(shown, args.json, "\n\n".join(texts))
 
 
 def _text(result: Any, curve: list, args: argparse.Namespace) -> str:
     low, high = result.accuracy_ci
-    lines = [
+    lines = [f"split {result.split}:"] if result.split is not None else []
+    lines += [
         f"accuracy {result.accuracy:.3f} ({low:.3f} to {high:.3f})  "
         f"macro-F1 {result.macro_f1:.3f} ({result.macro_f1_ci[0]:.3f} to "
         f"{result.macro_f1_ci[1]:.3f})  majority {result.majority_accuracy:.3f}  "

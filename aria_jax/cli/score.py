@@ -1,15 +1,15 @@
 """`aria-jax score`: negative log-likelihood of performances under a model."""
 
 import argparse
-import sys
 from pathlib import Path
 
 DESCRIPTION = """\
 Negative log-likelihood of performances under a language model, in nats: the lower, the more the
 model expected them. Pieces longer than the model's context are read in overlapping windows.
 
-Takes MIDI files, folders of them, and token ids as JSON. A file that cannot be read is named and
-left out. --json prints one line per file:
+Takes MIDI files, folders of them, and token ids as JSON. A file that is not there or cannot be
+read is named and left out, and the exit status is then 1 (2 where nothing is left). --json prints
+one line per file:
 {"path", "mean_nll", "n_tokens", "nll": [per token, from the second on], "notes": [per note]}.
 
 examples:
@@ -31,29 +31,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Scores; 1 where some file could not be read."""
-    from data_pipeline.errors import InvalidMidi, UserError
+    """Scores; 1 where some file was left out."""
+    from data_pipeline.errors import UserError
 
-    paths = _listed(args.files)
+    paths, left_out = _listed(args.files)
+    if not paths:
+        raise UserError("nothing to score: " + "; ".join(left_out))
     from aria_jax.checkpoints.models import load_model
-    from aria_jax.cli.console import chosen_reading, print_result, progress_bar
-    from aria_jax.generate.score import score_pieces
+    from aria_jax.cli.console import chosen_reading, note, print_result, progress_bar, stage
+    from aria_jax.generate.score import check_piece, score_pieces
     from data_pipeline.midi import compat_of
     from data_pipeline.tokenizer import Tokenizer
 
+    stage("loading the model")
     loaded = load_model(args.checkpoint)
     tokenizer = Tokenizer.preset(loaded.tokenizer)
     compat = compat_of(chosen_reading(args.compat, loaded.reading, args.checkpoint))
-    pieces, named, rejected = [], [], []
+    stage("reading the files")
+    pieces, named = [], []
     for path in paths:
         try:
-            pieces.append(_read(path, tokenizer, compat))
-            named.append(path)
-        except InvalidMidi as error:
-            rejected.append(path)
-            print(f"left out: {error}", file=sys.stderr)
+            ids = _read(path, tokenizer, compat)
+            check_piece(ids, loaded.config.vocab_size)
+        except UserError as error:
+            text = str(error)
+            left_out.append(text if text.startswith(str(path)) else f"{path}: {text}")
+            continue
+        pieces.append(ids)
+        named.append(path)
+    for text in left_out:
+        note(f"left out: {text}")
+    n_named = len(pieces) + len(left_out)
     if not pieces:
-        raise UserError(f"none of the {len(paths)} files could be read")
+        raise UserError(f"none of the {n_named} files could be read")
     with progress_bar("score", "token") as progress:
         scores = score_pieces(
             loaded.model, tokenizer, pieces, context=args.context, progress=progress
@@ -68,28 +78,28 @@ def run(args: argparse.Namespace) -> int:
         }
         text = f"{score.mean_nll:7.4f} nats/token  {len(score.nll):6d} tokens  {path}"
         print_result(result, args.json, text)
-    if rejected:
-        print(f"{len(rejected)} of {len(paths)} files left out", file=sys.stderr)
-    return 1 if rejected else 0
+    if left_out:
+        note(f"{len(left_out)} of {n_named} files left out")
+    return 1 if left_out else 0
 
 
-def _listed(names: list[str]) -> list[Path]:
-    """Files, with folders replaced by the MIDI files in them."""
+def _listed(names: list[str]) -> tuple[list[Path], list[str]]:
+    """Files, with folders replaced by the MIDI files in them; and what is not there."""
     from data_pipeline.building.sources import no_midi_files
-    from data_pipeline.errors import UserError
 
     paths: list[Path] = []
+    left_out = []
     for name in map(Path, names):
         if name.is_dir():
             inside = sorted(p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES)
-            if not inside:
-                raise no_midi_files(name)
             paths += inside
+            if not inside:
+                left_out.append(str(no_midi_files(name)))
         elif name.is_file():
             paths.append(name)
         else:
-            raise UserError(f"{name}: no such file")
-    return paths
+            left_out.append(f"{name}: no such file")
+    return paths, left_out
 
 
 def _read(path: Path, tokenizer, compat: str | None):

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from aria_jax.eval.classification import accuracy, confusion_counts, f1_per_class, macro_f1
-from aria_jax.eval.readouts import READOUTS, Fit, Predict, plain_logistic
+from aria_jax.eval.classifiers import CLASSIFIERS, Fit, Predict, plain_logistic
 from data_pipeline.errors import UserError
 
 BOOTSTRAPS = 1000
@@ -24,12 +23,13 @@ class ProbeResult:
         accuracy_ci, macro_f1_ci: 95 % intervals, bootstrapped over files.
         per_class: precision, recall, f1 and number of files of each class.
         confusion: int [C, C], true class by row.
-        majority_accuracy: of always answering the most frequent training class.
+        majority_accuracy: of always predicting the most frequent training class.
         n_train, n_test: files; with folds every file is a test file once.
         left_out: classes with too few files, and how many they have.
+        split: which of given splits was judged; None with folds.
         shared_groups: compositions that a given split has on both sides; 0 with folds.
-        right: whether each held-out file was answered right, bool [n_test]; the order depends on
-            labels and splits alone, so that results of different features can be paired.
+        correct: whether each held-out file was predicted correctly, bool [n_test]; the order
+            depends on labels and splits alone, so that results of different features can be paired.
         group: number of the composition of each of these files, int [n_test].
     """
 
@@ -44,8 +44,9 @@ class ProbeResult:
     n_train: int
     n_test: int
     left_out: dict[str, int]
+    split: str | None
     shared_groups: int
-    right: np.ndarray
+    correct: np.ndarray
     group: np.ndarray
 
     @property
@@ -55,7 +56,7 @@ class ProbeResult:
 
     def summary(self) -> dict[str, Any]:
         """Everything but the files, as plain JSON types."""
-        found = {name: v for name, v in asdict(self).items() if name not in ("right", "group")}
+        found = {name: v for name, v in asdict(self).items() if name not in ("correct", "group")}
         return {**found, "confusion": self.confusion.tolist()}
 
 
@@ -88,6 +89,7 @@ class _Problem:
     group: np.ndarray
     file: np.ndarray
     sides: list[tuple[np.ndarray, np.ndarray]]
+    split: str | None
 
     @property
     def first_row(self) -> np.ndarray:
@@ -110,45 +112,59 @@ class _Problem:
         return total / np.bincount(number, minlength=len(files))[:, None]
 
 
+def held_out_splits(splits: Sequence[str | None]) -> list[str]:
+    """The names of splits to judge on, "test" first: every name but "train"."""
+    return sorted({name for name in splits if name and name != "train"}, key=_test_first)
+
+
+def _test_first(name: str) -> tuple[bool, str]:
+    return name != "test", name
+
+
 def probe(
     features_NxE: np.ndarray,
     labels: Sequence[str | None],
     *,
     groups: Sequence[str] | None = None,
     splits: Sequence[str | None] | None = None,
+    judge: str | None = None,
     files: Sequence[str] | None = None,
     folds: int = 5,
     min_per_class: int = 10,
     seed: int = 0,
-    readout: str = "logistic",
+    classifier: str = "logistic",
 ) -> ProbeResult:
-    """Fits a readout on some files and scores it on others.
+    """Fits a classifier on some files and scores it on others.
 
     Args:
         features_NxE: float.
         labels: class of each row; None leaves the row out.
         groups: composition of each row: with folds, none is ever on both sides.
-        splits: "train" for rows to learn from, other names to test on, None for neither; without,
+        splits: "train" for rows to learn from, other names to judge on, None for neither; without,
             `folds`-fold cross-validation.
+        judge: which of several splits is judged; None for the first of `held_out_splits`, as
+            files for validation and for testing are not one set.
         files: file of each row, where rows are slices: all slices are learnt from, files are
             judged by the mean of theirs (as the reference does).
         min_per_class: classes with fewer files are left out.
-        readout: name in `READOUTS`.
+        classifier: name in `CLASSIFIERS`.
 
     Raises:
         UserError: fewer than two classes are left, or one side of the split is empty.
     """
-    if readout not in READOUTS:
-        raise UserError(f"no readout {readout!r}; there are {', '.join(READOUTS)}")
-    problem = _problem(features_NxE, labels, groups, splits, files, folds, min_per_class, seed)
+    if classifier not in CLASSIFIERS:
+        raise UserError(f"no classifier {classifier!r}; there are {', '.join(CLASSIFIERS)}")
+    problem = _problem(
+        features_NxE, labels, groups, splits, judge, files, folds, min_per_class, seed
+    )
     y_of_file = problem.y[problem.first_row]
-    truth, answer, majority = [], [], []
+    y_true, y_pred, majority = [], [], []
     for train, test in problem.sides:
-        predict = problem.fitted(READOUTS[readout], train, seed)
-        truth.append(y_of_file[test])
-        answer.append(predict(problem.means(test)))
+        predict = problem.fitted(CLASSIFIERS[classifier], train, seed)
+        y_true.append(y_of_file[test])
+        y_pred.append(predict(problem.means(test)))
         majority.append(np.full(len(test), np.bincount(y_of_file[train]).argmax()))
-    return _result(problem, *map(np.concatenate, (truth, answer, majority)), seed=seed)
+    return _result(problem, *map(np.concatenate, (y_true, y_pred, majority)), seed=seed)
 
 
 def few_shot(
@@ -158,6 +174,7 @@ def few_shot(
     *,
     groups: Sequence[str] | None = None,
     splits: Sequence[str | None] | None = None,
+    judge: str | None = None,
     files: Sequence[str] | None = None,
     folds: int = 5,
     min_per_class: int = 10,
@@ -168,7 +185,9 @@ def few_shot(
 
     Arguments and errors as for `probe`.
     """
-    problem = _problem(features_NxE, labels, groups, splits, files, folds, min_per_class, seed)
+    problem = _problem(
+        features_NxE, labels, groups, splits, judge, files, folds, min_per_class, seed
+    )
     y_of_file, rng = problem.y[problem.first_row], np.random.default_rng(seed)
     curve = []
     for k in shots:
@@ -189,7 +208,7 @@ def few_shot(
 
 
 def _problem(
-    features_NxE, labels, groups, splits, files, folds: int, min_per_class: int, seed: int
+    features_NxE, labels, groups, splits, judge, files, folds: int, min_per_class: int, seed: int
 ) -> _Problem:
     """Checks the arguments and takes what can be used."""
     n = len(labels)
@@ -212,14 +231,19 @@ def _problem(
     y = np.array([classes.index(labels[i]) for i in rows])
     first = np.unique(file, return_index=True)[1]
     if splits is not None:
-        train = np.array([splits[i] == "train" for i in rows[first]], bool)
-        if train.all() or not train.any():
-            raise UserError("the split column puts all files on one side")
-        sides = [(np.flatnonzero(train), np.flatnonzero(~train))]
+        judge = judge or next(iter(held_out_splits(splits)), None)
+        of_file = np.array([splits[i] for i in rows[first]], dtype=object)
+        sides = [(np.flatnonzero(of_file == "train"), np.flatnonzero(of_file == judge))]
+        if not all(map(len, sides[0])):
+            raise UserError(
+                f"the split column puts all files on one side: {dict(Counter(of_file))}; it needs "
+                '"train" and another'
+            )
     else:
+        judge = None
         sides = _folds(y[first], group[first], folds, seed)
     x = np.asarray(features_NxE, np.float64)[rows]
-    return _Problem(classes, left_out, x, y, group, file, sides)
+    return _Problem(classes, left_out, x, y, group, file, sides, judge)
 
 
 def _folds(y: np.ndarray, group: np.ndarray, folds: int, seed: int) -> list:
@@ -231,15 +255,44 @@ def _folds(y: np.ndarray, group: np.ndarray, folds: int, seed: int) -> list:
     return list(splitter.split(y, y, group))
 
 
+def confusion_counts(y_true: np.ndarray, y_pred: np.ndarray, n_classes: int) -> np.ndarray:
+    """How often each class (row) was predicted as each (column): int64 [..., C, C] of [..., N].
+
+    As scikit-learn's, for many resamples at once.
+    """
+    pair = y_true * n_classes + y_pred
+    flat = pair.reshape(-1, pair.shape[-1])
+    offset = np.arange(len(flat))[:, None] * n_classes**2
+    counts = np.bincount((flat + offset).reshape(-1), minlength=len(flat) * n_classes**2)
+    return counts.reshape(*pair.shape[:-1], n_classes, n_classes)
+
+
+def accuracy(confusion_CxC: np.ndarray) -> np.ndarray:
+    """Share of correct predictions, [...] of [..., C, C]."""
+    return np.trace(confusion_CxC, axis1=-2, axis2=-1) / confusion_CxC.sum((-2, -1))
+
+
+def f1_per_class(confusion_CxC: np.ndarray) -> np.ndarray:
+    """F1 of each class, [..., C]; nan for one that neither occurs nor is predicted."""
+    hits = np.diagonal(confusion_CxC, axis1=-2, axis2=-1)
+    total = confusion_CxC.sum(-2) + confusion_CxC.sum(-1)
+    return np.divide(2 * hits, total, out=np.full(total.shape, np.nan), where=total > 0)
+
+
+def macro_f1(confusion_CxC: np.ndarray) -> np.ndarray:
+    """Mean F1 of the classes that occur or are predicted, [...]."""
+    return np.nanmean(f1_per_class(confusion_CxC), axis=-1)
+
+
 def _result(
-    problem: _Problem, truth: np.ndarray, answer: np.ndarray, majority: np.ndarray, *, seed: int
+    problem: _Problem, y_true: np.ndarray, y_pred: np.ndarray, majority: np.ndarray, *, seed: int
 ) -> ProbeResult:
     n_classes = len(problem.classes)
-    counts = confusion_counts(truth, answer, n_classes)
-    draws = np.random.default_rng(seed).integers(0, len(truth), (BOOTSTRAPS, len(truth)))
-    resampled = [confusion_counts(truth[d], answer[d], n_classes) for d in draws]
+    counts = confusion_counts(y_true, y_pred, n_classes)
+    draws = np.random.default_rng(seed).integers(0, len(y_true), (BOOTSTRAPS, len(y_true)))
+    resampled = confusion_counts(y_true[draws], y_pred[draws], n_classes)
 
-    def interval(values: list[float]) -> tuple[float, float]:
+    def interval(values: np.ndarray) -> tuple[float, float]:
         low, high = np.quantile(values, [0.025, 0.975])
         return float(low), float(high)
 
@@ -248,18 +301,19 @@ def _result(
     group = problem.group[problem.first_row]
     return ProbeResult(
         classes=problem.classes,
-        accuracy=accuracy(counts),
-        macro_f1=macro_f1(counts),
-        accuracy_ci=interval([accuracy(c) for c in resampled]),
-        macro_f1_ci=interval([macro_f1(c) for c in resampled]),
+        accuracy=float(accuracy(counts)),
+        macro_f1=float(macro_f1(counts)),
+        accuracy_ci=interval(accuracy(resampled)),
+        macro_f1_ci=interval(macro_f1(resampled)),
         per_class=_per_class(problem.classes, counts),
         confusion=counts,
-        majority_accuracy=float((truth == majority).mean()),
+        majority_accuracy=float((y_true == majority).mean()),
         n_train=len(train),
-        n_test=len(truth),
+        n_test=len(y_true),
         left_out=problem.left_out,
+        split=problem.split,
         shared_groups=len(set(group[train]) & set(group[test])),
-        right=truth == answer,
+        correct=y_true == y_pred,
         group=np.unique(group[tested], return_inverse=True)[1],
     )
 
@@ -274,9 +328,9 @@ def paired_difference(
     Raises:
         ValueError: the two judged different files.
     """
-    if len(one.right) != len(other.right) or (one.group != other.group).any():
+    if len(one.correct) != len(other.correct) or (one.group != other.group).any():
         raise ValueError("results of different files cannot be paired")
-    gain = one.right.astype(float) - other.right
+    gain = one.correct.astype(float) - other.correct
     n_groups = int(one.group.max()) + 1
     total_G = np.bincount(one.group, gain, n_groups)
     size_G = np.bincount(one.group, minlength=n_groups)
@@ -286,11 +340,11 @@ def paired_difference(
 
 
 def _per_class(classes: Sequence[str], counts: np.ndarray) -> dict[str, dict[str, float]]:
-    hits, f1 = np.diagonal(counts), f1_per_class(counts)
-    answered, true = np.maximum(counts.sum(0), 1), np.maximum(counts.sum(1), 1)
+    hits, f1 = np.diagonal(counts), np.nan_to_num(f1_per_class(counts))
+    predicted, true = np.maximum(counts.sum(0), 1), np.maximum(counts.sum(1), 1)
     return {
         name: {
-            "precision": float(hits[i] / answered[i]),
+            "precision": float(hits[i] / predicted[i]),
             "recall": float(hits[i] / true[i]),
             "f1": float(f1[i]),
             "n": int(counts[i].sum()),

@@ -80,6 +80,14 @@ def windows(piece: int, n_inputs: int, context: int) -> Iterator[_Window]:
         start = max(stop - context // 2, 0)
 
 
+def check_piece(ids: np.ndarray, vocab_size: int) -> None:
+    """Raises UserError for ids that cannot be scored."""
+    if len(ids) < 2:
+        raise UserError("a piece of fewer than two tokens has nothing to score")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise UserError(f"token ids must lie in 0..{vocab_size - 1}")
+
+
 def score_pieces(
     model: Model,
     tokenizer: Tokenizer,
@@ -88,7 +96,7 @@ def score_pieces(
     context: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Score]:
-    """Scores pieces in batches of windows of like length.
+    """Scores pieces in length-bucketed batches of windows.
 
     Args:
         pieces: ids of each piece, at least two.
@@ -96,7 +104,8 @@ def score_pieces(
         progress: told (tokens done, tokens in all).
 
     Raises:
-        UserError: no language model, ids beyond its vocabulary, or a piece of one token.
+        UserError: no language model, ids beyond its vocabulary, a piece of one token, or a model
+            whose predictions are not finite.
     """
     if model.config.head != "lm" or model.head is None:
         raise UserError(
@@ -106,20 +115,22 @@ def score_pieces(
     if context < 2:
         raise UserError(f"a context of {context} tokens predicts nothing; use 2 or more")
     for ids in pieces:
-        if len(ids) < 2:
-            raise UserError("a piece of fewer than two tokens has nothing to score")
-        if ids.min() < 0 or ids.max() >= model.config.vocab_size:
-            raise UserError(f"token ids must lie in 0..{model.config.vocab_size - 1}")
+        check_piece(ids, model.config.vocab_size)
     nll = [np.zeros(len(ids) - 1, np.float32) for ids in pieces]
-    cut = [w for i, ids in enumerate(pieces) for w in windows(i, len(ids) - 1, context)]
-    total, done = sum(w.stop - w.start for w in cut), 0
+    all_windows = [w for i, ids in enumerate(pieces) for w in windows(i, len(ids) - 1, context)]
+    total, done = sum(w.stop - w.start for w in all_windows), 0
     compute = _nll_function(model, model.head[...])
-    for batch, rows, length in _batches(cut):
+    for batch, rows, length in _batches(all_windows):
         inputs_BxL, targets_BxL = np.full((2, rows, length), tokenizer.pad_id, np.int32)
         for row, w in enumerate(batch):
             inputs_BxL[row, : w.stop - w.start] = pieces[w.piece][w.start : w.stop]
             targets_BxL[row, : w.stop - w.start] = pieces[w.piece][w.start + 1 : w.stop + 1]
         nll_BxL = np.asarray(compute(inputs_BxL, targets_BxL))
+        if not np.isfinite(nll_BxL).all():
+            raise UserError(
+                "the model's predictions are not finite: its weights diverged in training; use an "
+                "earlier checkpoint"
+            )
         for row, w in enumerate(batch):
             nll[w.piece][w.keep : w.stop] = nll_BxL[row, w.keep - w.start : w.stop - w.start]
             done += w.stop - w.start
@@ -128,13 +139,13 @@ def score_pieces(
     return [Score(ids, values, tokenizer) for ids, values in zip(pieces, nll, strict=True)]
 
 
-def _batches(cut: Sequence[_Window]) -> Iterator[tuple[list[_Window], int, int]]:
+def _batches(all_windows: Sequence[_Window]) -> Iterator[tuple[list[_Window], int, int]]:
     """Windows of one padded length, and the batch's rows and length; rows are the same throughout
     a length, so that it compiles once.
     """
-    padded = [-(-(w.stop - w.start) // BUCKET) * BUCKET for w in cut]
+    padded = [-(-(w.stop - w.start) // BUCKET) * BUCKET for w in all_windows]
     for length in sorted(set(padded)):
-        members = [w for w, size in zip(cut, padded, strict=True) if size == length]
+        members = [w for w, size in zip(all_windows, padded, strict=True) if size == length]
         rows = min(len(members), max(1, BATCH_TOKENS // length))
         for first in range(0, len(members), rows):
             yield members[first : first + rows], rows, length

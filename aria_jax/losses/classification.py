@@ -1,7 +1,8 @@
-"""Cross-entropy over classes."""
+"""Cross-entropy over classes, and files from the probabilities of their slices."""
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 def classification_loss(
@@ -19,3 +20,25 @@ def classification_loss(
     chosen_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BxC), labels_B[:, None], axis=-1)[:, 0]
     correct_B = logits_BxC.argmax(-1) == labels_B
     return -(chosen_B @ weights_B), {"accuracy": correct_B @ weights_B}
+
+
+def file_probabilities(
+    probabilities_SxC: np.ndarray, n_tokens_S: np.ndarray, piece_S: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the slices of each file, weighted by their tokens (reference:
+    classifier_finetune.py val_loop).
+
+    Args:
+        probabilities_SxC: of each slice.
+        n_tokens_S: tokens of each slice, padding not counted.
+        piece_S: file of each slice; negative in padding rows, which are left out.
+
+    Returns:
+        Files in ascending order, int [F], and their probabilities, float64 [F, C].
+    """
+    used = (piece_S >= 0) & (n_tokens_S > 0)
+    pieces, of_slice = np.unique(piece_S[used], return_inverse=True)
+    weights = n_tokens_S[used].astype(np.float64)
+    total = np.zeros((len(pieces), probabilities_SxC.shape[1]))
+    np.add.at(total, of_slice, weights[:, None] * probabilities_SxC[used])
+    return pieces, total / np.bincount(of_slice, weights, len(pieces))[:, None]

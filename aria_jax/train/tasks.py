@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aria_jax.config import SLICE_NOTES, RunConfig
-from aria_jax.eval.classification import file_probabilities
-from aria_jax.losses.classification import classification_loss
+from aria_jax.losses.classification import classification_loss, file_probabilities
 from aria_jax.losses.contrastive import contrastive_loss
 from aria_jax.losses.language_model import next_token_loss
 from aria_jax.models.heads import Model

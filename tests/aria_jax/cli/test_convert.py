@@ -8,7 +8,7 @@ from flax import nnx
 from safetensors.flax import save_file
 from safetensors.numpy import load_file
 
-from aria_jax.checkpoints.models import load_model
+from aria_jax.checkpoints.models import load_model, save_model
 from aria_jax.checkpoints.safetensors import export_model
 from aria_jax.cli.main import main
 from aria_jax.config import ComputeConfig, ModelConfig
@@ -65,3 +65,17 @@ def test_a_vocabulary_of_no_tokenizer_is_refused(tmp_path, capsys):
     export_model(build_model(config, ComputeConfig(), rngs=nnx.Rngs(0)), source)
     assert main(["convert", "from-safetensors", source, str(tmp_path / "x")]) == 2
     assert "has 50 tokens, but tokenizer aria 17727, pedal 17729" in capsys.readouterr().err
+
+
+def test_options_without_effect_are_refused(tmp_path, capsys):
+    config = ModelConfig(d_model=64, n_heads=1, n_layers=1)
+    model = build_model(config, ComputeConfig(), rngs=nnx.Rngs(0))
+    save_model(tmp_path / "run", model)
+    assert main(["convert", "merge", str(tmp_path / "run"), str(tmp_path / "whole")]) == 2
+    assert "no adapters to merge" in capsys.readouterr().err
+    assert not (tmp_path / "whole").exists()
+    source = str(tmp_path / "lm.safetensors")
+    export_model(model, source)
+    arguments = ["convert", "from-safetensors", source, str(tmp_path / "x")]
+    assert main([*arguments, "--class-names", "a,b"]) == 2
+    assert "--class-names has no effect" in capsys.readouterr().err

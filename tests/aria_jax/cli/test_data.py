@@ -57,6 +57,21 @@ def test_rejections_are_counted_and_named(midi_corpus, tmp_path, capsys):
     assert len(left_out) == 5 and all(path.startswith("lento_") for path in left_out)
 
 
+def test_a_corpus_of_no_pieces_is_no_success(midi_corpus, tmp_path, capsys):
+    thresholds = tmp_path / "mine.json"
+    thresholds.write_text('{"total_note_frequency": {"min_per_second": 98, "max_per_second": 99}}')
+    out = tmp_path / "d"
+    for _ in range(2):  # a second start has the same answer
+        arguments = ["data", "build", str(midi_corpus), str(out), "--filters", str(thresholds)]
+        assert main(arguments) == 2
+        said = capsys.readouterr().err
+        assert "none of 10 files" in said and "filter/total_note_frequency 10" in said
+        assert str(out / "rejected.jsonl") in said and "--filters none" in said
+        assert [path.name for path in out.iterdir()] == ["rejected.jsonl"]
+        assert len((out / "rejected.jsonl").read_text().splitlines()) == 10
+    assert main(["data", "build", str(midi_corpus), str(out), "--filters", "none"]) == 0
+
+
 def test_cleaning_and_deduplication_are_options(tmp_path, capsys):
     folder, rng = tmp_path / "midi", np.random.default_rng(0)
     folder.mkdir()

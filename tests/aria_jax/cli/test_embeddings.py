@@ -1,5 +1,6 @@
 """embed, probe, retrieve, search and bench-suite as a user runs them, one after the other."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from aria_jax.checkpoints.models import save_model
+from aria_jax.checkpoints.models import load_model, save_model
 from aria_jax.cli.main import main
 from aria_jax.config import ComputeConfig, ModelConfig
 from aria_jax.embed.encode import class_encoder
@@ -86,7 +87,7 @@ def test_probe_reads_files_and_slices(embedded, capsys, tmp_path):
     common = ["--label", "composer", "--min-per-class", "5"]
     for name, readout in (("files", "logistic"), ("slices", "knn")):
         result = result_of(
-            capsys, "probe", str(embedded / f"{name}.parquet"), *common, "--readout", readout,
+            capsys, "probe", str(embedded / f"{name}.parquet"), *common, "--classifier", readout,
             "--few-shot", "1,2", "--plot", str(tmp_path / "c.png"),
         )  # fmt: skip
         assert result["n_test"] == 10 and result["accuracy"] >= 0.9
@@ -207,9 +208,36 @@ def test_classify_answers_for_files_and_scores_them(midi_corpus, tmp_path, capsy
         assert line["answer"] == result["answers"][line["path"]] == names[expected.argmax()]
     right = [line["path"].startswith(line["answer"]) for line in lines]
     assert len(lines) == result["n_scored"] == 10 and result["accuracy"] == np.mean(right)
+    assert result["held_out"]["n_scored"] == 10 and "learnt_from" not in result
     assert main([*arguments[:3], "no such run"]) == 2
     assert main([*arguments, "--label", "form"]) == 2
     assert "no file" in capsys.readouterr().err
+
+
+def test_files_that_the_model_learnt_from_are_scored_apart(
+    midi_corpus, tmp_path, capsys, monkeypatch
+):
+    data, run = str(tmp_path / "data"), str(tmp_path / "run")
+    build = ["data", "build", str(midi_corpus), data, "--filters", "none", "--workers", "1"]
+    built = result_of(capsys, *build, "--val-fraction", "0.4")
+    config = ModelConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=512, head="class",
+                         class_names=("lento", "presto"))  # fmt: skip
+    save_model(run, build_model(config, ComputeConfig(), rngs=nnx.Rngs(params=3)))
+    trained = dataclasses.replace(load_model(run), corpus=data)
+    monkeypatch.setattr("aria_jax.checkpoints.models.load_model", lambda *_, **__: trained)
+    classify = ["classify", str(midi_corpus), "--checkpoint", run, "--label", "composer", *SMALL]
+    capsys.readouterr()
+    assert main([*classify, "--json"]) == 0
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    assert result["held_out"]["n_scored"] == result["n_scored"] == built["n_val"] > 0
+    assert result["learnt_from"]["n_scored"] == built["n_train"]
+    assert f"learnt from {built['n_train']} of these files" in shown.err
+    assert main([*classify[:1], data, *classify[2:], "--split", "train"]) == 0
+    assert "this says nothing of new files" in capsys.readouterr().err
+    shutil.rmtree(data)
+    assert main(classify) == 0
+    assert "does not say which files" in capsys.readouterr().err
 
 
 def test_one_file_and_a_list_of_files_are_embedded_like_a_folder(midi_corpus, tmp_path, capsys):

@@ -251,6 +251,26 @@ def test_score(folder, capsys, tmp_path):
     assert status == 2 and "none of the 1 files" in err
 
 
+def test_score_leaves_out_what_is_not_there_or_makes_no_sense(folder, capsys, tmp_path):
+    for name, text in (("one.json", "[6]"), ("far.json", "[6, 99999]"), ("no.json", "{")):
+        (tmp_path / name).write_text(text)
+    write_midi(Performance(500, np.zeros(0, NOTE)), tmp_path / "silent.mid")
+    (tmp_path / "empty").mkdir()
+    bad = ["gone.mid", "one.json", "far.json", "no.json", "silent.mid", "empty"]
+    status, out, err = run(
+        capsys, "score", *(tmp_path / name for name in bad), folder / "piece.mid",
+        "--checkpoint", folder / "lm", "--json",
+    )  # fmt: skip
+    assert status == 1 and len(out.splitlines()) == 1 and "6 of 7 files left out" in err
+    left_out = [line for line in err.splitlines() if line.startswith("left out: ")]
+    for name in bad:
+        (line,) = [line for line in left_out if line.startswith(f"left out: {tmp_path / name}: ")]
+        assert line.count(str(tmp_path / name)) == 1
+    assert any("gone.mid: no such file" in line for line in left_out)
+    status, _, err = run(capsys, "score", tmp_path / "gone.mid", "--checkpoint", folder / "no")
+    assert status == 2 and "gone.mid: no such file" in err
+
+
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node to read JavaScript")
 def test_scripts_of_the_pages_are_javascript(tmp_path):
     from aria_jax.report import listening_page, piano_roll

@@ -85,11 +85,12 @@ def test_ids_become_midi_that_has_the_same_ids_up_to_quantisation(
     assert set(ids[duration] - again[duration]) <= {0, 1}
 
 
-@pytest.mark.parametrize("ids", [[], [0], [6, 0, 1]])
-def test_ids_without_notes_become_an_empty_midi_file(ids, tmp_path):
+@pytest.mark.parametrize("ids", [[], [0], [6, 0, 1], [0, 826, 17227, 16776]])
+def test_ids_without_notes_are_refused(ids, tmp_path, capsys):
     (tmp_path / "ids.json").write_text(json.dumps(ids))
-    assert main(["detokenize", str(tmp_path / "ids.json"), str(tmp_path / "out.mid")]) == 0
-    assert len(read_midi(tmp_path / "out.mid").notes) == 0
+    assert main(["detokenize", str(tmp_path / "ids.json"), str(tmp_path / "out.mid")]) == 2
+    assert "ids.json: no notes" in capsys.readouterr().err
+    assert not (tmp_path / "out.mid").exists()
 
 
 @pytest.mark.parametrize(
@@ -105,6 +106,6 @@ def test_unusable_ids_are_explained(content, message, tmp_path, capsys):
 
 
 def test_a_folder_that_is_not_there_is_explained(tmp_path, capsys):
-    (tmp_path / "ids.json").write_text("[6, 0, 1]")
+    (tmp_path / "ids.json").write_text("[6, 0, 826, 17227, 16776, 1]")
     assert main(["detokenize", str(tmp_path / "ids.json"), str(tmp_path / "no" / "o.mid")]) == 2
     assert "cannot write" in capsys.readouterr().err

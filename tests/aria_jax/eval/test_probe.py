@@ -2,8 +2,17 @@
 
 import numpy as np
 import pytest
+import sklearn.metrics
 
-from aria_jax.eval.probe import few_shot, paired_difference, probe
+from aria_jax.eval.probe import (
+    accuracy,
+    confusion_counts,
+    f1_per_class,
+    few_shot,
+    macro_f1,
+    paired_difference,
+    probe,
+)
 from data_pipeline.errors import UserError
 
 
@@ -46,6 +55,31 @@ def test_a_given_split_is_kept():
     splits = ["train" if i < 60 else "val" for i in range(90)]
     result = probe(x, labels, splits=splits)
     assert (result.n_train, result.n_test) == (60, 30)
+
+
+def test_validation_and_test_are_not_one_set():
+    x, labels = made()
+    x[75:] = 0  # nothing can be read of the test files
+    splits = ["train"] * 60 + ["val"] * 15 + ["test"] * 15
+    result, val = probe(x, labels, splits=splits), probe(x, labels, splits=splits, judge="val")
+    assert (result.split, result.n_test, val.split, val.n_test) == ("test", 15, "val", 15)
+    assert val.accuracy > 0.9 > 0.5 > result.accuracy and val.n_train == result.n_train == 60
+    with pytest.raises(UserError, match="one side"):
+        probe(x, labels, splits=splits, judge="dev")
+
+
+def test_scores_are_scikit_learns_for_many_resamples_at_once():
+    rng = np.random.default_rng(1)
+    y_true, y_pred = rng.integers(0, 5, (2, 3, 80))
+    y_true[2], y_pred[2] = y_true[2] % 3, y_pred[2] % 3  # two classes that nobody has
+    counts = confusion_counts(y_true, y_pred, 5)
+    for t, p, c, a, f in zip(
+        y_true, y_pred, counts, accuracy(counts), macro_f1(counts), strict=True
+    ):
+        np.testing.assert_array_equal(c, sklearn.metrics.confusion_matrix(t, p, labels=range(5)))
+        assert a == pytest.approx(sklearn.metrics.accuracy_score(t, p))
+        assert f == pytest.approx(sklearn.metrics.f1_score(t, p, average="macro"))
+    assert np.isnan(f1_per_class(counts)[2, 3:]).all()
 
 
 def test_small_classes_are_left_out_and_named():
@@ -117,16 +151,16 @@ def test_per_class_rows_agree_with_the_confusion():
 def test_results_on_the_same_files_are_paired():
     x, labels = made(signal=1.5)
     works = [f"work {i // 6}" for i in range(90)]
-    better, worse = (probe(f, labels, groups=works, readout="knn") for f in (x, 0.3 * x))
+    better, worse = (probe(f, labels, groups=works, classifier="knn") for f in (x, 0.3 * x))
     noise = probe(
-        np.random.default_rng(2).normal(size=x.shape), labels, groups=works, readout="knn"
+        np.random.default_rng(2).normal(size=x.shape), labels, groups=works, classifier="knn"
     )
     gain, low, high = paired_difference(better, noise)
     assert gain == pytest.approx(better.accuracy - noise.accuracy) and 0 < low < gain < high
     assert paired_difference(better, worse)[0] == 0  # scaled only
     assert paired_difference(better, better) == (0, 0, 0)
     with pytest.raises(ValueError, match="different files"):
-        paired_difference(better, probe(x[:60], labels[:60], groups=works[:60], readout="knn"))
+        paired_difference(better, probe(x[:60], labels[:60], groups=works[:60], classifier="knn"))
 
 
 def test_performances_of_one_composition_widen_the_interval():
@@ -141,7 +175,7 @@ def test_performances_of_one_composition_widen_the_interval():
                 np.repeat(f, repeats, 0),
                 np.repeat(labels, repeats).tolist(),
                 groups=works,
-                readout="knn",
+                classifier="knn",
             )
             for f in (x, noise)
         ]

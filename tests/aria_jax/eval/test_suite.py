@@ -55,6 +55,23 @@ def test_published_splits_are_kept():
     assert (result.n_train, result.n_test) == (30, 20)
 
 
+def test_an_official_split_in_flat_metadata_is_kept():
+    """As MAESTRO and ASAP have it: a label "split" of every file, test and validation apart."""
+    splits = ["train"] * 30 + ["validation"] * 8 + ["test"] * 12
+    rows = [
+        (f"maestro/{i}.mid", {"composer": ("bach", "liszt")[i % 2], "split": splits[i]})
+        for i in range(50)
+    ]
+    [task] = find_tasks(table(rows))
+    assert task.protocol == "published split" and task.splits == splits
+    result = run_suite([task], {"x": table(rows).embedding})["x"]["maestro composer"]
+    assert (result.split, result.n_train, result.n_test) == ("test", 30, 12)
+    [own] = find_tasks(table(rows), published_split=False)
+    assert own.splits is None and "5-fold" in own.protocol
+    some = [(path, {**labels, "split": "train"}) for path, labels in rows]
+    assert find_tasks(table(some))[0].splits is None  # nothing to judge on
+
+
 def test_the_table_holds_ours_and_the_papers_marked(rows):
     data = table(rows)
     told = np.array([[len(labels.get("composer", "")), len(labels.get("pianist", ""))]
@@ -66,7 +83,7 @@ def test_the_table_holds_ours_and_the_papers_marked(rows):
     assert "| told | 100.0 / 100.0 | 100.0 / 100.0 |" in text
     assert "| Aria_Emb (quoted) | 90.50 / 90.49 | 91.57 / 92.38 |" in text
     assert "| majority class |" in text and "not a comparison" in text
-    assert "accuracy less" not in text, "there is no yardstick among these"
+    assert "accuracy less" not in text, "there is no baseline among these"
     results = {"statistics": results["noise"], "told": results["told"]}
     gain = 100 * (1 - results["statistics"]["asap composer"].accuracy)
     assert f"| told | {gain:+.1f} (" in markdown_table(tasks, results)

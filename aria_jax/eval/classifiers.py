@@ -119,4 +119,4 @@ def _with_one(x: np.ndarray) -> np.ndarray:
     return np.concatenate([x, np.ones((len(x), 1))], axis=1).astype(np.float32)
 
 
-READOUTS: dict[str, Fit] = {"logistic": logistic, "linear": linear, "knn": nearest}
+CLASSIFIERS: dict[str, Fit] = {"logistic": logistic, "linear": linear, "knn": nearest}

@@ -1,16 +1,10 @@
-"""Answers about files: the reference's weighting, and scores against scikit-learn's."""
+"""Labels of files: the reference's weighting of slices, and which files are scored."""
 
 import numpy as np
 import pytest
-from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 
-from aria_jax.eval.classification import (
-    accuracy,
-    confusion_counts,
-    f1_per_class,
-    file_probabilities,
-    macro_f1,
-)
+from aria_jax.eval.predict import Prediction, score_predictions
+from aria_jax.losses.classification import file_probabilities
 
 
 def test_long_slices_outweigh_short_ones_and_fillers_do_not_count():
@@ -34,12 +28,13 @@ def test_order_of_slices_does_not_matter():
     np.testing.assert_allclose(one[1].sum(1), 1)
 
 
-def test_scores_are_scikit_learns():
-    rng = np.random.default_rng(1)
-    truth, answer = rng.integers(0, 5, (2, 80))
-    counts = confusion_counts(truth, answer, 5)
-    np.testing.assert_array_equal(counts, confusion_matrix(truth, answer))
-    assert accuracy(counts) == pytest.approx(accuracy_score(truth, answer))
-    assert f1_per_class(counts).mean() == pytest.approx(f1_score(truth, answer, average="macro"))
-    few = confusion_counts(truth % 3, answer % 3, 5)  # two classes that nobody has
-    assert macro_f1(few) == pytest.approx(f1_score(truth % 3, answer % 3, average="macro"))
+def test_only_files_with_a_known_label_are_scored():
+    likely = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3]])
+    labels = ["bach", "bach", "liszt", "satie"]
+    predictions = [
+        Prediction(f"{i}.mid", str(i), likely[i], {"composer": labels[i]}) for i in range(4)
+    ]
+    scores = score_predictions(predictions, "composer", ("bach", "liszt"))
+    assert (scores.n_scored, scores.accuracy) == (3, pytest.approx(1 / 3))
+    assert scores.confusion.tolist() == [[1, 1], [1, 0]]
+    assert score_predictions(predictions, "form", ("bach", "liszt")).n_scored == 0

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from aria_jax.eval.readouts import READOUTS, LinearRecipe, linear, nearest
+from aria_jax.eval.classifiers import CLASSIFIERS, LinearRecipe, linear, nearest
 
 
 def clusters(n=120, signal=4.0, seed=0):
@@ -15,11 +15,11 @@ def clusters(n=120, signal=4.0, seed=0):
     return np.eye(3, 8)[y] * signal + rng.normal(size=(n, 8)), y
 
 
-@pytest.mark.parametrize("name", READOUTS)
+@pytest.mark.parametrize("name", CLASSIFIERS)
 def test_each_learns_separable_classes(name):
     x, y = clusters()
     other_x, other_y = clusters(seed=1)
-    predict = READOUTS[name](x, y, np.arange(len(y)).astype(str), 0)
+    predict = CLASSIFIERS[name](x, y, np.arange(len(y)).astype(str), 0)
     assert (predict(other_x) == other_y).mean() > 0.9
 
 
