@@ -108,9 +108,11 @@ def test_the_record_says_where_to_go_on(trained):
 
 def test_saved_models_load_and_are_told_apart(trained, tmp_path):
     loaded = load_model(trained)
+    assert loaded.reading == "aria-utils", "as of every corpus whose manifest does not say it"
     save_model(tmp_path / "copy", loaded.model, step=loaded.step)
     again = load_model(tmp_path / "copy")
     assert (again.config, again.step, again.tokenizer) == (loaded.config, 4, "aria")
+    assert again.reading == "standard"
     assert isinstance(again.config, ModelConfig)
     assert again.fingerprint == loaded.fingerprint
     loaded.model.backbone.norm_scale[...] *= 2
