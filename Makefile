@@ -46,7 +46,7 @@ lint: setup ## ruff and mypy
 
 bench: bench-data bench-loaders bench-contrastive bench-generate bench-train ## all benchmarks that need no files of yours (long)
 
-bench-data: setup ## reading, tokenising, augmenting against mido, miditoolkit, reference (MIDI=folder)
+bench-data: setup ## reading, tokenising, augmenting beside mido, miditoolkit, symusic, MidiTok (MIDI=folder)
 	$(BIN)/python -m benchmarks.bench_data $(MIDI)
 
 fuzz: setup ## reading and tokenising half a million broken MIDI files (FILES=number)

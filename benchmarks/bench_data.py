@@ -1,6 +1,10 @@
-"""Reading, tokenising and augmenting, against mido, miditoolkit and the reference.
+"""Reading, tokenising and augmenting, beside other programs that read and tokenise MIDI.
 
-    python -m benchmarks.bench_data [MIDI_DIR] [--files 30] [--rounds 3]
+    python -m benchmarks.bench_data [MIDI_DIR] [--files 30] [--rounds 3] [--everything]
+
+mido and miditoolkit are always measured; symusic and MidiTok where they are installed
+(pip install symusic miditok). --everything also prints what near-duplicate search (bench_dedup)
+and the loaders (bench_loaders) do.
 
 Without MIDI_DIR it takes ASAP performances where the development data lies beside the checkout,
 else made-up pieces. One process; the sides are taken in turn, file by file, so that a busy machine
@@ -11,6 +15,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +43,7 @@ def main() -> None:
     parser.add_argument("midi_dir", nargs="?", type=Path, help="default: see above")
     parser.add_argument("--files", type=int, default=30)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--everything", action="store_true", help="dedup and loaders, too")
     args = parser.parse_args()
     folder = args.midi_dir or (DEVELOPMENT_DATA if DEVELOPMENT_DATA.is_dir() else None)
     with tempfile.TemporaryDirectory() as scratch:
@@ -51,6 +57,14 @@ def main() -> None:
         print(f"{folder or 'made-up pieces'}: every {max(len(found) // args.files, 1)}th file")
         ids = measure(paths, args.rounds)
     measure_augmentation(ids)
+    if args.everything:
+        from benchmarks import bench_dedup, bench_loaders
+
+        if folder is not None:
+            print("\nnear-duplicate search")
+            bench_dedup.report(folder)
+        print("\nloaders")
+        bench_loaders.report()
 
 
 def measure(paths: list[Path], rounds: int) -> list[np.ndarray]:
@@ -59,33 +73,31 @@ def measure(paths: list[Path], rounds: int) -> list[np.ndarray]:
     data = [path.read_bytes() for path in paths]
     performances = [read_midi(content) for content in data]
     ids = [tokenizer.encode(performance) for performance in performances]
+    others = _other_programs(paths)
     sides = {
         "read and tokenise": lambda i: tokenizer.encode(read_midi(paths[i])),
-        **_baselines(paths),
+        **others,
         **_parts(paths, data, performances, tokenizer),
         **_other_steps(data, performances, ids),
     }
     ms = _fastest(sides, len(paths), rounds)
     n_notes, n_tokens = sum(len(p.notes) for p in performances), sum(map(len, ids))
     print(f"{len(paths)} files, {n_notes:,} notes, {n_tokens:,} tokens")
-    ours = ms["read and tokenise"]
-    seconds = ours * len(paths) / 1000
-    print(f"\nread and tokenise  {ours:8.3f} ms a file, one process")
-    print(
-        f"  {len(paths) / seconds:,.0f} files/s, {n_notes / seconds:,.0f} notes/s, "
-        f"{n_tokens / seconds:,.0f} tokens/s"
-    )
-    times = 1000 / ours / REFERENCE_FILES_PER_S
+    local = ms["read and tokenise"]
+    seconds = local * len(paths) / 1000
+    print(f"\n{'one process':<34}{'ms per file':>12}{'files/s':>10}{'times':>8}")
+    for name in ("read and tokenise", *others):
+        print(f"{name:<34}{ms[name]:>12.3f}{1000 / ms[name]:>10,.0f}{ms[name] / local:>8.1f}")
+    print(f"\n{n_notes / seconds:,.0f} notes/s, {n_tokens / seconds:,.0f} tokens/s")
+    times = 1000 / local / REFERENCE_FILES_PER_S
     print(
         f"  {times:,.0f} x the reference's {REFERENCE_FILES_PER_S} files/s (goal {GOAL_TIMES}, aim "
         f"{AIM_TIMES}), {n_tokens / seconds / REFERENCE_TOKENS_PER_S:,.0f} x its tokens/s; "
         "the reference was measured elsewhere"
     )
-    for name in _baselines(paths):
-        print(f"  {ms[name] / ours:,.0f} x {name} ({ms[name]:.1f} ms a file), same run")
     print("\nwhere the time goes (parts measured one by one)")
     for name in _parts(paths, data, performances, tokenizer):
-        print(f"  {name:<34}{ms[name]:8.3f} ms {100 * ms[name] / ours:5.0f} %")
+        print(f"  {name:<34}{ms[name]:8.3f} ms {100 * ms[name] / local:5.0f} %")
     print("\nwhat a build does besides, where asked to")
     for name in _other_steps(data, performances, ids):
         print(f"  {name:<34}{ms[name]:8.3f} ms")
@@ -95,14 +107,25 @@ def measure(paths: list[Path], rounds: int) -> list[np.ndarray]:
 Step = Callable[[int], Any]
 
 
-def _baselines(paths: list[Path]) -> dict[str, Step]:
+def _other_programs(paths: list[Path]) -> dict[str, Step]:
+    """What other programs do with the files, of those that are installed."""
     from miditoolkit import MidiFile as ToolkitFile
     from mido import MidiFile
 
-    return {
-        "mido, parsing only": lambda i: MidiFile(paths[i]),
-        "miditoolkit, parsing only": lambda i: ToolkitFile(paths[i]),
+    sides: dict[str, Step] = {
+        "mido, reading only": lambda i: MidiFile(paths[i]),
+        "miditoolkit, reading only": lambda i: ToolkitFile(paths[i]),
     }
+    if find_spec("symusic"):
+        from symusic import Score
+
+        sides["symusic, reading only"] = lambda i: Score(paths[i])
+    if find_spec("miditok") and find_spec("symusic"):
+        from miditok import REMI
+
+        remi = REMI()
+        sides["MidiTok REMI, read and tokenise"] = lambda i: remi(paths[i])
+    return sides
 
 
 def _parts(

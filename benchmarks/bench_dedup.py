@@ -30,7 +30,12 @@ def main() -> None:
     args = parser.parse_args()
     if not args.midi_dir.is_dir():
         parser.error(f"{args.midi_dir}: no such folder; name one with real performances")
-    originals = read_all(args.midi_dir)
+    report(args.midi_dir, args.planted)
+
+
+def report(folder: Path, n_planted: int = 200) -> None:
+    """Prints the table of copies, and what grouping many pieces takes."""
+    originals = read_all(folder)
     began = time.perf_counter()
     prints = np.stack([dedup.fingerprint(p) for p in originals])
     seconds = time.perf_counter() - began
@@ -40,7 +45,7 @@ def main() -> None:
         f"{1e3 * seconds / len(originals):.2f} ms each ({n_notes.sum() / seconds:,.0f} notes/s)"
     )
     rng = np.random.default_rng(0)
-    chosen = rng.choice(len(originals), min(args.planted, len(originals)), replace=False)
+    chosen = rng.choice(len(originals), min(n_planted, len(originals)), replace=False)
     print(f"{'copy':<40}{'similarity 1%':>14}{'median':>8}{'recall':>8}{'confused':>10}")
     for name, change in copies(rng).items():
         planted = [change(originals[i]) for i in chosen]

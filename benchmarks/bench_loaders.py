@@ -1,4 +1,4 @@
-"""Tokens a second that each loader delivers, in one process, with and without augmentation.
+"""Tokens per second that each loader delivers, in one process, with and without augmentation.
 
     python -m benchmarks.bench_loaders [DATA_DIR] [--seq-len 2048] [--seconds 2]
 
@@ -23,7 +23,7 @@ from data_pipeline.loaders.stream import Batch
 from data_pipeline.midi import NOTE, Performance
 from data_pipeline.tokenizer import Tokenizer
 
-GOAL = 500_000  # augmented tokens a second and core
+GOAL = 500_000  # augmented tokens per second and core
 N_PIECES, NOTES_PER_PIECE = 300, 3190  # as many notes as an average ASAP performance has
 COMPOSERS = ("bach", "chopin")
 
@@ -35,19 +35,24 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=2.0, help="time for each measurement")
     args = parser.parse_args()
+    report(args.data_dir, args.seq_len, args.batch, args.seconds)
+
+
+def report(
+    data_dir: str | Path | None = None, seq_len: int = 2048, batch: int = 16, seconds: float = 2.0
+) -> None:
+    """Prints what each loader delivers of `data_dir`, or of made-up pieces."""
     with tempfile.TemporaryDirectory() as scratch:
-        data_dir = args.data_dir or made_up_shards(Path(scratch))
-        print(
-            f"augment() alone: {augment_rate(data_dir, args.seq_len, args.seconds):,.0f} tokens/s"
-        )
+        data_dir = data_dir or made_up_shards(Path(scratch))
+        print(f"augment() alone: {augment_rate(data_dir, seq_len, seconds):,.0f} tokens/s")
         print(f"{'loader':<14}{'augment':<9}{'tokens/s':>12}{'per CPU s':>12}{'of goal':>9}")
         for name, config in ((n, c) for n in LOADERS for c in (None, AugmentConfig())):
             try:
-                loader = LOADERS[name](data_dir, config, args.seq_len, args.batch)
+                loader = LOADERS[name](data_dir, config, seq_len, batch)
             except UserError as error:
                 print(f"{name:<14}skipped: {error}")
                 continue
-            wall, cpu = rates(loader.iterate(), args.seconds)
+            wall, cpu = rates(loader.iterate(), seconds)
             augmented = "yes" if config else "no"
             print(f"{name:<14}{augmented:<9}{wall:>12,.0f}{cpu:>12,.0f}{cpu / GOAL:>8.1f}x")
 
