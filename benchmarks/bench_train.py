@@ -32,8 +32,8 @@ from tests.corpora import random_performance, write_corpus
 def our_steps(config: RunConfig, batches: Iterator[dict]) -> Callable[[int], float]:
     """n -> seconds for n steps of the training loop's own compiled step."""
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    merge, state, _ = first_state(config, mesh, Start("scratch", None, ""), None, {})
-    step = make_train_step(config, merge, loss_function(config, mesh))
+    network, state, _ = first_state(config, mesh, Start("scratch", None, ""), None, {})
+    step = make_train_step(config, network.build, loss_function(config, mesh))
     sharding = batch_sharding(mesh)
     held = {"state": state, "number": 0}
 

@@ -18,7 +18,7 @@ from aria_jax.models.heads import abstract_model, parameter_specs, split_model
 from aria_jax.models.parameters import Parameters, abstract_parameters
 from aria_jax.sharding import batch_sharding, replicated
 from aria_jax.train.loop import check_batch
-from aria_jax.train.state import abstract_state
+from aria_jax.train.state import Network, abstract_state
 from aria_jax.train.step import make_train_step
 from aria_jax.train.tasks import batch_shapes, loss_function
 from data_pipeline.errors import UserError
@@ -78,11 +78,12 @@ def _on(mesh: Mesh, shape: jax.ShapeDtypeStruct, spec: NamedSharding) -> jax.Sha
 
 def _training(config: RunConfig, mesh: Mesh) -> Program:
     check_batch(config, mesh)
-    merge, state = abstract_state(config, mesh)
+    network = Network.of(config)
+    state = abstract_state(config, network, mesh)
     shapes = batch_shapes(config)
     batch = {name: _on(mesh, shape, batch_sharding(mesh)) for name, shape in shapes.items()}
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    step = make_train_step(config, merge, loss_function(config, mesh))
+    step = make_train_step(config, network.build, loss_function(config, mesh))
     views = 2 if config.task == "contrastive" else 1
     tokens = views * config.data.global_batch * config.data.seq_len
     return Program(step, (state, batch, number), tokens, training=True)

@@ -210,9 +210,3 @@ class LoraTraining:
     def record(self) -> dict[str, Any]:
         """As JSON types."""
         return asdict(self) | {"targets": list(self.targets), "full": list(self.full)}
-
-
-def merge_lora(config: RunConfig, trained: Parameters, frozen: Parameters | None) -> Parameters:
-    """The whole weights of a run, whether it trains adapters or everything."""
-    lora = LoraTraining.of(config)
-    return trained if lora is None or frozen is None else lora.join(trained, frozen)

@@ -140,7 +140,9 @@ def parameter_shardings(
 
 
 def abstract_parameters(
-    specs: Specs, mesh: jax.sharding.Mesh | None, dtype: jax.typing.DTypeLike | None = None
+    specs: Specs,
+    mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh | None,
+    dtype: jax.typing.DTypeLike | None = None,
 ) -> Parameters:
     """Shapes, types and shardings of parameters; without a mesh on one device.
 

@@ -91,7 +91,7 @@ def run(
     record = {**model_record(config.model, tokenizer, reading), "config": to_dict(config)}
     with _checkpoints(workdir, settings.keep_checkpoints) as checkpointer:
         start = decide(workdir, init_from, checkpointer)
-        merge, state, step = first_state(config, mesh, start, checkpointer, record)
+        network, state, step = first_state(config, mesh, start, checkpointer, record)
         if on_start is not None:
             on_start(start)
         log, sharding = Log(sinks), batch_sharding(mesh)
@@ -106,7 +106,7 @@ def run(
         )
         evaluate = Evaluate(
             task,
-            make_eval_step(config, merge, task.loss, task.predictions),
+            make_eval_step(network.build, task.loss, task.predictions),
             sharding,
             log,
             monitor,
@@ -117,7 +117,7 @@ def run(
         )
         with _profile(config, workdir, step) as profile:
             state, step, interrupted = _train(
-                make_train_step(config, merge, task.loss),
+                make_train_step(config, network.build, task.loss),
                 iterate_rows(task.train, sharding, step),
                 (state, step),
                 last_step=settings.steps,

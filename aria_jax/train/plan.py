@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -12,12 +11,12 @@ from jax.sharding import AbstractMesh
 
 from aria_jax.config import RunConfig
 from aria_jax.losses.language_model import CHUNK_TOKENS
-from aria_jax.models.heads import abstract_model, parameter_specs, split_model
+from aria_jax.models.heads import parameter_specs
 from aria_jax.models.parameters import parameter_count
 from aria_jax.sharding import MESH_AXES
 from aria_jax.train.cost import Chip, tokens_per_step, train_flops_per_token
-from aria_jax.train.state import state_shardings
-from aria_jax.train.step import TrainState, new_state
+from aria_jax.train.state import Network, abstract_state
+from aria_jax.train.step import TrainState
 from data_pipeline.errors import UserError
 
 ASSUMED_MFU = 0.4
@@ -75,8 +74,7 @@ def plan(
     """
     sizes = _mesh_sizes(config, n_devices)
     mesh = AbstractMesh(tuple(sizes.values()), MESH_AXES)
-    params = split_model(abstract_model(config.model, config.compute))[1]
-    state = jax.eval_shape(partial(new_state, config), params)
+    network = Network.of(config)
     tokens = tokens_per_step(config) * config.train.steps
     flops = train_flops_per_token(config)
     return Plan(
@@ -86,7 +84,7 @@ def plan(
         tokens=tokens,
         epochs=config.train.steps * config.data.global_batch / max(n_examples, 1),
         mesh=sizes,
-        memory=_memory(config, state, mesh, sizes),
+        memory=_memory(config, abstract_state(config, network, mesh), sizes),
         hbm=None if chip is None else chip.hbm,
         assumed_mfu=assumed_mfu,
         hours=None
@@ -105,23 +103,19 @@ def _mesh_sizes(config: RunConfig, n_devices: int) -> dict[str, int]:
     return {axis: filled[axis] for axis in MESH_AXES}
 
 
-def _memory(
-    config: RunConfig, state: TrainState, mesh: AbstractMesh, sizes: dict[str, int]
-) -> dict[str, int]:
-    shardings = state_shardings(config, state, mesh)
+def _memory(config: RunConfig, state: TrainState, sizes: dict[str, int]) -> dict[str, int]:
+    def size(part: Any) -> int:
+        return sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(part)
+        )
 
-    def size(part: Any, of: Any) -> int:
-        pairs = zip(jax.tree.leaves(part), jax.tree.leaves(of), strict=True)
-        return sum(math.prod(s.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf, s in pairs)
-
-    weights = size(state.params, shardings.params)
     # Adapters are added to a copy of the frozen weights, whose gradients become the adapters'.
-    frozen = 0 if state.frozen is None else size(state.frozen, shardings.frozen)
+    weights, frozen = size(state.params), size(state.frozen)
     return {
         "parameters": weights + 2 * frozen,
         "gradients": weights + frozen,
-        "optimizer": size(state.opt_state, shardings.opt_state)
-        + (0 if state.ema is None else size(state.ema, shardings.ema)),
+        "optimizer": size(state.opt_state) + size(state.ema),
         "activations": _activations(config, sizes),
     }
 

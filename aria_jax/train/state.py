@@ -1,12 +1,13 @@
 """The first state of a run: restored, given weights, or random; always born on the mesh."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.models import base_weights, lora_record, read_model
@@ -19,39 +20,63 @@ from aria_jax.models.heads import (
     split_model,
 )
 from aria_jax.models.lora import LoraTraining
-from aria_jax.models.parameters import Parameters, parameter_shardings
+from aria_jax.models.parameters import Parameters, Specs, abstract_parameters
 from aria_jax.sharding import mirrored_shardings
 from aria_jax.train.start import Start, refuse_changed_run
-from aria_jax.train.step import TrainState, new_state
+from aria_jax.train.step import Build, TrainState, new_state
 from data_pipeline.errors import UserError
 
-Merge = Callable[[Parameters], Model]
+
+@dataclass(frozen=True)
+class Network:
+    """What a run trains, what it leaves as it is, and the model that both make.
+
+    Attributes:
+        trained, frozen: specs of the parameters; nothing is frozen unless adapters are trained.
+        split: whole weights -> (trained, frozen); traceable.
+        build: the inverse, as a model; traceable.
+    """
+
+    trained: Specs
+    frozen: Specs
+    split: Callable[[Parameters], tuple[Parameters, Parameters]]
+    build: Build
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Network":
+        """The network of `config`: all its weights, or adapters around them."""
+        merge, _ = split_model(abstract_model(config.model, config.compute))
+        specs, lora = parameter_specs(config.model), LoraTraining.of(config)
+        if lora is None:
+            return cls(specs, {}, lambda params: (params, {}), lambda params, _: merge(params))
+        split = partial(lora.split, specs, key=jax.random.key(config.train.seed))
+        return cls(
+            *lora.split_specs(specs),
+            split,
+            lambda trained, frozen: merge(lora.join(trained, frozen)),
+        )
 
 
-def abstract_state(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[Merge, TrainState]:
-    """The model's `merge` function, and the state's shapes with their shardings; no memory."""
-    merge, params = split_model(abstract_model(config.model, config.compute))
-    state = jax.eval_shape(partial(new_state, config), params)
+def abstract_state(config: RunConfig, network: Network, mesh: Mesh | AbstractMesh) -> TrainState:
+    """Shapes, types and shardings of a state; no memory.
 
-    def placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding):
+    Weights are sharded as they declare it, what the optimiser keeps of each likewise.
+    """
+    params, frozen = (
+        abstract_parameters(specs, mesh) for specs in (network.trained, network.frozen)
+    )
+    state = jax.eval_shape(partial(new_state, config), params, frozen)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+    opt_state = mirrored_shardings(state.opt_state, state.params, shardings, mesh)
+
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    return merge, jax.tree.map(placed, state, state_shardings(config, state, mesh))
-
-
-def state_shardings(
-    config: RunConfig, state: TrainState, mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
-) -> TrainState:
-    """How a state is sharded: weights as they declare it, what the optimiser keeps likewise."""
-    trained, frozen = parameter_specs(config.model), None
-    if (lora := LoraTraining.of(config)) is not None:
-        trained, frozen = lora.split_specs(trained)
-    params = parameter_shardings(trained, mesh)
     return TrainState(
         params,
-        mirrored_shardings(state.opt_state, state.params, params, mesh),
+        jax.tree.map(placed, state.opt_state, opt_state),
         None if state.ema is None else params,
-        None if frozen is None else parameter_shardings(frozen, mesh),
+        frozen,
     )
 
 
@@ -61,14 +86,15 @@ def first_state(
     start: Start,
     checkpointer: Checkpointer,
     record: dict[str, Any],
-) -> tuple[Merge, TrainState, int]:
-    """`merge`, the state that `start` asks for, and the number of steps it has behind it.
+) -> tuple[Network, TrainState, int]:
+    """The network, the state that `start` asks for, and the number of steps it has behind it.
 
     Args:
         record: what the run would write into its checkpoints, held against what is there; a run
             that trains adapters puts in what they are adapters of.
     """
-    merge, like = abstract_state(config, mesh)
+    network = Network.of(config)
+    like = abstract_state(config, network, mesh)
     lora, read = LoraTraining.of(config), partial(read_model, mesh=mesh)
     if start.kind == "resume":
         step, state = checkpointer.newest(
@@ -79,11 +105,11 @@ def first_state(
             base_params = base_weights(Path(saved["base"]), saved, read)
             frozen = jax.tree.map(
                 lambda new, old: jax.device_put(new, old.sharding),
-                {name: base_params[name] for name in like.frozen or {}},
+                {name: base_params[name] for name in like.frozen},
                 like.frozen,
             )
             state = replace(state, frozen=frozen)
-        return merge, state, step
+        return network, state, step
     if lora is not None and start.path is None:
         raise UserError(
             f"train.lora_rank={lora.rank} adapts weights that are there already: "
@@ -97,7 +123,12 @@ def first_state(
         if lora is not None:
             record["lora"] = lora_record(lora, start.path, split_model(source)[1])
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
-    return merge, jax.jit(partial(new_state, config), out_shardings=shardings)(params), 0
+
+    @partial(jax.jit, out_shardings=shardings)
+    def begin(params: Parameters) -> TrainState:
+        return new_state(config, *network.split(params))
+
+    return network, begin(params), 0
 
 
 def _restored(

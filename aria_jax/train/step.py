@@ -1,7 +1,7 @@
 """The compiled training and evaluation steps: pure functions of state, batch and step number."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -10,8 +10,7 @@ import optax
 
 from aria_jax.config import RunConfig
 from aria_jax.losses.grad_cache import grad_cache
-from aria_jax.models.heads import Model, parameter_specs
-from aria_jax.models.lora import LoraTraining, merge_lora
+from aria_jax.models.heads import Model
 from aria_jax.models.parameters import Parameters
 from aria_jax.sharding import constrain
 from aria_jax.train.optimizer import build_optimizer, learning_rate, updates_done
@@ -37,14 +36,13 @@ class TrainState:
         params: float32 weights.
         opt_state: of `build_optimizer`.
         ema: moving average of the weights; None unless `optimizer.ema_decay` is set.
-        frozen: weights that a step does not change, where `params` are adapters of them (see
-            `models.lora.LoraTraining`); otherwise None.
+        frozen: weights that a step does not change; none unless `params` are adapters of them.
     """
 
     params: Parameters
     opt_state: Any
     ema: Parameters | None = None
-    frozen: Parameters | None = None
+    frozen: Parameters = field(default_factory=dict)
 
     @property
     def eval_params(self) -> Parameters:
@@ -56,21 +54,18 @@ TrainStep = Callable[[TrainState, Batch, jax.Array], tuple[TrainState, Metrics]]
 EvalStep = Callable[[TrainState, Batch], tuple[Metrics, dict[str, jax.Array]]]
 
 
-def new_state(config: RunConfig, params: Parameters) -> TrainState:
+Build = Callable[[Parameters, Parameters], Model]
+"""(what is trained, what is frozen) -> the model they make; traceable."""
+
+
+def new_state(config: RunConfig, params: Parameters, frozen: Parameters) -> TrainState:
     """The state of a run that has these weights and has done no step (traceable)."""
-    lora, frozen = LoraTraining.of(config), None
-    if lora is not None:
-        params, frozen = lora.split(
-            parameter_specs(config.model), params, jax.random.key(config.train.seed)
-        )
     opt_state = build_optimizer(config.optimizer, config.train.steps).init(params)
     ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay is not None else None
     return TrainState(params, opt_state, ema, frozen)
 
 
-def make_train_step(
-    config: RunConfig, merge: Callable[[Parameters], Model], loss: LossFunction
-) -> TrainStep:
+def make_train_step(config: RunConfig, build: Build, loss: LossFunction) -> TrainStep:
     """(state, batch, step) -> (state, metrics), compiled; the state given is donated.
 
     A step whose loss or gradient is not finite changes nothing and reports `skipped` = 1. With
@@ -81,10 +76,10 @@ def make_train_step(
     schedule = learning_rate(config.optimizer, config.train.steps)
 
     def train_step(state: TrainState, batch: Batch, step: jax.Array):
-        def merge_all(params: Parameters) -> Model:
-            return merge(merge_lora(config, params, state.frozen))
+        def merge(params: Parameters) -> Model:
+            return build(params, state.frozen)
 
-        gradients = weighted_gradients(config.train.grad_accumulation, merge_all, loss)
+        gradients = weighted_gradients(config.train.grad_accumulation, merge, loss)
         dropout = config.model.resid_dropout > 0
         key = jax.random.fold_in(jax.random.key(config.train.seed), step) if dropout else None
         (means, counts), grads = gradients(state.params, batch, key)
@@ -95,12 +90,14 @@ def make_train_step(
         rate = schedule(updates_done(state.opt_state))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        changed = TrainState(params, opt_state, _averaged(config, state.ema, params))
-        before = replace(state, frozen=None)
-        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, before)
-        kept = replace(kept, frozen=state.frozen)
+        changed = (params, opt_state, _averaged(config, state.ema, params))
+        before = (state.params, state.opt_state, state.ema)
+        params, opt_state, ema = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), changed, before
+        )
         metrics = {**means, "n_tokens": counts["n_tokens"], "grad_norm": norm}
-        return kept, {**metrics, "learning_rate": rate, "skipped": 1.0 - finite}
+        metrics |= {"learning_rate": rate, "skipped": 1.0 - finite}
+        return TrainState(params, opt_state, ema, state.frozen), metrics
 
     return jax.jit(train_step, donate_argnums=0)
 
@@ -186,17 +183,14 @@ def _averaged(config: RunConfig, ema: Parameters | None, params: Parameters) -> 
 
 
 def make_eval_step(
-    config: RunConfig,
-    merge: Callable[[Parameters], Model],
-    loss: LossFunction,
-    predictions: Predictions | None = None,
+    build: Build, loss: LossFunction, predictions: Predictions | None = None
 ) -> EvalStep:
     """(state, batch) -> metrics of the batch, `weight` among them, and the predictions of its rows,
     whole on every device; compiled, without dropout.
     """
 
     def eval_step(state: TrainState, batch: Batch) -> tuple[Metrics, dict[str, jax.Array]]:
-        model = merge(merge_lora(config, state.eval_params, state.frozen))
+        model = build(state.eval_params, state.frozen)
         value, aux = loss(model, batch, None)
         rows = {} if predictions is None else predictions(model, batch)
         rows = {name: constrain(x, *(None,) * x.ndim) for name, x in rows.items()}

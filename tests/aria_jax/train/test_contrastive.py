@@ -12,7 +12,7 @@ from aria_jax.checkpoints.models import load_model
 from aria_jax.config import MeshConfig, with_overrides
 from aria_jax.sharding import batch_sharding, make_mesh
 from aria_jax.train.loop import run
-from aria_jax.train.state import abstract_state
+from aria_jax.train.state import Network, abstract_state
 from aria_jax.train.step import make_train_step, weighted_gradients
 from aria_jax.train.tasks import (
     BatchLoss,
@@ -101,8 +101,9 @@ def test_parts_hold_the_activations_of_one_part(config):
     def temporary_bytes(parts):
         settings = config("contrastive", "global_batch=8192", f"grad_accumulation={parts}")
         mesh = make_mesh(settings.mesh)
-        merge, state = abstract_state(settings, mesh)
-        step = make_train_step(settings, merge, loss_function(settings, mesh))
+        network = Network.of(settings)
+        state = abstract_state(settings, network, mesh)
+        step = make_train_step(settings, network.build, loss_function(settings, mesh))
         with jax.set_mesh(mesh):
             number = jax.ShapeDtypeStruct((), np.int32)
             compiled = step.lower(state, batch_shapes(settings), number).compile()

@@ -126,8 +126,8 @@ def test_the_moving_average_is_what_others_load(config, corpus, tmp_path, weight
     settings = config("pretrain", "ema_decay=0.5", "peak_lr=0.01", "steps=3")
     mesh = make_mesh(settings.mesh)
     task = build_task(settings, corpus, mesh=mesh)
-    merge, state, _ = first_state(settings, mesh, Start("scratch", None, ""), None, {})
-    step = make_train_step(settings, merge, task.loss)
+    network, state, _ = first_state(settings, mesh, Start("scratch", None, ""), None, {})
+    step = make_train_step(settings, network.build, task.loss)
     expected = jax.tree.map(np.array, state.params)
     for number, batch in zip(range(3), task.train.iterate(), strict=False):
         state, _ = step(state, batch, np.int32(number))
@@ -148,8 +148,8 @@ def test_no_step_waits_for_the_host(config, corpus):
     mesh = make_mesh(settings.mesh)
     task = build_task(settings, corpus, mesh=mesh)
     start = Start("scratch", None, "")
-    merge, state, _ = first_state(settings, mesh, start, None, {})
-    step = make_train_step(settings, merge, task.loss)
+    network, state, _ = first_state(settings, mesh, start, None, {})
+    step = make_train_step(settings, network.build, task.loss)
     batches = iterate_rows(task.train, batch_sharding(mesh))
     with jax.set_mesh(mesh):
         for number in range(3):
