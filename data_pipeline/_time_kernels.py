@@ -27,12 +27,11 @@ def exact_ms(starts, ends, tempo_ticks, tempi, ticks_per_beat):
         before[i] = total
         tick, tempo = tempo_ticks[i], tempi[i]
     out = np.empty(len(starts), np.int64)
-    start_tick, start_segment = np.int64(-1), -1
+    start_segment = segment = np.int64(-1)
     for i in range(len(starts)):
-        if starts[i] != start_tick or i == 0:
-            start_tick = starts[i]
-            start_segment = np.searchsorted(tempo_ticks, start_tick, side="right") - 1
-        segment = np.searchsorted(tempo_ticks, ends[i], side="right") - 1
+        start_tick = starts[i]
+        start_segment = _segment(start_tick, start_segment, tempo_ticks)
+        segment = _segment(ends[i], segment, tempo_ticks)
         if segment == start_segment:
             here = tempi[segment] if segment >= 0 else _DEFAULT_TEMPO
             seconds = (ends[i] - start_tick) * (here * 1e-6 / ticks_per_beat)
@@ -42,6 +41,17 @@ def exact_ms(starts, ends, tempo_ticks, tempi, ticks_per_beat):
             scaled -= _scaled(start_tick, start_segment, before, tempo_ticks, tempi)
             out[i] = np.int64(np.rint(scaled / (ticks_per_beat * 1e3)))
     return out
+
+
+@_compiled
+def _segment(tick, guess, tempo_ticks):
+    """Index of the tempo in force at `tick`, -1 before the first; found at once if near `guess`."""
+    n_tempi = len(tempo_ticks)
+    if (guess < 0 or tempo_ticks[guess] <= tick) and (
+        guess + 1 == n_tempi or tick < tempo_ticks[guess + 1]
+    ):
+        return guess
+    return np.int64(np.searchsorted(tempo_ticks, tick, side="right") - 1)
 
 
 @_compiled

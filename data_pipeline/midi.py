@@ -271,11 +271,11 @@ def _sorted_by_tick(tables: list[np.ndarray], dtype: np.dtype) -> np.ndarray:
     columns = _COLUMNS[dtype]
     rows = np.concatenate([np.empty((0, len(columns)), np.int64), *tables])
     ticks = np.ascontiguousarray(rows[:, 0])
-    if (ticks[1:] < ticks[:-1]).any():
-        rows = rows[np.argsort(ticks, kind="stable")]
+    ordered = (ticks[1:] >= ticks[:-1]).all()
+    order = slice(None) if ordered else np.argsort(ticks, kind="stable")
     out = np.empty(len(rows), dtype)
     for column, field_name in enumerate(columns):
-        out[field_name] = rows[:, column]
+        out[field_name] = rows[:, column][order]  # a column at a time: half the time of rows[order]
     return out
 
 
@@ -288,6 +288,8 @@ def _apply_channel_modes(notes: np.ndarray, pedals: np.ndarray) -> tuple[np.ndar
     """
     from data_pipeline._smf import ALL_SOUND_OFF, CHANNEL_MODE, RESET_CONTROLLERS
 
+    if not (pedals["value"] >= CHANNEL_MODE).any():
+        return notes, pedals
     mode = pedals["value"].astype(np.int64) - CHANNEL_MODE
     ending = (mode >= 0) & (mode != RESET_CONTROLLERS)
     for channel in np.unique(pedals["channel"][ending]):
@@ -296,8 +298,6 @@ def _apply_channel_modes(notes: np.ndarray, pedals: np.ndarray) -> tuple[np.ndar
         after = np.searchsorted(ticks, notes["start"][here], side="right")
         ends = np.append(ticks, np.iinfo(np.int64).max)[after]
         notes["end"][here] = np.minimum(notes["end"][here], ends)
-    if not (mode >= 0).any():
-        return notes, pedals
     rows, held = [], [0] * 16
     for tick, value, channel in pedals.tolist():
         if value < CHANNEL_MODE:

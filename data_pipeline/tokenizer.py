@@ -225,15 +225,17 @@ class Tokenizer:
         """Prefix ids in ascending order: what the notes are played on (`instruments` [N]), the last
         program of each channel without notes (as in the reference), and labels.
         """
-        is_drum = performance.notes["channel"] == DRUM_CHANNEL
-        present = set(np.unique(instruments[~is_drum]).tolist())
-        used = {DRUM_CHANNEL, *np.unique(performance.notes["channel"]).tolist()}
+        channels = performance.notes["channel"]
+        used = np.bincount(channels, minlength=16) > 0
+        pitched = instruments[channels != DRUM_CHANNEL] if used[DRUM_CHANNEL] else instruments
+        present = set(np.flatnonzero(np.bincount(pitched)).tolist())
         silent = {int(row["channel"]): int(row["program"]) for row in performance.programs}
-        present |= {int(_INSTRUMENT_OF_PROGRAM[p]) for c, p in silent.items() if c not in used}
+        silent.pop(DRUM_CHANNEL, None)
+        present |= {int(_INSTRUMENT_OF_PROGRAM[p]) for c, p in silent.items() if not used[c]}
         if self.has_pedal and present != {0}:
             raise InvalidMidi("not-piano", "the pedal preset takes solo piano only")
         ids = [len(SPECIAL) + i for i in present]
-        if is_drum.any():
+        if used[DRUM_CHANNEL]:
             ids.append(len(SPECIAL) + len(INSTRUMENTS))
         for label in LABELS:
             name = _LABEL_TOKENS.get((label, normalise_class(labels.get(label, ""))))
