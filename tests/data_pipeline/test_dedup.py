@@ -171,6 +171,20 @@ def test_content_hash_sees_what_is_played_and_nothing_else():
     assert len(hashes) == 1 + len(different)
 
 
+def test_content_hash_hears_the_program_in_force():
+    """One channel that changes to strings sounds as two channels do, one of them the strings."""
+    notes = performance(0).notes
+    middle = int(notes["start"][len(notes) // 2])
+    changing = np.array([(0, 0, 0), (middle, 40, 0)], PROGRAM)
+    one = Performance(500, notes, programs=changing)
+    apart = notes.copy()
+    apart["channel"][notes["start"] >= middle] = 1
+    two = Performance(500, apart, programs=np.array([(0, 0, 0), (0, 40, 1)], PROGRAM))
+    assert dedup.content_hash(one) == dedup.content_hash(two)
+    assert dedup.content_hash(one) != dedup.content_hash(replace(one, programs=changing[:1]))
+    assert dedup.content_hash(one) != dedup.content_hash(replace(one, compat="aria-utils"))
+
+
 def test_cap_keeps_the_same_pieces_in_any_order():
     groups = np.array([0] * 6 + [7] * 2 + [-1] * 4)
     hashes = np.array([f"{(7 * i) % 12:02d}" for i in range(12)])

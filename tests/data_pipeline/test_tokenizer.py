@@ -1,5 +1,7 @@
 """Tokens: the round trip, slices, and every option."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -78,6 +80,47 @@ def test_a_slice_of_ids_is_the_encoded_slice(seed, n, data):
     ids = ARIA.slice_notes(ARIA.encode(performance), start, stop).tolist()
     expected = ARIA.encode(performance.slice_notes(start, stop)).tolist()
     assert ids[ids.index(ARIA.bos_id) :] == expected[expected.index(ARIA.bos_id) :]
+
+
+def changing() -> Performance:
+    """A channel that plays piano, strings, then bells, which have no tokens, and strings again."""
+    notes = np.zeros(4, NOTE)
+    notes["start"], notes["pitch"], notes["velocity"] = np.arange(4) * 1000, np.arange(60, 64), 60
+    notes["end"] = notes["start"] + 500
+    programs = np.array([(500, 40, 0), (2000, 14, 0), (2500, 48, 5), (2900, 44, 0)], PROGRAM)
+    return Performance(500, notes, programs=programs)
+
+
+def instruments(ids: np.ndarray) -> tuple[list[str], list[tuple[str, int]]]:
+    """Instruments that the prefix announces, and (instrument, pitch) of every note."""
+    tokens = [ARIA.tokens[i] for i in ids]
+    notes = [token[:2] for i, token in zip(ids, tokens, strict=True) if ARIA.kind[i] == Kind.NOTE]
+    return [token[2] for token in tokens[: tokens.index("<S>")]], notes
+
+
+def test_a_note_is_of_the_instrument_in_force():
+    announced, notes = instruments(ARIA.encode(changing()))
+    assert notes == [("piano", 60), ("strings", 61), ("strings", 63)]
+    assert announced == ["piano", "strings", "ensemble"]  # a channel without notes is named too
+    part = changing().slice_notes(0, 1)
+    assert instruments(ARIA.encode(part)) == (["piano", "ensemble"], [("piano", 60)])
+    decoded = ARIA.decode(ARIA.encode(changing()))
+    assert instruments(ARIA.encode(decoded))[1] == notes
+
+
+def test_aria_utils_drops_a_channel_that_ever_plays_something_without_tokens():
+    with pytest.raises(InvalidMidi, match="no notes"):
+        ARIA.encode(replace(changing(), compat="aria-utils"))
+    programs = changing().programs[[0, 2]]
+    announced, notes = instruments(
+        ARIA.encode(replace(changing(), programs=programs, compat="aria-utils"))
+    )
+    assert announced == ["strings", "ensemble"] and {name for name, _ in notes} == {"strings"}
+
+
+def test_the_pedal_preset_refuses_a_channel_that_becomes_a_violin():
+    with pytest.raises(InvalidMidi, match="solo piano"):
+        Tokenizer.preset("pedal").encode(changing())
 
 
 def test_labels_become_prefix_tokens_in_a_drawn_order():
