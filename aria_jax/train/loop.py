@@ -84,7 +84,7 @@ def run(
     mesh, settings, workdir = make_mesh(config.mesh), config.train, Path(workdir)
     check_batch(config, mesh)
     task = build_task(config, data_dir, mesh=mesh)
-    for note in task.notes:
+    for note in (*task.notes, *replicated_work(config, mesh)):
         warnings.warn(note, stacklevel=2)
     manifest = load_manifest(data_dir)
     tokenizer, reading = manifest["tokenizer"]["preset"], reading_of(manifest)
@@ -172,6 +172,18 @@ def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
             f"parts of {rows} rows does not divide over {ways} devices (mesh.data × mesh.fsdp); "
             f"choose a multiple of {ways * config.train.grad_accumulation}"
         )
+
+
+def replicated_work(config: RunConfig, mesh: jax.sharding.Mesh) -> list[str]:
+    """What devices of an axis all compute alike because it does not divide among them."""
+    divided = {"tensor": "model.n_heads", "sequence": "data.seq_len"}
+    sizes = {"tensor": config.model.n_heads, "sequence": config.data.seq_len}
+    return [
+        f"{divided[axis]}={size} does not divide over mesh.{axis}={mesh.shape[axis]}: what could "
+        "be shared is computed on every device of the axis"
+        for axis, size in sizes.items()
+        if size % mesh.shape[axis]
+    ]
 
 
 @contextmanager

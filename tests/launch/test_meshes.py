@@ -18,6 +18,7 @@ from aria_jax.config import ComputeConfig
 from launch.local import environments, free_port
 from tests.launch.meshes import Case, train
 
+SAVES = ("checkpoint_every_minutes=1e-9", "keep_checkpoints=9")
 ROOT = Path(__file__).parents[2]
 REL = 1e-5
 
@@ -77,10 +78,12 @@ def test_two_processes_on_two_meshes(corpus, tmp_path, run_alone, base):
     """One on which both hold the same rows, one on which each has its own."""
     cases = [
         Case("pretrain", (1, 1, 2, 1)),
-        Case("contrastive", (2, 1, 1, 1), ("eval_every=3",), init_from=base, embed=True),
+        Case("contrastive", (2, 1, 1, 1), SAVES, init_from=base, embed=True),
     ]
     for case, found in run_processes(2, cases, corpus, tmp_path).items():
         assert_same_run(found, run_alone(case, 2))
+    saved = {path.name for path in (tmp_path / cases[1].name / "checkpoints").iterdir()}
+    assert saved >= {"1", "2", "3"}, "the clock of process 0 said so, and both saved"
 
 
 MESHES = {

@@ -10,7 +10,7 @@ import pytest
 from aria_jax.checkpoints.models import load_model
 from aria_jax.config import MeshConfig
 from aria_jax.sharding import batch_sharding, iterate_rows, make_mesh
-from aria_jax.train.loop import run
+from aria_jax.train.loop import replicated_work, run
 from aria_jax.train.start import Start
 from aria_jax.train.state import first_state
 from aria_jax.train.step import make_train_step
@@ -170,6 +170,13 @@ def test_minutes_that_pass_are_a_reason_to_save(config, corpus, tmp_path):
 def test_batches_that_do_not_divide_are_explained(config, corpus, tmp_path, eight_devices):
     with pytest.raises(UserError, match="choose a multiple of 8"):
         run(config("pretrain", "global_batch=6", mesh=MeshConfig(8, 1, 1)), corpus, tmp_path)
+
+
+def test_work_that_is_not_shared_is_named(config, eight_devices):
+    mesh = make_mesh(MeshConfig(1, 1, 4, 2))
+    notes = replicated_work(config("pretrain", "seq_len=63"), mesh)
+    assert [note.partition(" ")[0] for note in notes] == ["model.n_heads=2", "data.seq_len=63"]
+    assert replicated_work(config("pretrain", "n_heads=4"), mesh) == []
 
 
 def test_a_profile_is_a_trace_on_disk(config, corpus, tmp_path):
