@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any, TypeVar
+
+Kind = TypeVar("Kind")
 
 
 def printable(text: str) -> str:
@@ -68,3 +71,23 @@ def kind_of(value: object) -> str:
     """The type of a value in a sentence, e.g. "a list", "an int"."""
     name = type(value).__name__
     return f"an {name}" if name[0].lower() in "aeiou" else f"a {name}"
+
+
+def expect(value: Any, kind: type[Kind], wanted: str) -> Kind:
+    """`value`, if it is of that kind; else a `UserError` that says what was expected."""
+    if isinstance(value, kind):
+        return value
+    hint = "; `read_midi` reads a file" if isinstance(value, str | Path) else ""
+    raise UserError(f"{wanted} is expected, not {kind_of(value)}{hint}")
+
+
+def expect_array(value: Any, wanted: str, *sizes: str) -> tuple[int, ...]:
+    """The shape of an array, traced or not, with so many axes; else a `UserError`."""
+    shape = f"[{', '.join(sizes)}]"
+    if not hasattr(value, "shape") or not hasattr(value, "dtype"):
+        raise UserError(
+            f"{wanted} is expected as an array {shape} (`jnp.asarray`), not {kind_of(value)}"
+        )
+    if len(value.shape) != len(sizes):
+        raise UserError(f"{wanted} is expected as an array {shape}, not {list(value.shape)}")
+    return value.shape

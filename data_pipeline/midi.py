@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.errors import InvalidMidi, UserError, read_file
+from data_pipeline.errors import InvalidMidi, UserError, expect, read_file
 
 if TYPE_CHECKING:
     from miditoolkit import MidiFile
@@ -327,6 +327,7 @@ def _without_open_notes(notes: np.ndarray) -> np.ndarray:
 
 def write_midi(performance: Performance, path: str | Path) -> None:
     """Writes `midi_bytes`."""
+    expect(performance, Performance, "write_midi: a Performance, e.g. `.full` of a continuation,")
     Path(path).write_bytes(midi_bytes(performance))
 
 

@@ -14,7 +14,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from data_pipeline.cleaning import remove_instruments
-from data_pipeline.errors import InvalidMidi, UserError, did_you_mean
+from data_pipeline.errors import InvalidMidi, UserError, did_you_mean, expect
 from data_pipeline.metadata import normalise_class
 from data_pipeline.midi import (
     DRUM_CHANNEL,
@@ -206,6 +206,7 @@ class Tokenizer:
             InvalidMidi: no note is left once unsupported instruments are removed; the pedal
                 preset was given anything but a piano; or it lasts longer than a day.
         """
+        expect(performance, Performance, "Tokenizer.encode: a Performance")
         performance = remove_instruments(performance)
         if not len(performance.notes):
             raise InvalidMidi("no-notes", "no notes of a supported instrument")

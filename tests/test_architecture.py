@@ -18,11 +18,15 @@ COMMON = {
     "aria_jax.config_file",
     "aria_jax.presets",
     "aria_jax.sharding",
+    "aria_jax.make_callable",
 }
 ALLOWED = {
     "data_pipeline": set(),
     "launch": {"data_pipeline", "aria_jax"},
     "aria_jax.config": {"data_pipeline.errors", "data_pipeline.settings"},
+    # What `import aria_jax` offers: on top of everything but the command line.
+    "aria_jax.api": COMMON
+    | {f"aria_jax.{room}" for room in ("checkpoints", "train", "generate", "embed")},
     "aria_jax.config_file": {"data_pipeline", "aria_jax.config"},
     "aria_jax.presets": {
         "aria_jax.config",

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aria_jax.checkpoints.models import load_model
+from aria_jax.checkpoints.models import LoadedModel, load_model
 from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
 from aria_jax.embed.encode import Encode, model_encoder
 from aria_jax.embed.pieces import Slicing, midi_slices
@@ -32,7 +32,7 @@ class PerformanceEncoder:
 
 
 def performance_encoder(
-    checkpoint: str | Path,
+    checkpoint: LoadedModel | str | Path,
     *,
     slice_notes: int = SLICE_NOTES,
     max_tokens: int = SLICE_TOKENS,
@@ -46,7 +46,7 @@ def performance_encoder(
     Raises:
         UserError: no checkpoint with an embedding head there.
     """
-    loaded = load_model(checkpoint)
+    loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_model(checkpoint)
     slicing = Slicing(
         loaded.tokenizer,
         slice_notes,

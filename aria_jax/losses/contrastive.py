@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from aria_jax.kernels.contrastive.pairs import Implementation, Where, pair_statistics
 from aria_jax.kernels.contrastive.statistics import NOTHING, PADDING_ID, joined
 from aria_jax.sharding import named_sharding
+from data_pipeline.errors import UserError, expect_array
 
 UNIFORMITY_ROWS = 1024
 """Rows the uniformity metric is estimated on; it needs all pairs of them."""
@@ -27,7 +28,7 @@ def contrastive_loss(
     z1_BxE: jax.Array,
     z2_BxE: jax.Array,
     *,
-    temperature: float | jax.Array,
+    temperature: float | jax.Array = 0.1,
     composition: jax.Array | None = None,
     variant: Variant = "symmetric",
     hardness: float = 0.0,
@@ -59,7 +60,11 @@ def contrastive_loss(
         positive than to any negative), "alignment" (mean squared distance of pairs) and
         "uniformity" (log mean Gaussian potential of first views, of at most 1,024 of them; Wang &
         Isola 2020), both on the unit sphere, lower is better.
+
+    Raises:
+        UserError: no arrays, or of shapes that do not fit together.
     """
+    _check(z1_BxE, z2_BxE, temperature, composition)
     unit1, unit2 = _unit(z1_BxE), _unit(z2_BxE)
     ids = jnp.arange(len(unit1)) if composition is None else composition
     ids = jnp.where(ids < 0, PADDING_ID, ids).astype(jnp.int32)
@@ -134,6 +139,24 @@ def _uniformity(unit_RxE: jax.Array, present_R: jax.Array) -> jax.Array:
     pairs = present_R[:, None] * present_R * (1 - jnp.eye(len(unit_RxE)))
     potential = jnp.exp(4 * (unit_RxE @ unit_RxE.T) - 4)
     return jnp.log(jnp.sum(pairs * potential) / jnp.maximum(pairs.sum(), 1) + 1e-12)
+
+
+def _check(z1_BxE, z2_BxE, temperature, composition) -> None:
+    """Raises `UserError` for what is no pair of views; looks at shapes only, so also in a trace."""
+    expect_array(z1_BxE, "contrastive_loss: the first view", "pairs", "width")
+    expect_array(z2_BxE, "contrastive_loss: the second view", "pairs", "width")
+    if z1_BxE.shape != z2_BxE.shape:
+        raise UserError(
+            f"contrastive_loss: views {list(z1_BxE.shape)} and {list(z2_BxE.shape)}: row i of both "
+            "must be of one piece, so their shapes must be the same"
+        )
+    if isinstance(temperature, int | float) and not temperature > 0:
+        raise UserError(f"contrastive_loss: temperature={temperature} must be above 0")
+    if composition is not None and jnp.shape(composition) != z1_BxE.shape[:1]:
+        raise UserError(
+            f"contrastive_loss: composition is expected as integers [{len(z1_BxE)}], one per pair, "
+            f"not {list(jnp.shape(composition))}"
+        )
 
 
 def _unit(z_BxE: jax.Array) -> jax.Array:

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from aria_jax.sharding import LOGICAL_RULES, active_mesh, fitting_spec
+from data_pipeline.errors import UserError, expect_array
 
 CHUNK_TOKENS = 1024
 """Of one device."""
@@ -29,7 +30,7 @@ def next_token_loss(
     hidden_BxLxD: jax.Array,
     head_DxV: jax.Array,
     targets_BxL: jax.Array,
-    loss_mask_BxL: jax.Array,
+    loss_mask_BxL: jax.Array | None = None,
     *,
     z_loss: float = 0.0,
     chunk_tokens: int = CHUNK_TOKENS,
@@ -39,13 +40,27 @@ def next_token_loss(
     Args:
         hidden_BxLxD: what the head reads; matrix products are done in its dtype, sums in float32.
         head_DxV: float32 output matrix.
-        targets_BxL: int ids; loss_mask_BxL: bool, False leaves a target out.
+        targets_BxL: int ids; loss_mask_BxL: bool, False leaves a target out; None takes all.
         z_loss: weight of the squared log-normaliser, added to each token's loss.
 
     Returns:
         The loss (float32 scalar), and float32 scalars {"n_tokens": number of targets, "accuracy":
         share of them with the largest logit}.
+
+    Raises:
+        UserError: no arrays, or of shapes that do not fit together.
     """
+    *rows, d_model = expect_array(hidden_BxLxD, "next_token_loss: hidden", "B", "L", "d_model")
+    width, _ = expect_array(head_DxV, "next_token_loss: the head", "d_model", "vocabulary")
+    targets = expect_array(targets_BxL, "next_token_loss: targets", "B", "L")
+    if loss_mask_BxL is None:
+        loss_mask_BxL = jnp.ones(targets, bool)
+    mask = expect_array(loss_mask_BxL, "next_token_loss: the mask", "B", "L")
+    if (width, *targets, *mask) != (d_model, *rows, *rows):
+        raise UserError(
+            f"next_token_loss: hidden {[*rows, d_model]}, head {list(head_DxV.shape)}, targets "
+            f"{list(targets)} and mask {list(mask)} do not fit together"
+        )
     mask_BxL = loss_mask_BxL.astype(jnp.float32)
     n_tokens = mask_BxL.sum()
     weights_BxL = mask_BxL / jnp.maximum(n_tokens, 1)

@@ -1,1 +1,5 @@
 """One loop, four tasks."""
+
+from aria_jax import make_callable
+
+make_callable(__name__)

@@ -5,35 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flax import nnx
 
-from aria_jax.checkpoints.models import save_model
 from aria_jax.cli.main import main
-from aria_jax.config import ComputeConfig, ModelConfig
-from aria_jax.models.heads import build_model
 from data_pipeline.midi import NOTE, Performance, read_midi, write_midi
 from data_pipeline.tokenizer import Tokenizer
 from tests.first_hour.uses import Use, check
 
-_SIZES = {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 512}
-_HEADS = {
-    "lm": {"head": "lm"},
-    "encoder": {"head": "embedding", "emb_size": 8},
-    "classifier": {"head": "class", "class_names": ("lento", "presto")},
-}
-
-
-def save_models(folder: Path) -> dict[str, Path]:
-    """A language model, one that embeds and one that classifies, with random weights."""
-    for name, head in _HEADS.items():
-        config = ModelConfig(**_SIZES, **head)
-        model = build_model(config, ComputeConfig(), rngs=nnx.Rngs(0))
-        save_model(folder / name, model)
-    return {name: folder / name for name in _HEADS}
-
 
 @pytest.fixture(scope="session")
-def places(midi_corpus, tmp_path_factory) -> dict[str, Path]:
+def places(midi_corpus, tiny_models, tmp_path_factory) -> dict[str, Path]:
     """Names that commands of the table use in braces.
 
     midi: ten MIDI files with labels; piece, query: two of them; data: their token shards; lm,
@@ -47,7 +27,7 @@ def places(midi_corpus, tmp_path_factory) -> dict[str, Path]:
         "piece": piece,
         "query": midi_corpus / "presto_1.mid",
         "nothing": folder / "nothing",
-        **save_models(folder),
+        **tiny_models,
     }
     for name in ("data", "vectors", "counts", "slices", "ids", "text", "silent", "empty"):
         suffix = {"ids": ".json", "text": ".mid", "silent": ".mid"}.get(name, "")

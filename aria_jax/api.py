@@ -1,0 +1,253 @@
+"""The short way: functions with good defaults over what the rooms do, for `import aria_jax`."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from aria_jax.config import SLICE_NOTES, SLICE_TOKENS, RunConfig, Task, with_settings
+from data_pipeline.errors import InvalidMidi, UserError, expect, kind_of
+from data_pipeline.midi import Performance, compat_of, read_midi
+from data_pipeline.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from aria_jax.checkpoints.models import LoadedModel
+    from aria_jax.embed.table import Embeddings
+    from aria_jax.generate.continuation import Continuation
+    from aria_jax.generate.score import Score
+    from aria_jax.train.loop import TrainResult
+
+File = str | Path | Performance
+"""A MIDI file, or what was read from one."""
+
+
+def load(path: str | Path, **options: Any) -> "LoadedModel":
+    """The model of a workdir or checkpoint; `options` as `checkpoints.models.load_model` takes.
+
+    Raises:
+        UserError: no model there.
+    """
+    from aria_jax.checkpoints.models import load_model
+
+    if not isinstance(path, str | Path):
+        raise UserError(f"load: expected the path of a checkpoint, not {kind_of(path)}")
+    return load_model(path, **options)
+
+
+def tokenise(file: File, preset: str = "aria") -> np.ndarray:
+    """Token ids of a MIDI file or performance, uint16 [L]."""
+    performance = _performance(file, "tokenise")
+    return Tokenizer.preset(preset).encode(performance)
+
+
+def detokenise(ids: Sequence[int] | np.ndarray, preset: str = "aria") -> Performance:
+    """The performance that token ids stand for, at 1 tick = 1 ms.
+
+    Raises:
+        UserError: something else than whole numbers in one dimension.
+    """
+    array = np.asarray(ids)
+    if array.ndim != 1 or not (np.issubdtype(array.dtype, np.integer) or not array.size):
+        raise UserError(f"detokenise: expected token ids, integers [L], not {_described(array)}")
+    return Tokenizer.preset(preset).decode(array.astype(np.int64))
+
+
+def embed(
+    model: "LoadedModel | str | Path",
+    source: "File | Sequence[str | Path]",
+    *,
+    metadata: str | Path | None = None,
+    slice_notes: int = SLICE_NOTES,
+    max_tokens: int = SLICE_TOKENS,
+) -> "np.ndarray | Embeddings":
+    """Embeddings as `aria-jax embed` computes them: the mean over consecutive slices of 300 notes.
+
+    Args:
+        model: trained by `train contrastive`, or its path.
+        source: a performance or MIDI file; or a folder, archive, token shards or list of files.
+        metadata: labels of a folder's files (default: metadata.json beside them).
+
+    Returns:
+        float32 [E] for a performance or one file; else a table with a row per file: `path`,
+        `embedding` float32 [N, E], `labels`, … Files that cannot be read are left out with a
+        warning.
+
+    Raises:
+        UserError: no embedding head, no such file, nothing to embed.
+    """
+    from aria_jax.embed.export import embed_pieces
+    from aria_jax.embed.pieces import Piece, open_source
+    from aria_jax.embed.single import performance_encoder
+
+    encoder = performance_encoder(
+        _model(model, "embed"), slice_notes=slice_notes, max_tokens=max_tokens
+    )
+    if isinstance(source, Performance):
+        return encoder(source)
+    if isinstance(source, str | Path) and Path(source).suffix.lower() in (".mid", ".midi", ".kar"):
+        return encoder(read_midi(source, compat=compat_of(encoder.slicing.reading)))
+    if not isinstance(source, str | Path | list | tuple):
+        raise UserError(
+            "embed: expected a Performance, the path of a file or folder, or a list of paths, "
+            f"not {kind_of(source)}"
+        )
+    with TemporaryDirectory() as folder:
+        opened = open_source(
+            source, encoder.slicing, spool=Path(folder) / "spool", metadata=metadata
+        )
+        found = [opened.cut(i) for i in range(len(opened.paths))]
+    pieces = [piece for piece in found if isinstance(piece, Piece)]
+    _warn_left_out([f"{r.path}: {r.message}" for r in found if not isinstance(r, Piece)])
+    if not pieces:
+        raise UserError(f"{source}: none of the {len(found)} files could be embedded")
+    return embed_pieces(pieces, encoder.encode, fingerprint=encoder.fingerprint)
+
+
+def generate(
+    model: "LoadedModel | str | Path",
+    prompt: File | None = None,
+    *,
+    seconds: float = 15.0,
+    n: int = 1,
+    max_tokens: int = 1024,
+    seed: int = 0,
+    temperature: float = 0.98,
+    min_p: float = 0.035,
+    ending: bool = False,
+) -> "list[Continuation]":
+    """Continuations of a performance, as `aria-jax generate` makes them.
+
+    Args:
+        model: a language model, or its path.
+        prompt: of which the first `seconds` are continued; None begins from nothing.
+        n: continuations; max_tokens: of each, three a note.
+        seed: the same one gives the same music.
+        temperature: 0 is greedy; min_p: least share of the likeliest token.
+        ending: asks for an ending within `max_tokens`.
+
+    Returns:
+        `n` continuations: `.full`, `.continuation` and `.prompt` are performances for `write_midi`.
+
+    Raises:
+        UserError: no language model, no such file, a prompt without notes or too long.
+    """
+    from aria_jax.generate.continuation import continue_prompt, make_prompt, unconditional_prompt
+    from aria_jax.generate.decoding import Decoding
+    from aria_jax.generate.sampler import choose_sampler
+    from aria_jax.generate.weights import decoder_weights
+
+    loaded = _model(model, "generate")
+    tokenizer = Tokenizer.preset(loaded.tokenizer)
+    if prompt is None:
+        ids = unconditional_prompt(tokenizer)
+    else:
+        performance = _performance(prompt, "generate", loaded.reading)
+        ids = make_prompt(performance, tokenizer, seconds=seconds)
+    return continue_prompt(
+        decoder_weights(loaded.model),
+        tokenizer,
+        ids,
+        n=n,
+        seed=seed,
+        settings=Decoding(
+            sampler=choose_sampler(temperature, min_p=min_p, top_p=None, top_k=None),
+            max_tokens=max_tokens,
+            force_end=ending,
+        ),
+    )
+
+
+def score(
+    model: "LoadedModel | str | Path", files: File | Sequence[File], *, context: int | None = None
+) -> "Score | list[Score]":
+    """Negative log-likelihood of performances in nats: `.mean_nll` per token, `.notes`.
+
+    Args:
+        model: a language model, or its path.
+        files: one gives one score, a list a list.
+        context: tokens of a window; the model's own by default.
+
+    Raises:
+        UserError: no language model, no such file, a performance without notes.
+    """
+    from aria_jax.generate.score import score_pieces
+
+    loaded = _model(model, "score")
+    tokenizer = Tokenizer.preset(loaded.tokenizer)
+    several = isinstance(files, list | tuple)
+    given: Sequence[Any] = files if several else [files]  # type: ignore[assignment]
+    performances = [_performance(file, "score", loaded.reading) for file in given]
+    for file, performance in zip(given, performances, strict=True):
+        if not len(performance.notes):
+            name = file if isinstance(file, str | Path) else "this performance"
+            raise InvalidMidi("no-notes", f"score: {name} has no notes")
+    ids = [tokenizer.encode(performance).astype(int) for performance in performances]
+    scores = score_pieces(loaded.model, tokenizer, ids, context=context)
+    return scores if several else scores[0]
+
+
+def train(
+    task: Task | RunConfig,
+    data: str | Path,
+    workdir: str | Path,
+    *,
+    preset: str = "tiny",
+    init_from: str | Path | None = None,
+    **settings: Any,
+) -> "TrainResult":
+    """Trains, or goes on training, as `aria-jax train` does: `train("pretrain", D, W, steps=200)`.
+
+    Args:
+        task: "pretrain", "continue", "contrastive" or "classify" of a preset, or a whole run.
+        data: folder of token shards; workdir: of the run, made if needed.
+        init_from: checkpoint whose weights a new run starts from.
+        settings: by their names on the command line (docs/api.md, `aria-jax train --settings`).
+
+    Raises:
+        UserError: everything wrong with the settings at once; unusable data or checkpoint.
+    """
+    from typing import get_args
+
+    from aria_jax.presets import for_task
+    from aria_jax.train.hooks import JsonlSink
+    from aria_jax.train.loop import run
+
+    if not isinstance(task, RunConfig) and task not in get_args(Task):
+        raise UserError(
+            f"train: expected a task of {', '.join(get_args(Task))}, or a RunConfig, not {task!r}"
+        )
+    config = task if isinstance(task, RunConfig) else for_task(preset, task)
+    config = with_settings(config, settings.items()).validate()
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    sink = JsonlSink(Path(workdir) / "metrics.jsonl")
+    try:
+        return run(config, data, workdir, init_from=init_from, sinks=[sink])
+    finally:
+        sink.close()
+
+
+def _model(model: "LoadedModel | str | Path", verb: str) -> "LoadedModel":
+    from aria_jax.checkpoints.models import LoadedModel
+
+    if isinstance(model, str | Path):
+        return load(model)
+    wanted = f"{verb}: a model of `aria_jax.load`, or the path of one, as the first argument"
+    return expect(model, LoadedModel, wanted)
+
+
+def _performance(file: File, verb: str, reading: str | None = None) -> Performance:
+    if isinstance(file, str | Path):
+        return read_midi(file, compat=None if reading is None else compat_of(reading))
+    return expect(file, Performance, f"{verb}: a Performance, or the path of a MIDI file")
+
+
+def _described(array: np.ndarray) -> str:
+    return f"{array.dtype} {list(array.shape)}"
+
+
+def _warn_left_out(reasons: Sequence[str]) -> None:
+    for reason in reasons:
+        warnings.warn(f"left out: {reason}", stacklevel=3)
