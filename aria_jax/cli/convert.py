@@ -1,6 +1,7 @@
 """`aria-jax convert`: published PyTorch weights, and adapters of a finetuning run."""
 
 import argparse
+import sys
 from pathlib import Path
 
 DESCRIPTION = """\
@@ -94,11 +95,18 @@ TOKENIZERS = ("aria", "pedal")
 def _to_safetensors(args: argparse.Namespace) -> None:
     from aria_jax.checkpoints.models import load_model
     from aria_jax.checkpoints.safetensors import export_model
+    from data_pipeline.midi import STANDARD
 
     _check_file_name(args.out)
-    model = load_model(args.source).model
-    export_model(model, args.out)
-    _report(args.out, model)
+    loaded = load_model(args.source)
+    export_model(loaded.model, args.out)
+    if loaded.reading != STANDARD:
+        print(
+            f"aria-jax: warning: {args.out} does not say that its corpus was read by "
+            f"{loaded.reading}; use it with --compat {loaded.reading}",
+            file=sys.stderr,
+        )
+    _report(args.out, loaded.model)
 
 
 def _merge(args: argparse.Namespace) -> None:

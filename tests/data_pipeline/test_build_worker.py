@@ -4,9 +4,13 @@ file may have taken over. Real processes, each with one fault built in.
 
 import json
 import os
+import shutil
 
+import msgpack
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipeline.build import build
 from data_pipeline.building import merge, runners
@@ -44,36 +48,32 @@ begun = []
 
 def faulty_process(root, entry, labels, maker, limits):
     begun.append(entry.path)
-    if entry.path == "bad.mid" and FAULT == "exits":
+    if entry.path == "exits.mid":
         os._exit(3)
     return process(root, entry, labels, maker, limits)
 
 def faulty_send(connection, data):
-    bad = begun and begun[-1] == "bad.mid"
+    fault = begun[-1] if begun else ""
     if data == b"":
         if FAULT == "idle" and getattr(worker, "started", False):
             os.kill(os.getpid(), 9)
         worker.started = True
-    elif bad and FAULT == "memory":
+    elif fault == "memory.mid":
         raise MemoryError
-    elif bad and FAULT == "huge":
+    elif fault == "huge.mid":
         connection.sendall((1 << 60).to_bytes(8, "big"))
-    elif bad and FAULT == "half":
+    elif fault == "half.mid":
         connection.sendall((1000).to_bytes(8, "big") + b"half")
         time.sleep(60)
-    elif bad and FAULT == "noise":
-        data = b"\\xc1" + os.urandom(100)
-    elif bad and FAULT == "pickle":
+    elif fault == "pickle.mid":
         class Evil:
             def __reduce__(self):
                 return (open, (os.environ["EVIL"], "w"))
         data = pickle.dumps(Evil())
-    elif bad and FAULT == "another":
-        data = pack_result("good.mid", {"path": "good.mid", "stage": "", "reason": ""}, b"")
-    elif bad and FAULT == "deep":
-        data = b"\\x91" * 100_000
+    elif fault == "swap.mid":
+        data = pack_result("a.mid", {"path": "a.mid", "stage": "", "reason": ""}, b"")
     send(connection, data)
-    if begun and begun[-1] == "z.mid" and FAULT == "after":
+    if fault == "z.mid" and FAULT == "after":
         os.kill(os.getpid(), 9)
 
 worker.send_frame, worker._process_file = faulty_send, faulty_process
@@ -84,7 +84,7 @@ worker.main(sys.argv)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made, rng = tmp_path_factory.mktemp("midi"), np.random.default_rng(0)
-    for name in ("a", "bad", "c", "z"):
+    for name in ("a", "b", "c", "z"):
         (made / f"{name}.mid").write_bytes(midi_bytes(random_performance(rng, 40)))
     return made
 
@@ -108,28 +108,44 @@ def job_of(folder, labels=None, number=0):
     return Job(number, folder, entries, [labels or {}] * len(entries))
 
 
-@pytest.mark.parametrize(
-    "fault, reason",
-    {
-        "exits": "worker-died",
-        "memory": "worker-died",
-        "huge": "worker-garbled",
-        "half": "time-limit",
-        "noise": "worker-garbled",
-        "pickle": "worker-garbled",
-        "another": "worker-garbled",
-        "deep": "worker-garbled",
-    }.items(),
-)
-def test_a_file_that_takes_its_worker_over_costs_only_itself(
-    faulty, folder, tmp_path, fault, reason
+def test_files_that_take_their_worker_over_cost_only_themselves(
+    faulty, folder, tmp_path, monkeypatch
 ):
-    faulty(fault)
-    limits = Limits(wall_s=2) if fault == "half" else Limits()
-    summary = build(folder, tmp_path / "data", workers=1, filters="none", limits=limits)
+    reasons = {
+        "exits": "worker-died",
+        "half": "time-limit",
+        "huge": "worker-garbled",
+        "memory": "worker-died",
+        "pickle": "worker-garbled",
+        "swap": "worker-garbled",
+    }
+    shutil.copytree(folder, tmp_path / "midi")
+    for name in reasons:
+        shutil.copy(folder / "a.mid", tmp_path / "midi" / f"{name}.mid")
+    faulty("by file")
+    monkeypatch.setattr(runners, "_DEATHS_TO_QUARANTINE", 1)  # a process less for each
+    summary = build(
+        tmp_path / "midi", tmp_path / "data", workers=1, filters="none", limits=Limits(wall_s=5)
+    )
     rows = [(row["path"], row["stage"], row["reason"]) for row in rejections(tmp_path / "data")]
-    assert rows == [("bad.mid", "worker", reason)] and summary.n_accepted == 3
-    assert not (tmp_path / "evil").exists()
+    assert rows == [(f"{name}.mid", "worker", reason) for name, reason in reasons.items()]
+    assert summary.n_accepted == 4 and not (tmp_path / "evil").exists()
+
+
+def test_a_file_is_set_aside_when_it_killed_two_processes(faulty, folder, tmp_path):
+    faulty("by file")
+    shutil.copytree(folder, tmp_path / "midi")
+    shutil.copy(folder / "a.mid", tmp_path / "midi" / "exits.mid")
+    worker, seen = IsolatedWorker(SETTINGS, Limits()), []
+    started = worker._start
+    worker._start = lambda: (seen.append("start"), started())[1]
+    (tmp_path / "unit").write_bytes(
+        worker.run(job_of(tmp_path / "midi"), lambda *n: seen.append(n))
+    )
+    worker.stop()
+    done = [summary.get("reason") for summary, _ in read_unit(tmp_path / "unit")]
+    assert done == [None, None, None, "worker-died", None]
+    assert seen == ["start", (0, 1), (0, 2), (0, 3), "start", "start", (0, 5)], "nothing done twice"
 
 
 def test_a_death_after_the_last_file_is_no_files_fault(faulty, folder, tmp_path):
@@ -193,6 +209,32 @@ def test_results_are_checked_before_they_are_kept(change):
     assert unpack_result(pack_result("x.mid", good, b"ab"), "x.mid") == (good, b"ab")
     with pytest.raises(GarbledError):
         unpack_result(pack_result("x.mid", {**good, **change}, b"ab"), "x.mid")
+
+
+_VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63)
+    | st.text("ab")
+    | st.binary(max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["path", "n_tokens", "labels", "stage", "content"]), inner
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60) | _VALUES.map(msgpack.packb))
+def test_no_bytes_are_worse_than_garbled(frame):
+    try:
+        unpack_result(frame, "x.mid")
+    except GarbledError:
+        return
+    pytest.fail("none of these is a result")
 
 
 # --- what replaces another corpus ---

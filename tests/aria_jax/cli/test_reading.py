@@ -39,7 +39,11 @@ def files(tmp_path_factory):
 def models(tmp_path_factory):
     """Paths of a checkpoint for each (head, reading)."""
     folder, made = tmp_path_factory.mktemp("models"), {}
-    for head, extra in (("lm", {}), ("embedding", {"emb_size": 8})):
+    for head, extra in (
+        ("lm", {}),
+        ("embedding", {"emb_size": 8}),
+        ("class", {"class_names": ("bach", "liszt")}),
+    ):
         config = ModelConfig(d_model=16, n_heads=2, n_layers=1, max_seq_len=512, head=head, **extra)
         model = build_model(config, ComputeConfig(), rngs=nnx.Rngs(0))
         for reading in READINGS:
@@ -101,6 +105,28 @@ def test_scores_are_those_of_the_chosen_reading(models, files, capsys):
     assert own[0][0] != own[1][0] and [n for _, n in own] == [0, 0]
     assert score(standard, "--compat", "aria-utils") == (own[1][0], 1)
     assert score(compat, "--compat", "standard") == (own[0][0], 1)
+
+
+def test_classes_are_those_of_the_chosen_reading(models, files, capsys, tmp_path):
+    def probability(model, *extra):
+        out = tmp_path / "answers.jsonl"
+        out.unlink(missing_ok=True)
+        _, warned = run(
+            capsys, "classify", files, "--checkpoint", model, "--out", out, *SMALL, *extra
+        )
+        return json.loads(out.read_text())["probabilities"]["bach"], len(warned)
+
+    standard, compat = (models["class", reading] for reading in READINGS)
+    own = probability(standard), probability(compat)
+    assert own[0][0] != own[1][0] and [n for _, n in own] == [0, 0]
+    assert probability(standard, "--compat", "aria-utils") == (own[1][0], 1)
+
+
+def test_safetensors_cannot_keep_the_reading_which_is_said(models, capsys, tmp_path):
+    for reading, said in (("standard", False), ("aria-utils", True)):
+        source, out = models["lm", reading], str(tmp_path / f"{reading}.safetensors")
+        assert main(["convert", "to-safetensors", source, out]) == 0
+        assert ("--compat aria-utils" in capsys.readouterr().err) == said
 
 
 def test_embeddings_keep_the_reading_and_queries_follow_it(models, files, capsys, tmp_path):
