@@ -4,36 +4,82 @@ The record holds the run's config, the tokenizer and the position: seed, epoch a
 are random access, so row i of the stream depends on (seed, i) alone, and so do the keys of
 dropout: any number of processes can go on from a position, which Grain's own iterator state does
 not allow.
+
+It also holds shape, type and checksum of every array and a digest of itself, since Orbax and
+TensorStore miss flipped bits: what comes back is what was saved, or it is damaged. Records of
+older versions have none, and are trusted.
 """
 
+import json
+import math
+import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
 
 from aria_jax.models.parameters import Parameters
+from aria_jax.sharding import replicated
+from data_pipeline.artifact import json_digest
 from data_pipeline.errors import UserError
 
 DIRECTORY = "checkpoints"
 Read = TypeVar("Read")
 
+_FINE, _DAMAGED, _UNREADABLE = range(3)
+_DAMAGE = re.compile(
+    "DATA_LOSS|OUT_OF_RANGE|NOT_FOUND|FAILED_PRECONDITION|INVALID_ARGUMENT|"
+    "User-provided restore item and on-disk value metadata tree structures do not match|"
+    "Requested shape: .* is not compatible with the stored shape"
+)
+"""TensorStore on bytes that are missing or cannot be decoded, and Orbax on metadata that
+contradict the record."""
+_DAMAGED_METADATA = (UnicodeDecodeError, json.JSONDecodeError, KeyError, IndexError, TypeError,
+                     AttributeError, NotImplementedError)  # fmt: skip
+_NO_MEMORY = re.compile("RESOURCE_EXHAUSTED|[Oo]ut of memory")
+_NO_ACCESS = re.compile("PERMISSION_DENIED|UNAUTHENTICATED")
+_NO_ANSWER = re.compile("UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED|INTERNAL|UNKNOWN")
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint of which something is missing, or is not what was saved."""
+
 
 class Checkpointer:
-    """The checkpoints of one run; writes in the background, a write is all or nothing."""
+    """The checkpoints of one run; writes in the background, a write is all or nothing.
 
-    def __init__(self, workdir: str | Path, keep: int = 3):
+    Where a program has several processes, all of them call each method.
+
+    Args:
+        keep: so many of the newest; older ones are removed.
+        read_only: nothing there is made, removed or renamed.
+    """
+
+    def __init__(self, workdir: str | Path, keep: int = 3, *, read_only: bool = False):
         self.directory = (Path(workdir) / DIRECTORY).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        self._read_only = read_only
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=not read_only, read_only=read_only
+        )
         names = ("params", "opt_state", "ema", "record")
         self._manager = ocp.CheckpointManager(self.directory, item_names=names, options=options)
-        self._damaged: set[int] = set()
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, oldest first; incomplete writes are not listed."""
-        return sorted(self._manager.all_steps())
+        """Steps with a complete checkpoint as process 0 sees them, oldest first."""
+        steps = sorted(self._manager.all_steps())
+        if jax.process_count() == 1:
+            return steps
+        number = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+        listed = np.array((steps + [0] * number)[:number], np.int32)
+        return [int(step) for step in multihost_utils.broadcast_one_to_all(listed)]
 
     def save(
         self,
@@ -45,61 +91,99 @@ class Checkpointer:
         ema: Parameters | None = None,
     ) -> None:
         """Starts writing; returns once the arrays may be changed. A step is written once."""
-        if step in self._damaged:
-            self._manager.delete(step)
-            self._damaged.remove(step)
         if step in self._manager.all_steps():
             return
-        items: dict[str, Any] = {
-            "params": ocp.args.StandardSave(params),
-            "record": ocp.args.JsonSave({**record, "step": step}),
-        }
+        trees: dict[str, Any] = {"params": params}
         if opt_state is not None:
-            items["opt_state"] = ocp.args.StandardSave(jax.tree.leaves(opt_state))
+            trees["opt_state"] = jax.tree.leaves(opt_state)
         if ema is not None:
-            items["ema"] = ocp.args.StandardSave(ema)
-        # Forced: behind a damaged newer checkpoint Orbax would refuse.
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            trees["ema"] = ema
+        arrays = {name: _described(tree) for name, tree in trees.items()}
+        record = json.loads(json.dumps({**record, "step": step, "arrays": arrays}))
+        items: dict[str, Any] = {n: ocp.args.StandardSave(tree) for n, tree in trees.items()}
+        items["record"] = ocp.args.JsonSave({**record, "digest": json_digest(record)})
+        if not self._manager.save(step, args=ocp.args.Composite(**items)):
+            raise UserError(
+                f"{self.directory}: step {step} is not saved behind step {self.steps()[-1]}"
+            )
 
     def newest(self, read: Callable[[int], Read]) -> tuple[int, Read]:
-        """The newest step that `read` can read, and what it read; warns about the others.
+        """The newest step that `read` can read, and what it read.
+
+        Damaged steps are passed over with a warning. Once one is found that is intact, they are
+        renamed, so that their numbers can be saved again.
 
         Raises:
-            UserError: none can be read, or `read` raised it.
+            UserError: all are damaged; or there is no memory, permission or connection to read
+                one, or it holds arrays of other shapes; or `read` raised it.
         """
+        damaged: list[int] = []
         for step in reversed(self.steps()):
             try:
-                return step, read(step)
-            except UserError:
-                raise
-            except Exception as error:  # Orbax raises anything on a damaged file
-                reason = str(error).strip().partition("\n")[0]
-                self._damaged.add(step)
-                warnings.warn(
-                    f"{self.directory}: checkpoint {step} is damaged, trying the one before "
-                    f"({type(error).__name__}: {reason[:200]})",
-                    stacklevel=2,
-                )
+                found = read(step)
+            except DamagedCheckpoint as damage:
+                warnings.warn(f"{damage}; trying the one before", stacklevel=2)
+                damaged.append(step)
+                continue
+            if damaged and not self._read_only:
+                self._set_aside(damaged)
+            return step, found
         raise UserError(f"{self.directory}: no checkpoint here can be read; use a new --workdir")
 
     def record(self, step: int) -> dict[str, Any]:
-        """The JSON record of a checkpoint."""
-        args = ocp.args.Composite(record=ocp.args.JsonRestore())
-        return self._manager.restore(step, args=args)["record"]
+        """The JSON record of a checkpoint.
+
+        Raises:
+            UserError: it cannot be read, or belongs to another step.
+        """
+        place = self._manager.directory / str(step)
+
+        def read() -> dict[str, Any]:
+            handler = ocp.JsonCheckpointHandler()
+            return handler.restore(place / "record", args=ocp.args.JsonRestore())
+
+        record = self._together(step, read)
+        digest = record.pop("digest", None)
+        if digest not in (None, json_digest(record)):
+            raise DamagedCheckpoint(self._damaged(step, "its record is not what was saved"))
+        for of in (record, record.get("position", {})):
+            if of.get("step", step) != step:
+                raise UserError(
+                    f"{place} is of step {of['step']}, by its record: give the folder that name"
+                )
+        return record
 
     def restore(self, step: int, item: str, like: Any) -> Any:
         """Item "params", "opt_state" or "ema", laid out and typed like `like`.
 
         `like` holds ShapeDtypeStructs with shardings: any mesh, any number of processes, any float
         type.
+
+        Raises:
+            UserError: see `newest`.
         """
-        if item != "opt_state":
-            args = ocp.args.Composite(**{item: ocp.args.StandardRestore(like)})
-            return self._manager.restore(step, args=args)[item]
-        leaves, structure = jax.tree.flatten(like)
-        args = ocp.args.Composite(opt_state=ocp.args.StandardRestore(leaves))
-        restored = self._manager.restore(step, args=args)["opt_state"]
-        return jax.tree.unflatten(structure, restored)
+        wanted, structure = jax.tree.flatten(like)
+        target = wanted if item == "opt_state" else like
+        place = self._manager.directory / str(step) / item
+        described = self.record(step).get("arrays", {}).get(item, {})
+
+        def read() -> Any:
+            handler = ocp.StandardCheckpointHandler()
+            there = {name: (tuple(shape), kind) for name, (shape, kind, _) in described.items()}
+            if not there:  # of a version that did not describe them
+                saved = _named(handler.metadata(place).tree)
+                there = {name: (leaf.shape, leaf.dtype) for name, leaf in saved.items()}
+            stored = _as_stored(target, there, str(place))
+            return handler.restore(place, args=ocp.args.StandardRestore(stored))
+
+        found = self._together(step, read)
+        if described and described != _described(found):
+            raise DamagedCheckpoint(self._damaged(step, f"{item} are not what was saved"))
+        arrays = jax.tree.leaves(found)
+        del found  # so that memory never holds all of it in two types
+        for i, leaf in enumerate(wanted):
+            arrays[i] = arrays[i].astype(leaf.dtype)
+        return jax.tree.unflatten(structure, arrays)
 
     def wait(self) -> None:
         """Returns when everything is on the disk."""
@@ -108,3 +192,145 @@ class Checkpointer:
     def close(self) -> None:
         """Finishes writing and lets go of the directory."""
         self._manager.close()
+
+    def _together(self, step: int, read: Callable[[], Read]) -> Read:
+        """What `read` reads in this process, unless one of all processes fails.
+
+        No process waits for another while it reads.
+        """
+        status, failure = _FINE, None
+        try:
+            found = read()
+        except Exception as error:
+            status, failure = self._explained(step, error)
+        statuses = [status]
+        if jax.process_count() > 1:
+            statuses = multihost_utils.process_allgather(np.int32(status)).tolist()
+        if failure is not None:
+            raise failure
+        if _UNREADABLE in statuses:
+            index = statuses.index(_UNREADABLE)
+            raise UserError(f"process {index} cannot read checkpoint {step}; see what it says")
+        if _DAMAGED in statuses:
+            found_by = f"as process {statuses.index(_DAMAGED)} finds"
+            raise DamagedCheckpoint(self._damaged(step, found_by))
+        return found
+
+    def _explained(self, step: int, error: Exception) -> tuple[int, Exception]:
+        """Whether an error while reading is damage, and what to raise for it."""
+        if isinstance(error, UserError):
+            return _UNREADABLE, error
+        causes = list(_causes(error))
+        # Orbax's own error quotes the whole specification of an array, TensorStore's says why.
+        told = next((str(c) for c in causes if "TensorStore details" not in str(c)), str(error))
+        text = told.strip().partition("\n")[0][:300]
+
+        def any_of(*kinds: type[BaseException]) -> bool:
+            return any(isinstance(cause, kinds) for cause in causes)
+
+        if any_of(MemoryError) or _NO_MEMORY.search(text):
+            reason = f"not enough memory to read it ({type(error).__name__}: {text})"
+        elif any_of(PermissionError) or _NO_ACCESS.match(text):
+            reason = f"no permission to read it ({text})"
+        elif any_of(FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return _DAMAGED, DamagedCheckpoint(self._damaged(step, text))
+        elif any_of(OSError) or _NO_ANSWER.match(text):  # among them lost connections and time-outs
+            reason = f"it cannot be read now ({text})"
+        elif any_of(*_DAMAGED_METADATA) or _DAMAGE.match(text):
+            return _DAMAGED, DamagedCheckpoint(self._damaged(step, text))
+        else:
+            return _UNREADABLE, error
+        return _UNREADABLE, UserError(f"{self.directory / str(step)}: {reason}")
+
+    def _damaged(self, step: int, reason: str) -> str:
+        return f"{self.directory}: checkpoint {step} is damaged ({reason})"
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Renames damaged steps, so that nothing reads, counts or removes them any more."""
+        for step in steps:
+            aside = self._manager.directory / f"{step}.damaged"
+            if jax.process_index() == 0:
+                number = 1
+                while aside.exists():
+                    number += 1
+                    aside = self._manager.directory / f"{step}.damaged-{number}"
+                (self._manager.directory / str(step)).rename(aside)
+            warnings.warn(f"the damaged checkpoint {step} is kept as {aside}", stacklevel=3)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()
+
+
+def _described(tree: Any) -> dict[str, list]:
+    """Shape, type and checksum of each array, by its dotted path; as JSON gives it back."""
+    return {
+        name: [list(leaf.shape), str(leaf.dtype), number]
+        for (name, leaf), number in zip(_named(tree).items(), checksums(tree), strict=True)
+    }
+
+
+def _named(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def checksums(tree: Any) -> list[int]:
+    """A number for each array, however it is sharded, that another value of any element changes."""
+    leaves = jax.tree.leaves(tree)
+    shardings = [leaf.sharding for leaf in leaves]
+    mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
+    everywhere = replicated(mesh) if isinstance(mesh, Mesh) else None
+    return [int(number) for number in jax.device_get(_summing(everywhere)(leaves))]
+
+
+@cache
+def _summing(everywhere: NamedSharding | None) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    def sums(leaves: list[jax.Array]) -> list[jax.Array]:
+        return [_checksum(leaf) for leaf in leaves]
+
+    return jax.jit(sums, out_shardings=everywhere)
+
+
+def _checksum(x: jax.Array) -> jax.Array:
+    """Sum modulo 2³² of each element's bits times an odd number of its place."""
+    kind = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+    place = jnp.zeros(x.shape, jnp.uint32)
+    for axis in range(x.ndim):
+        stride = math.prod(x.shape[axis + 1 :]) % 2**32
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
+    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+
+
+def _as_stored(like: Any, there: dict[str, tuple[tuple[int, ...], Any]], place: str) -> Any:
+    """`like` in the types that are stored.
+
+    Args:
+        there: shape and type of each stored array.
+
+    Raises:
+        UserError: names every array that is missing, unknown or of another shape.
+    """
+    wanted = {name: leaf.shape for name, leaf in _named(like).items()}
+    wrong = []
+    for name in sorted(wanted.keys() | there.keys()):
+        shape, _ = there.get(name, ("missing", None))
+        if shape != wanted.get(name):
+            wrong.append(f"{name} is {shape} there and {wanted.get(name, 'unknown')} here")
+    if wrong:
+        more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise UserError(f"{place}: another model's arrays: {'; '.join(wrong[:3])}{more}")
+    leaves, structure = jax.tree.flatten(like)
+    stored = [
+        jax.ShapeDtypeStruct(leaf.shape, there[name][1], sharding=leaf.sharding)
+        for name, leaf in zip(wanted, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, stored)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error, and what it was raised from."""
+    found: BaseException | None = error
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__

@@ -185,7 +185,7 @@ def _opened(path: Path) -> Checkpointer:
     """The checkpoints of a workdir that has some."""
     if not (path / DIRECTORY).is_dir():
         raise UserError(f"{path}: no checkpoint here (expected the --workdir of a training run)")
-    checkpointer = Checkpointer(path)
+    checkpointer = Checkpointer(path, read_only=True)
     if not checkpointer.steps():
         checkpointer.close()
         raise UserError(f"{path}: its checkpoints folder is empty; was the run interrupted?")

@@ -109,7 +109,7 @@ def first_state(
                 like.frozen,
             )
             state = replace(state, frozen=frozen)
-        return network, state, step
+        return network, state, checkpointer.record(step)["position"]["step"]
     if lora is not None and start.path is None:
         raise UserError(
             f"train.lora_rank={lora.rank} adapts weights that are there already: "
