@@ -18,6 +18,8 @@ class Inspection:
     Attributes:
         splits: per split n_pieces, n_tokens, n_notes, hours.
         labels: per label name, how many pieces have each value.
+        coverage: per label name and split, and in "total", how many pieces have the label at all
+            ("n_pieces") and their share ("percent").
         kinds: how many tokens are of each kind, over the first pieces.
         notes_quantiles: notes of the shortest, quartile, median, quartile and longest piece.
         length_histogram: pieces below each power of two of tokens (and not below the one before).
@@ -32,6 +34,7 @@ class Inspection:
     n_repaired: int
     splits: dict[str, dict[str, float]]
     labels: dict[str, dict[str, int]]
+    coverage: dict[str, dict[str, dict[str, float]]]
     kinds: dict[str, int]
     notes_quantiles: list[int]
     length_histogram: dict[int, int]
@@ -49,6 +52,7 @@ def inspect(data_dir: str | Path, *, sampled_pieces: int = 200) -> Inspection:
     tokenizer = Tokenizer.preset(manifest["tokenizer"]["preset"])
     splits, n_notes, lengths = {}, [], []
     labels: dict[str, Counter[str]] = {}
+    labelled: dict[str, dict[str, int]] = {}
     kinds = np.zeros(len(Kind), np.int64)
     first_lines: list[str] = []
     for name in manifest["splits"]:
@@ -64,6 +68,7 @@ def inspect(data_dir: str | Path, *, sampled_pieces: int = 200) -> Inspection:
         for label in shards.label_names:
             codes, values = shards.label_codes(label)
             counts = np.bincount(codes[codes >= 0], minlength=len(values))
+            labelled.setdefault(label, {})[name] = int(counts.sum())
             known = labels.setdefault(label, Counter())
             known.update(dict(zip(values, counts.tolist(), strict=True)))
         for i in range(min(len(shards), sampled_pieces)):
@@ -79,6 +84,9 @@ def inspect(data_dir: str | Path, *, sampled_pieces: int = 200) -> Inspection:
         n_repaired=manifest.get("n_repaired", 0),
         splits=splits,
         labels={name: dict(counts.most_common()) for name, counts in labels.items()},
+        coverage=_coverage(
+            labelled, {name: int(split["n_pieces"]) for name, split in splits.items()}
+        ),
         kinds={kind.name.lower(): int(kinds[kind]) for kind in Kind},
         notes_quantiles=[int(q) for q in quantiles],
         length_histogram=_by_power_of_two(np.concatenate(lengths)) if lengths else {},
@@ -87,6 +95,24 @@ def inspect(data_dir: str | Path, *, sampled_pieces: int = 200) -> Inspection:
         ),
         first_lines=first_lines,
     )
+
+
+def _coverage(
+    labelled: dict[str, dict[str, int]], n_pieces: dict[str, int]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """See `Inspection`; labels that most pieces have come first."""
+    sizes = {**n_pieces, "total": sum(n_pieces.values())}
+    found = {}
+    for label, counts in sorted(labelled.items(), key=lambda item: -sum(item[1].values())):
+        having = {**counts, "total": sum(counts.values())}
+        found[label] = {
+            split: {
+                "n_pieces": having.get(split, 0),
+                "percent": 100 * having.get(split, 0) / max(size, 1),
+            }
+            for split, size in sizes.items()
+        }
+    return found
 
 
 def _by_power_of_two(lengths: np.ndarray) -> dict[int, int]:

@@ -198,7 +198,7 @@ def read_midi(
     """Reads a MIDI file, from disk or from its bytes.
 
     Args:
-        source: a path, or the file's bytes; a RIFF envelope (.rmi) is opened.
+        source: a path, or the file's bytes; a RIFF envelope (.rmi) or .gz is opened.
         compat: None for the standard; one of `COMPAT` for that program's reading.
         repair: of a file that is cut, read what is whole before the break; `repaired` says so.
             Notes that still sound end at the break (under `compat` they are left out, as in a
@@ -210,12 +210,12 @@ def read_midi(
         OSError: the file cannot be opened for another reason.
     """
     from data_pipeline import _smf
+    from data_pipeline.building.archives import gunzipped
 
     check_compat(compat)
     name = "MIDI bytes" if isinstance(source, bytes) else str(source)
-    data = _smf.unwrapped(
-        source if isinstance(source, bytes) else read_file(source, "one MIDI file"), name
-    )
+    data = source if isinstance(source, bytes) else read_file(source, "one MIDI file")
+    data = _smf.unwrapped(gunzipped(data, name), name)
     kind, division, tracks, repaired = _smf.decoded_tracks(data, name, not compat, repair)
     if kind == 2 and len(tracks) > 1 and not compat:
         raise InvalidMidi("format-2", f"{name}: format 2, {len(tracks)} pieces in one file")

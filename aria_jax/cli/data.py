@@ -18,15 +18,16 @@ examples:
   aria-jax data inspect my_data --plot lengths.png     what is in it"""
 
 BUILD = """\
-Read, filter, tokenise and shard every MIDI file of a folder (or tar archive). Killed at any moment
-and run again, it goes on, and ends with the same bytes; finished, it does nothing; where the files,
-their labels or the settings have changed since, it says what, and builds with --overwrite. Files
-that cannot be used are named in rejected.jsonl with the reason; the rest goes on. The validation
-split holds whole compositions. Labels come from metadata.json, .jsonl or .csv beside the files
-(Aria-MIDI, MAESTRO and ASAP layouts) or --metadata, then from the names of files and folders, then
-from the text inside the MIDI files. Where every piece has a label "split" (train, val or
-validation, test), that is the split; a piece that is labelled test is never in a shard of train or
-val."""
+Read, filter, tokenise and shard every MIDI file (.mid, .midi, .kar, .rmi, also with .gz after it)
+of a folder, of an archive, or of Parquet with a column of MIDI bytes. Killed at any moment and run
+again, it goes on, and ends with the same bytes; finished, it does nothing; where the files, their
+labels or the settings have changed since, it says what, and builds with --overwrite. Files that
+cannot be used, links that lead nowhere and whatever else is skipped are named in rejected.jsonl
+with the reason; the rest goes on. The validation split holds whole compositions. Labels come from
+metadata.json, .jsonl or .csv beside the files (Aria-MIDI, MAESTRO and ASAP layouts), the other
+columns of Parquet, or --metadata; then from the names of files and folders, then from the text
+inside the MIDI files. Where every piece has a label "split" (train, val or validation, test), that
+is the split; a piece that is labelled test is never in a shard of train or val."""
 
 DETAILS = """\
 filters: "none" keeps all that can be read; "light" drops broken and degenerate files, "heavy" has
@@ -62,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return made
 
     build = verb("build", BUILD, DETAILS.replace("{table}", _filter_table()))
-    build.add_argument("midi_dir", help="folder (searched recursively) or .tar, .tar.gz")
+    build.add_argument(
+        "midi_dir",
+        help="folder (searched recursively), .zip, .tar (.gz, .bz2, .xz), .parquet or MIDI file",
+    )
     build.add_argument("out_dir", help="folder for the shards")
     build.add_argument("--workers", type=int, help="processes (default: one per core)")
     build.add_argument("--metadata", help="JSON or CSV of labels (default: beside the files)")
@@ -207,6 +211,7 @@ def _inspect(args: argparse.Namespace) -> None:
     lines = [
         *_split_table(found.splits),
         *_length_table(found.length_histogram, found.notes_quantiles),
+        *_coverage_table(found.coverage),
         *(line for label, counts in found.labels.items() for line in _label_table(label, counts)),
         *_rejection_table(found.rejected),
         f"read by: {found.reading}; repaired: {found.n_repaired:,} (cut files, up to the break)",
@@ -256,6 +261,19 @@ def _length_table(histogram: dict[int, int], quantiles: list[int]) -> list[str]:
     notes = ", ".join(f"{name} {n:,}" for name, n in zip(names, quantiles, strict=True))
     rows = {f"{bound // 2:,} to {bound - 1:,}": n for bound, n in histogram.items()}
     return ["", f"notes a piece: {notes}", "tokens a piece", *_bars(rows, sum(rows.values()))]
+
+
+def _coverage_table(coverage: dict[str, dict[str, dict[str, float]]]) -> list[str]:
+    """A line for each label: how many pieces have it, in all and in each split."""
+    if not coverage:
+        return ["", "labels: none"]
+    splits = list(next(iter(coverage.values())))
+    width = max(map(len, (*coverage, "labels: pieces"))) + 2
+    lines = ["", f"{'labels: pieces':<{width}}" + "".join(f"{split:>20}" for split in splits)]
+    for label, row in coverage.items():
+        cells = (f"{row[split]['n_pieces']:,} {row[split]['percent']:6.1f} %" for split in splits)
+        lines.append(f"{label:<{width}}" + "".join(f"{cell:>20}" for cell in cells))
+    return lines
 
 
 def _label_table(label: str, counts: dict[str, int]) -> list[str]:

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from data_pipeline.errors import UserError, did_you_mean
+from data_pipeline.errors import UserError, did_you_mean, printable
 
 # verb -> (module under aria_jax.cli, one line for --help). Nothing here imports jax.
 VERBS = {
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with working(argv[0]):
             return _run(argv[0], argv[1:])
     except UserError as error:
-        print(f"aria-jax: error: {error}", file=sys.stderr)
+        print(f"aria-jax: error: {printable(str(error))}", file=sys.stderr)
         return 2
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
         if error.filename is None:

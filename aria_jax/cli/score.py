@@ -16,8 +16,6 @@ examples:
   aria-jax score nocturne.mid waltz.mid --checkpoint run1
   aria-jax score my_midis --checkpoint run1 --json > scores.jsonl"""
 
-SUFFIXES = (".mid", ".midi", ".kar")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax score`."""
@@ -85,14 +83,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _listed(names: list[str]) -> tuple[list[Path], list[str]]:
     """Files, with folders replaced by the MIDI files in them; and what is not there."""
-    from data_pipeline.building.sources import no_midi_files
+    from data_pipeline.building.sources import no_midi_files, walk_folder
 
     paths: list[Path] = []
     left_out = []
     for name in map(Path, names):
         if name.is_dir():
-            inside = sorted(p for p in name.rglob("*") if p.suffix.lower() in SUFFIXES)
-            paths += inside
+            inside = list(walk_folder(name))
+            paths += [name / entry.path for entry in inside if not entry.fault]
+            left_out += [
+                f"{name / entry.path}: {entry.fault} ({entry.detail})"
+                for entry in inside
+                if entry.fault
+            ]
             if not inside:
                 left_out.append(str(no_midi_files(name)))
         elif name.is_file():

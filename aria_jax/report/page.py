@@ -1,6 +1,7 @@
 """One self-contained HTML page from titled sections; nothing is fetched when it is opened."""
 
 import html
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -92,7 +93,7 @@ def code(text: str) -> str:
 
 def link(target: str, text: str) -> str:
     """A link to a file beside the page."""
-    return f'<a href="{quote(printable(target))}">{html.escape(text)}</a>'
+    return f'<a href="{quote(os.fsencode(target))}">{html.escape(text)}</a>'
 
 
 def write_page(

@@ -5,6 +5,8 @@ after the other, into one spool file while it is listed.
 """
 
 import bz2
+import gzip
+import io
 import os
 import stat
 import struct
@@ -43,6 +45,19 @@ def table_file(path: str, tables: Path) -> Path | None:
         return None
     (tables / folder).mkdir(parents=True, exist_ok=True)
     return tables / folder / name
+
+
+def gunzipped(data: bytes, name: str, max_bytes: int = FILE_BYTES) -> bytes:
+    """What a .gz holds; other bytes as they are. Raises InvalidMidi: damaged, or too large."""
+    if data[:2] == b"\x1f\x8b":
+        try:
+            with gzip.open(io.BytesIO(data)) as unpacked:
+                data = unpacked.read(max_bytes + 1)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise InvalidMidi("damaged", f"{name}: not whole gzip data ({error})") from None
+        if len(data) > max_bytes:
+            raise InvalidMidi("too-large", f"{name}: over {max_bytes:,} bytes")
+    return data
 
 
 def write_blocks(blocks: Iterator[bytes], path: Path) -> None:

@@ -11,9 +11,7 @@ made of it give the same corpus.
 """
 
 import errno
-import gzip
 import hashlib
-import io
 import lzma
 import sqlite3
 import tarfile
@@ -27,6 +25,7 @@ from data_pipeline.building.archives import (
     BrokenArchiveError,
     add_tar,
     add_zip,
+    gunzipped,
     is_zip,
     unzip,
 )
@@ -116,15 +115,9 @@ def read_entry(root: Path, entry: Entry, max_bytes: int = FILE_BYTES) -> bytes:
             else:
                 file.seek(entry.offset)
                 data = file.read(min(entry.size, max_bytes + 1))
-    if entry.path.lower().endswith(".gz") and data[:2] == b"\x1f\x8b":
-        try:
-            with gzip.open(io.BytesIO(data)) as unpacked:
-                data = unpacked.read(max_bytes + 1)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise InvalidMidi("damaged", f"{entry.path}: not whole gzip data ({error})") from None
     if len(data) > max_bytes:
-        raise InvalidMidi("too-large", f"{entry.path}: over {max_bytes} bytes")
-    return data
+        raise InvalidMidi("too-large", f"{entry.path}: over {max_bytes:,} bytes")
+    return gunzipped(data, entry.path, max_bytes)
 
 
 def entry_digest(root: Path, entry: Entry) -> str | None:

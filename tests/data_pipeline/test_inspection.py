@@ -7,6 +7,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.inspection import inspect
 from data_pipeline.shards import TokenShards
 from data_pipeline.tokenizer import Tokenizer
+from tests.corpora import random_performance, write_corpus
 
 
 def pieces(corpus):
@@ -25,6 +26,21 @@ def test_counts_are_those_of_the_records(corpus):
     assert (found.notes_quantiles[0], found.notes_quantiles[-1]) == (min(n_notes), max(n_notes))
     composers = [r.meta["labels"]["composer"] for r in records]
     assert found.labels["composer"] == {c: composers.count(c) for c in set(composers)}
+
+
+def test_coverage_counts_the_pieces_that_have_a_label(tmp_path):
+    ids = Tokenizer.preset("aria").encode(random_performance(np.random.default_rng(0), 20))
+    labels = [{"mood": "sad"}, {"mood": "glad", "form": "fugue"}, {}, {}]
+    write_corpus(tmp_path, "train", [(ids, row) for row in labels])
+    write_corpus(tmp_path, "val", [(ids, {"form": "waltz"})], n_shards=1)
+    found = inspect(tmp_path).coverage
+    assert list(found) == ["form", "mood"]
+    assert found["mood"] == {
+        "train": {"n_pieces": 2, "percent": 50.0},
+        "val": {"n_pieces": 0, "percent": 0.0},
+        "total": {"n_pieces": 2, "percent": 40.0},
+    }
+    assert found["form"]["val"] == {"n_pieces": 1, "percent": 100.0}
 
 
 def test_every_piece_is_in_one_class_of_lengths(corpus):

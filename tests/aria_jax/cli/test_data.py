@@ -36,6 +36,9 @@ def test_inspect_shows_the_label_table_and_saves_a_picture(built, tmp_path, caps
     numbers = [10, round(summary["hours"], 1), summary["n_notes"], summary["n_tokens"]]
     assert [float(n.replace(",", "")) for n in total[1:]] == numbers
     assert ["rejected:", "nothing"] in rows
+    (split,) = (line for line in rows if line[:2] == ["labels:", "pieces"])
+    (composer,) = (line for line in rows if line[:1] == ["composer"])
+    assert split[2:] == ["train", "val", "total"] and composer[-3:] == ["10", "100.0", "%"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert main(["data", "inspect", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

@@ -127,7 +127,7 @@ def test_retrieve_by_file_and_by_label(embedded, capsys):
 def test_search_finds_the_file_itself_first_and_draws_it(
     midi_corpus, embedded, checkpoint, capsys, tmp_path
 ):
-    query = tmp_path / "copy.mid"
+    query = tmp_path / "Pr\udce9lude.mid"  # a name that is not UTF-8
     shutil.copy(midi_corpus / "presto_3.mid", query)
     common = ["search", str(query), str(embedded / "files.parquet"), "--checkpoint", checkpoint]
     result = result_of(capsys, *common, "-k", "3", "--html", str(tmp_path / "near.html"))
@@ -139,7 +139,10 @@ def test_search_finds_the_file_itself_first_and_draws_it(
     page = (tmp_path / "near.html").read_text()
     assert page.count('class="player"') == 4 and "the query itself" in page
     assert "aria-jax search" in page and checkpoint in page  # what made it
-    links = [unquote(target) for target in re.findall(r'<a href="([^"]+)"', page)]
+    links = [
+        unquote(target, errors="surrogateescape")
+        for target in re.findall(r'<a href="([^"]+)"', page)
+    ]
     assert len(links) == 4 and all((tmp_path / target).is_file() for target in links)
     by_slice = result_of(
         capsys, "search", str(query), str(embedded / "slices.parquet"), "--checkpoint", checkpoint,

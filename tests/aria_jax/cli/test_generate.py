@@ -1,5 +1,6 @@
 """`generate` and `score` as a user runs them."""
 
+import gzip
 import json
 import re
 import shutil
@@ -247,6 +248,15 @@ def test_score(folder, capsys, tmp_path):
     assert midi["nll"] == plain["nll"] and midi["n_tokens"] == len(midi["nll"]) == len(ids) - 1
     assert midi["mean_nll"] == pytest.approx(np.mean(midi["nll"]), rel=1e-5)
     assert len(midi["notes"]) == 40
+    odd = tmp_path / "folder" / "Pr\udce9lude.mid.gz"
+    odd.parent.mkdir()
+    odd.write_bytes(gzip.compress((folder / "piece.mid").read_bytes()))
+    (odd.parent / "gone.mid").symlink_to("nowhere")
+    status, out, err = run(capsys, "score", odd.parent, "--checkpoint", folder / "lm", "--json")
+    assert status == 1 and "gone.mid: broken-link" in err
+    same = json.loads(out)
+    assert same["path"] == f"{odd.parent}/Pr\ufffdlude.mid.gz"
+    assert same["mean_nll"] == pytest.approx(midi["mean_nll"], rel=1e-5)  # other shapes, other sums
     status, _, err = run(capsys, "score", tmp_path / "not.mid", "--checkpoint", folder / "lm")
     assert status == 2 and "none of the 1 files" in err
 

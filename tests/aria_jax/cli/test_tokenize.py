@@ -1,5 +1,6 @@
 """`aria-jax tokenize` and `detokenize`: there and back, and what users get wrong."""
 
+import gzip
 import json
 
 import numpy as np
@@ -23,6 +24,26 @@ def test_one_line_and_json_hold_the_same_ids(piece, capsys):
     assert line.count("\n") == 1 and [int(i) for i in line.split()] == result["ids"]
     assert result["ids"] == Tokenizer.preset("aria").encode(read_midi(piece)).tolist()
     assert result["n_notes"] == 320
+
+
+@pytest.mark.parametrize("verb", ["tokenize", "embed", "data build"])
+def test_names_need_not_be_utf8(piece, tmp_path, capsys, verb):
+    """And files may be compressed."""
+    folder = tmp_path / "Caf\udce9"
+    folder.mkdir()
+    file = folder / "Pr\udce9lude.mid.gz"
+    file.write_bytes(gzip.compress(piece.read_bytes()))
+    arguments = {
+        "tokenize": [file],
+        "embed": [folder, tmp_path / "x.parquet", "--baseline", "pitch-class", "--workers", "0"],
+        "data build": [folder, tmp_path / "out"],
+    }[verb]
+    for options in ([], ["--json"]):
+        assert main([*verb.split(), *map(str, arguments), *options]) == 0
+        capsys.readouterr().out.encode()
+    missing = [*verb.split(), str(tmp_path / "\udce9.mid"), *map(str, arguments[1:])]
+    assert main(missing) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_solo_piano_leaves_other_instruments_out(tmp_path, capsys):
