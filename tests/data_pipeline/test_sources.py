@@ -254,8 +254,8 @@ def test_links_out_of_an_archive_are_named(tmp_path):
     outside = dict.fromkeys(("a/out.mid", "b.mid", "c", "d.mid"), "link-outside")
     bad = {**outside, "e.mid": "broken-link", "fifo.mid": "not-a-file"}
     assert listed(tmp_path / "m.tar", tmp_path) == {**bad, "ok.mid": b"ok"}
-    summary = build(tmp_path / "m.tar", tmp_path / "data", **ALL)
-    assert (summary.n_files, summary.n_rejected) == (7, 7)
+    with pytest.raises(UserError, match="none of 7 files became a piece"):
+        build(tmp_path / "m.tar", tmp_path / "data", **ALL)
     rows = {row["path"]: row for row in rejections(tmp_path / "data")}
     assert rows["b.mid"] == {
         "path": "b.mid", "stage": "list", "reason": "link-outside", "value": "/etc/x.mid",
@@ -318,7 +318,8 @@ def test_a_few_bytes_do_not_become_many(tmp_path, monkeypatch):
         assert found["a.mid.gz"] == "too-large"
         # What is not even unpacked is known to be too large before it is read.
         assert found["b.mid"] == "not-kept" if source == packed else "too-large"
-    build(packed, tmp_path / "data", limits=Limits(file_bytes=1000), **ALL)
+    with pytest.raises(UserError, match=r"\(read/too-large 2\)"):
+        build(packed, tmp_path / "data", limits=Limits(file_bytes=1000), **ALL)
     rows = {r["path"]: (r["stage"], r["reason"]) for r in rejections(tmp_path / "data")}
     assert rows == dict.fromkeys(("a.mid.gz", "b.mid"), ("read", "too-large"))
     data = bytearray((tmp_path / "m.zip").read_bytes())
