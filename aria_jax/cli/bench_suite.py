@@ -53,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import print_result, progress_bar
     from aria_jax.embed.table import read_embeddings
     from aria_jax.eval.suite import find_tasks, markdown_table, rows_by_path, run_suite
+    from aria_jax.report.page import program_version
 
     others = [_named(text) for text in args.embeddings]
     out = Path(args.out)
@@ -80,7 +81,9 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             progress=progress,
         )
-    text = markdown_table(tasks, results)
+    text = (
+        f"{markdown_table(tasks, results)}\nMade by `{args.command_line}` ({program_version()}).\n"
+    )
     (out / "results.md").write_text(text)
     shown = {
         name: {task: result.summary() for task, result in row.items()}

@@ -92,9 +92,13 @@ def run(args: argparse.Namespace) -> None:
         curve = few_shot(table.embedding, labels, numbers(args.few_shot, "--few-shot"), **options)
     if args.plot:
         from aria_jax.report.charts import confusion_matrix
+        from aria_jax.report.page import program_version
 
         title = f"{args.label}: {result.accuracy:.1%} of {result.n_test} files"
-        confusion_matrix(result.confusion, result.classes, title).savefig(args.plot, dpi=130)
+        figure = confusion_matrix(result.confusion, result.classes, title)
+        made_by = f"{args.command_line} ({program_version()})"
+        figure.text(0.01, -0.02, made_by, fontsize=6, color="#777777")
+        figure.savefig(args.plot, dpi=130, bbox_inches="tight")
     shown = {
         "label": args.label,
         "classifier": args.classifier,

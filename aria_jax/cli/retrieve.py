@@ -51,6 +51,13 @@ def run(args: argparse.Namespace) -> None:
                 f"{path}: no label {args.by!r}; it has {', '.join(table.label_names()) or 'none'}"
             )
         keys.append(table.files() if args.by == "path" else table.column(args.by))
+    names = tables[0].path
+    if args.by == "path" and not args.against and len(set(keys[0])) == len(names):
+        raise UserError(
+            f"{args.embeddings}: one row a file, so none has another of its own to find; embed "
+            "with --per-slice, search in another file with --against, or compare by a label: --by "
+            + (" or ".join(tables[0].label_names()) or "LABEL")
+        )
     apart = None if args.by == "path" else [table.files() for table in tables]
     result = retrieval(
         tables[0].embedding,

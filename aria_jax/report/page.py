@@ -26,6 +26,11 @@ pre { background: #f5f5f2; padding: .8rem 1rem; overflow-x: auto; border-radius:
 """
 
 
+def program_version() -> str:
+    """For reports, e.g. "aria_jax 0.1.0"."""
+    return f"aria_jax {version('aria-jax')}"
+
+
 @dataclass(frozen=True)
 class Provenance:
     """What made a report.
@@ -38,14 +43,11 @@ class Provenance:
     command: str
     facts: Mapping[str, str] = field(default_factory=dict)
 
-    @property
-    def version(self) -> str:
-        """Of this program, e.g. "aria_jax 0.1.0"."""
-        return f"aria_jax {version('aria-jax')}"
-
     def html(self) -> str:
         """The end of a page: facts as a table, and the command."""
-        rows = [[name, value] for name, value in (*self.facts.items(), ("made by", self.version))]
+        rows = [
+            [name, value] for name, value in (*self.facts.items(), ("made by", program_version()))
+        ]
         return f"<h2>How this was made</h2>\n{table((), rows)}{code(self.command)}"
 
 

@@ -1,0 +1,88 @@
+"""generate, score, search, retrieve, probe, classify, convert, listening-test."""
+
+import pytest
+
+from tests.first_hour.uses import Use, wrong
+
+LM, PROMPT = "--checkpoint {lm}", "--prompt {piece} --notes 8"
+
+GENERATE = [
+    Use(f"generate {LM} {PROMPT} --max-tokens 12 --out o", ("4 notes", "listen:"), made="o"),
+    Use(f"generate {LM} --prompt {{piece}} --notes 150 --max-tokens 200 --json",
+        ("of the 512 tokens", "of 200 tokens follow", "--sliding", '"ids"')),
+    Use("generate --help", ("--sliding", "context", "max_seq_len")),
+    wrong(f"generate {LM} --prompt {{silent}} --out o", ("silent.mid", "no notes")),
+    wrong(f"generate {LM} --prompt {{piece}} --seconds 0 --out o", "holds nothing to continue"),
+    wrong(f"generate {LM} --prompt {{piece}} --notes 300 --out o", ("of the 512", "--sliding")),
+    wrong(f"generate {LM} {PROMPT} --cfg 2 --out o", "--cfg has no effect without --embedding"),
+    wrong(f"generate {LM} --seconds 5 --out o", "--seconds has no effect without --prompt"),
+    wrong(f"generate {LM} {PROMPT} --temperature 0 --top-p 0.9 --out o", "--top-p has no effect"),
+    wrong(f"generate {LM} {PROMPT}", "--out DIR"),
+    wrong("generate --checkpoint {encoder} --out o", "head 'embedding'"),
+]  # fmt: skip
+
+SCORE = [
+    Use(f"score {{piece}} {{nothing}}.mid {{silent}} {LM}",
+        ("nats/token", "nothing.mid: no such file", "silent.mid: ", "2 of 3 files left out"), 1),
+    Use(f"score {{ids}} {LM} --json", '"mean_nll"'),
+    Use("score --help", ("usage: aria-jax score", "left out")),
+    wrong(f"score {{nothing}}.mid {LM}", "no such file"),
+    wrong(f"score {{text}} {LM}", ("text.mid", "none of the 1 files")),
+    wrong(f"score {{empty}} {LM}", ("empty", "no MIDI files")),
+    wrong("score {piece} --checkpoint {encoder}", "language model"),
+    wrong("score {piece} --checkpoint {nothing}", "nothing"),
+]  # fmt: skip
+
+NEIGHBOURS = [
+    Use("search {query} {vectors} --checkpoint {encoder} -k 2 --html near.html",
+        ("further apart", "the query itself", "page: near.html"), made="near.html"),
+    Use("search {query} {slices} --checkpoint {encoder} --json", '"quantile"'),
+    Use("search {query} {vectors} --checkpoint {encoder} --html near.html --midi {empty}",
+        ("without music", "--midi DIR"), made="near.html"),
+    wrong("search {text} {vectors} --checkpoint {encoder}", ("text.mid", "not a MIDI file")),
+    wrong("search {query} {nothing} --checkpoint {encoder}", "nothing"),
+    wrong("search {query} {counts} --checkpoint {encoder}", "another model"),
+    wrong("search {query} {vectors} --checkpoint {encoder} -k 0", "at least 1"),
+    wrong("search {query} {vectors} --checkpoint {lm}", "head"),
+    Use("retrieve {slices} --by path", "MRR"),
+    Use("retrieve {vectors} --by composer --json", '"mrr"'),
+    wrong("retrieve {vectors}", ("--per-slice", "--by")),
+    wrong("retrieve {vectors} --by form", "no label 'form'"),
+    wrong("retrieve {vectors} --by composer -k x", "expected positive numbers"),
+]  # fmt: skip
+
+LABELS = [
+    Use("probe {vectors} --label composer --min-per-class 5 --cv 2", ("accuracy", "majority")),
+    Use("probe {counts} --label composer --min-per-class 4 --cv 2 --classifier knn --json",
+        '"classifier": "knn"'),
+    wrong("probe {vectors} --label form", "no label 'form'"),
+    wrong("probe {vectors} --label composer", "two classes of at least 10"),
+    wrong("probe {text} --label composer", "text.mid"),
+    Use("classify {midi} --checkpoint {classifier} --label composer --workers 0",
+        ("accuracy", "does not say which files it learnt from")),
+    wrong("classify {nothing} --checkpoint {classifier}", "nothing"),
+    wrong("classify {midi} --checkpoint {classifier} --label form --workers 0", "no file"),
+]  # fmt: skip
+
+OTHERS = [
+    Use("convert to-safetensors {lm} lm.safetensors", "parameters", made="lm.safetensors"),
+    wrong("convert merge {lm} whole", "no adapters to merge"),
+    wrong("convert to-safetensors {lm} lm.bin", "ends in .safetensors"),
+    wrong("convert adapters {lm} a.safetensors", "no adapters"),
+    wrong("convert merge {nothing}.safetensors whole", "--base"),
+    Use("listening-test counts 38 0 6 --judgements 44", "9.43e-07"),
+    Use("listening-test counts 38 0 6 --participants 46", ("9.43e-07", "44 of the 46")),
+    wrong("listening-test counts 49 1 0 --participants 46", "50 judgements of 46"),
+    wrong("listening-test counts 38 0 6 --judgements 46", "but 46 were made"),
+    wrong("listening-test make {empty} study --ours a --judges 2", "two systems"),
+    wrong("listening-test analyse {ids} {ids}", "not the key"),
+    wrong("detokenize ids.json out.mid", "no notes", before=(("ids.json", "[6, 0, 1]"),)),
+    Use("data build {midi} out --filters thresholds.json", ("none of 10 files", "rejected.jsonl"),
+        2, made="out/rejected.jsonl", before=(("thresholds.json",
+        '{"total_note_frequency": {"min_per_second": 98, "max_per_second": 99}}'),)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("use", [*GENERATE, *SCORE, *NEIGHBOURS, *LABELS, *OTHERS], ids=str)
+def test_a_newcomer_finds_what_the_table_says(use, run_use):
+    run_use(use)
