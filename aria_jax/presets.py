@@ -1,12 +1,15 @@
-"""The named presets: which run `aria-jax train TASK --preset PRESET` starts."""
+"""The named presets of `aria-jax train TASK --preset PRESET`, and how hardware computes them."""
 
 import dataclasses
+import math
 from typing import Any
 
 from aria_jax.config import (
     SLICE_TOKENS,
+    ComputeConfig,
     DataConfig,
     Head,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
@@ -45,6 +48,13 @@ RECIPES: dict[tuple[str, Task], dict[str, Any]] = {
     },
 }
 """Sections of a run that a preset sets otherwise than the reference."""
+
+
+TOKENS_AT_ONCE = {"v5p": 65_536, "v6e": 32_768, "v5e": 16_384}
+"""Tokens of `medium` whose activations fit into a chip with remat "dots", the fastest that fits;
+a power of two of the rows of 8,192."""
+MAX_SHARDED = 64
+"""Chips that share one copy of the weights; more of them hold further copies."""
 
 
 def for_task(preset: str, task: Task) -> RunConfig:
@@ -93,3 +103,32 @@ def _as_the_reference(preset: str, task: Task) -> RunConfig:
         ),
         optimizer=OptimizerConfig(peak_lr=3e-4 if preset == "tiny" else 1e-5, warmup_steps=100),
     )
+
+
+def for_hardware(run: RunConfig, family: str, chips: int) -> RunConfig:
+    """`run` as it is best computed on so many chips of a family of TPUs (docs/tpu.md).
+
+    Only memory and speed are settled here: the mesh, the number type, what is recomputed, and in
+    how many parts a batch is worked through. What is learned is the preset's.
+    A batch too large for the chips' memory is worked through in several parts; where even one row
+    is too large, everything is recomputed.
+    """
+    m, medium = run.model, for_task("medium", "pretrain").model
+    sharded = math.gcd(chips, MAX_SHARDED)
+    rows = max(run.data.global_batch // chips, 1)
+    views = 2 if run.task == "contrastive" else 1
+    size = (m.d_model * m.n_layers) / (medium.d_model * medium.n_layers)
+    at_once = TOKENS_AT_ONCE[family] / size / (run.data.seq_len * views)  # rows
+    parts = next((n for n in _divisors(rows) if rows / n <= at_once), rows)
+    return dataclasses.replace(
+        run,
+        compute=ComputeConfig(
+            dtype="bfloat16", remat="dots" if rows / parts <= at_once else "full"
+        ),
+        mesh=MeshConfig(data=chips // sharded, fsdp=sharded),
+        train=dataclasses.replace(run.train, grad_accumulation=parts),
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from aria_jax.aot.environment import prepare
+from aria_jax.aot.topology import prepare
 
 
 def described(name: str, **options):

@@ -21,7 +21,7 @@ def flops_per_token(config: RunConfig) -> dict[str, float]:
     return forward_flops_per_token(config.model, config.data.seq_len, config.train.pooling)
 
 
-def loss_flops_not_counted(config: RunConfig, task: Task, made: Program, mesh: Mesh) -> float:
+def uncounted_loss_flops(config: RunConfig, task: Task, made: Program, mesh: Mesh) -> float:
     """Of the chunks after the first of the vocabulary loss; per chip and call."""
     if task not in ("pretrain", "continue"):
         return 0.0
@@ -39,13 +39,13 @@ def attention_flops(config: RunConfig, made: Program, mesh: Mesh) -> float:
     return forward * passes * made.tokens / mesh.size
 
 
-def worked(flops: float, d_head: int, chip: Chip) -> float:
-    """What the packed kernel's forward pass takes for so many FLOPs of attention, as its cost
-    estimate counts: zeros of the other heads, and idle matrix units.
+def packed_attention_flops(flops: float, d_head: int, chip: Chip) -> float:
+    """FLOPs of the packed kernel's forward pass by its cost estimate, which counts the zeros of the
+    other heads and idle matrix units, given those that attention needs.
     """
-    from aria_jax.kernels.attention.packed import BUSY
+    from aria_jax.kernels.attention.packed import MXU_UTILISATION
 
-    return flops * chip.matrix_unit / d_head / BUSY["forward"]
+    return flops * chip.matrix_unit / d_head / MXU_UTILISATION["forward"]
 
 
 def uses_splash(config: RunConfig, task: Task, mesh: Mesh) -> bool:

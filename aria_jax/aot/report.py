@@ -34,15 +34,16 @@ from aria_jax.aot.formulas import (
     attention_efficiency,
     attention_flops,
     cached_flops,
-    loss_flops_not_counted,
     needed_flops,
+    packed_attention_flops,
+    uncounted_loss_flops,
     uses_splash,
-    worked,
 )
 from aria_jax.aot.hlo import collectives, cycles, kernel_flops, moved_bytes
-from aria_jax.aot.presets import TOKENS_AT_ONCE, wrong_topology
 from aria_jax.aot.programs import TRAINING, Program, Task, program, with_layers
+from aria_jax.aot.topology import wrong_topology
 from aria_jax.config import RunConfig
+from aria_jax.presets import TOKENS_AT_ONCE
 from aria_jax.sharding import make_mesh
 from aria_jax.train.cost import CHIPS, Chip
 from data_pipeline.errors import UserError
@@ -69,7 +70,7 @@ class Cost:
     summed_seconds: float
 
     @classmethod
-    def of(cls, compiled: Any, text: str, talk: dict, chip: Chip) -> "Cost":
+    def of(cls, compiled: Any, text: str, found_collectives: dict, chip: Chip) -> "Cost":
         """Reads a compiled program, given its text and the collectives there."""
         found = compiled.cost_analysis()
         found = found[0] if isinstance(found, list) else found
@@ -80,7 +81,7 @@ class Cost:
             seconds if seconds > 0 else None,
             cycles(text) / chip.clock
             + kernel_flops(text) / chip.flops
-            + moved_bytes(talk) / chip.network,
+            + moved_bytes(found_collectives) / chip.network,
         )
 
     def repeated(self, two: "Cost", n_layers: int, times: int) -> "Cost":
@@ -208,13 +209,17 @@ def compile_report(
     splash = uses_splash(config, task, mesh)
     attention = attention_flops(config, made, mesh) if splash else 0.0
     cached = cached_flops(config, task, made, mesh)
-    cost, talk = None, None
+    cost, moved = None, None
     if memory["total"] <= chip.hbm:
-        cost, talk = _counted(config, task, mesh, chip, on_compile)
+        cost, moved = _counted(config, task, mesh, chip, on_compile)
         cost = cost.with_flops(
-            loss_flops_not_counted(config, task, made, mesh)
+            uncounted_loss_flops(config, task, made, mesh)
             + cached["blocks"]
-            + (0.0 if splash else worked(cached["attention"], config.model.d_head, chip))
+            + (
+                0.0
+                if splash
+                else packed_attention_flops(cached["attention"], config.model.d_head, chip)
+            )
         )
     attention += cached["attention"] if splash else 0.0
     seconds, source = _estimate(cost, attention, config.model.d_head, chip)
@@ -229,7 +234,7 @@ def compile_report(
         hbm=chip.hbm,
         cost=cost,
         attention_flops=attention,
-        collectives=talk,
+        collectives=moved,
         seconds=seconds,
         model_flops=model_flops,
         mfu=seconds and model_flops / (seconds * mesh.size * chip.flops),
@@ -253,16 +258,16 @@ def _counted(
 ) -> tuple[Cost, dict[str, tuple[int, int]]]:
     """What the compiler counts in programs of one and two layers, made into the whole."""
     accumulation = config.train.grad_accumulation if task in TRAINING else 1
-    costs, talks = [], []
+    costs, per_program = [], []
     for n in (1, 2):
         on_compile(f"{n} of its {config.model.n_layers} layers")
         part = _one_part(with_layers(config, n), accumulation)
         executable, text = compiled_text(program(part, task, mesh), mesh)
-        talks.append(collectives(text))
-        costs.append(Cost.of(executable, text, talks[-1], chip))
+        per_program.append(collectives(text))
+        costs.append(Cost.of(executable, text, per_program[-1], chip))
     return (
         costs[0].repeated(costs[1], config.model.n_layers, accumulation),
-        _repeated(talks[0], talks[1], config.model.n_layers, accumulation),
+        _repeated(per_program[0], per_program[1], config.model.n_layers, accumulation),
     )
 
 

@@ -180,12 +180,12 @@ def _on_chips(
     args: argparse.Namespace, preset: "RunConfig", chip: "Chip | None", n: int
 ) -> "RunConfig":
     """The run as it is best computed on so many chips, but for what the user says."""
-    from aria_jax.aot.presets import TOKENS_AT_ONCE, tuned
+    from aria_jax.presets import TOKENS_AT_ONCE, for_hardware
     from aria_jax.train.cost import CHIPS
 
     family = next((name for name in TOKENS_AT_ONCE if CHIPS[name] == chip), None)
     if family is not None:
-        preset = tuned(preset, family, n)
+        preset = for_hardware(preset, family, n)
     return _as_asked(preset, args)
 
 

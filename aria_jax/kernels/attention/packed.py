@@ -37,9 +37,9 @@ SUBTILE = 512
 LONGEST = 16_384
 """Queries whose gradients fit into VMEM."""
 VMEM_BYTES = 64 * 2**20
-BUSY = {"forward": 0.75, "backward": 0.9}
-"""Share of the time that the matrix units work, by the compiler's schedule of the kernels for 8,192
-tokens: the least of v5e, v5p and v6e (`python -m launch.schedule`)."""
+MXU_UTILISATION = {"forward": 0.75, "backward": 0.9}
+"""Share of the time that the matrix units work on 8,192 tokens, by the schedules of libtpu 0.0.52,
+read on 2026-11-24: the least of v5e, v5p and v6e (docs/tpu.md)."""
 STEP_SCORES = 60_000
 """What a step of the grid costs beside its tile, in scores of equal time."""
 LOG2_E = float(np.log2(np.e))
@@ -252,7 +252,9 @@ def _forward(q, k, v, turn, segments, d_head, tile):
             pltpu.VMEM((heads, tile, LANES), jnp.float32),
             pltpu.VMEM((heads, tile, LANES), jnp.float32),
         ],
-        cost_estimate=_cost(q, d_head, tile, products=2, busy=BUSY["forward"], arrays=2),
+        cost_estimate=_cost(
+            q, d_head, tile, products=2, utilisation=MXU_UTILISATION["forward"], arrays=2
+        ),
         name="rotary_attention",
     )(q, k, v, turn.cos, turn.sin, turn.cos, turn.sin, *segmented)
     out, lse = checkpoint_name(out, RESIDUALS), checkpoint_name(lse, RESIDUALS)
@@ -328,7 +330,7 @@ def _matrix_unit() -> int:
 
 
 def _cost(
-    q_BxLxD: jax.Array, d_head: int, tile: int, *, products: int, busy: float, arrays: int
+    q_BxLxD: jax.Array, d_head: int, tile: int, *, products: int, utilisation: float, arrays: int
 ) -> pl.CostEstimate:
     """What the matrix unit works through, zeros and hidden scores included, over its share of the
     time: the compiler divides these FLOPs by the chip's peak.
@@ -341,10 +343,10 @@ def _cost(
     tiles, subtiles = length // tile, max(tile // SUBTILE, 1)
     hidden = tiles * tile**2 * (subtiles - 1) / subtiles / 2  # of tiles on the diagonal
     scores = tiles * (tiles + 1) / 2 * tile**2 - hidden
-    worked = 2 * products * scores * _matrix_unit() * (columns // d_head) * batch
+    kernel_flops = 2 * products * scores * _matrix_unit() * (columns // d_head) * batch
     fetched = tiles * (tiles + 1) // 2 * tile * (arrays * q_BxLxD.dtype.itemsize + 8)
     return pl.CostEstimate(
-        flops=int(worked / busy),
+        flops=int(kernel_flops / utilisation),
         transcendentals=int(scores * batch * columns // d_head),
         bytes_accessed=fetched * columns * batch,
     )
@@ -464,7 +466,9 @@ def _backward(d_head, tile, residuals, d_out):
             pltpu.VMEM((tile, LANES), jnp.float32),
             pltpu.VMEM((tile, LANES), jnp.float32),
         ],
-        cost_estimate=_cost(q, d_head, tile, products=5, busy=BUSY["backward"], arrays=3),
+        cost_estimate=_cost(
+            q, d_head, tile, products=5, utilisation=MXU_UTILISATION["backward"], arrays=3
+        ),
         name="rotary_attention_gradient",
     )(q, k, v, out, d_out, lse, turn.cos, turn.sin, turn.cos, turn.sin, *segmented)
     return *gradients, None, None

@@ -9,15 +9,15 @@ import pytest
 from aria_jax.aot.formulas import (
     ATTENTION_EFFICIENCY,
     attention_efficiency,
-    loss_flops_not_counted,
+    uncounted_loss_flops,
 )
-from aria_jax.aot.presets import TOKENS_AT_ONCE, accelerator_run, chip_count, tuned
 from aria_jax.aot.programs import Program, with_layers
 from aria_jax.aot.report import Cost
+from aria_jax.aot.topology import accelerator_run, chip_count
 from aria_jax.cli.main import main
 from aria_jax.config import DataConfig, MeshConfig, with_overrides
 from aria_jax.losses.language_model import CHUNK_TOKENS
-from aria_jax.presets import for_task
+from aria_jax.presets import TOKENS_AT_ONCE, for_hardware, for_task
 from aria_jax.sharding import make_mesh
 from aria_jax.train.cost import CHIPS
 from data_pipeline.errors import UserError
@@ -48,11 +48,11 @@ def test_all_chunks_of_the_loss_but_one_are_added():
     made = Program(None, (), tokens=4 * CHUNK_TOKENS, training=True)
     one_chunk = 3 * 2 * 1536 * 17_727 * CHUNK_TOKENS
     config = with_overrides(config, ["grad_accumulation=1"])
-    assert loss_flops_not_counted(config, "pretrain", made, mesh) == pytest.approx(3 * one_chunk)
+    assert uncounted_loss_flops(config, "pretrain", made, mesh) == pytest.approx(3 * one_chunk)
     # In two parts of two chunks each, one of every part is counted already.
     parts = with_overrides(config, ["grad_accumulation=2"])
-    assert loss_flops_not_counted(parts, "pretrain", made, mesh) == pytest.approx(2 * one_chunk)
-    assert loss_flops_not_counted(config, "contrastive", made, mesh) == 0
+    assert uncounted_loss_flops(parts, "pretrain", made, mesh) == pytest.approx(2 * one_chunk)
+    assert uncounted_loss_flops(config, "contrastive", made, mesh) == 0
 
 
 def test_narrow_heads_leave_matrix_units_idle():
@@ -65,11 +65,11 @@ def test_narrow_heads_leave_matrix_units_idle():
 @pytest.mark.parametrize("family", TOKENS_AT_ONCE)
 @pytest.mark.parametrize("chips", [1, 4, 64, 256])
 @pytest.mark.parametrize("task", ["pretrain", "contrastive"])
-def test_tuned_runs_divide_over_the_chips(family, chips, task):
+def test_runs_for_hardware_divide_over_the_chips(family, chips, task):
     run = dataclasses.replace(
         for_task("medium", task), data=DataConfig(seq_len=8192, global_batch=512)
     )
-    made = tuned(run, family, chips)
+    made = for_hardware(run, family, chips)
     assert not made.problems()
     assert made.mesh.data * made.mesh.fsdp == chips and made.mesh.fsdp <= 64
     assert made.compute.dtype == "bfloat16"
@@ -83,7 +83,7 @@ def test_tuned_runs_divide_over_the_chips(family, chips, task):
 
 
 def test_small_models_need_fewer_parts():
-    small = tuned(for_task("small", "pretrain"), "v5e", 1)
+    small = for_hardware(for_task("small", "pretrain"), "v5e", 1)
     assert small.train.grad_accumulation == 1 and small.compute.remat == "dots"
 
 
