@@ -35,7 +35,11 @@ def run_processes(n, cases, corpus, folder, devices_each=1):
         )
         for extra in environments(n, free_port())
     ]  # fmt: skip
-    told = [process.communicate(timeout=600)[1] for process in processes]
+    try:
+        told = [process.communicate(timeout=1200)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert not any(process.returncode for process in processes), told[0][-3000:] + told[-1][-3000:]
     return {case: json.loads((folder / f"{case.name}.json").read_text()) for case in cases}
 
@@ -88,8 +92,8 @@ def test_two_processes_on_two_meshes(corpus, tmp_path, run_alone, base):
 
 MESHES = {
     (2, 1): [(2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2)],
-    (2, 2): [(2, 2, 1, 1), (2, 1, 2, 1), (1, 2, 2, 1), (1, 1, 2, 2), (2, 1, 1, 2), (1, 1, 4, 1)],
-    (4, 1): [(4, 1, 1, 1), (1, 4, 1, 1), (1, 1, 4, 1), (1, 2, 2, 1), (2, 1, 1, 2)],
+    (2, 2): [(2, 2, 1, 1), (2, 1, 2, 1), (1, 2, 2, 1), (1, 1, 2, 2)],
+    (4, 1): [(4, 1, 1, 1), (1, 1, 4, 1), (1, 2, 2, 1), (2, 1, 1, 2)],
 }
 
 
