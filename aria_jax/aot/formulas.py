@@ -6,9 +6,10 @@ import jax
 from jax.sharding import Mesh
 
 from aria_jax.aot.programs import Program, Task
+from aria_jax.chips import Chip
 from aria_jax.config import RunConfig
 from aria_jax.losses.language_model import CHUNK_TOKENS
-from aria_jax.train.cost import Chip, forward_flops_per_token
+from aria_jax.train.plan import forward_flops_per_token
 
 ATTENTION_EFFICIENCY = 0.7
 """Assumed share of the time that splash attention keeps the matrix units busy."""

@@ -42,10 +42,10 @@ from aria_jax.aot.formulas import (
 from aria_jax.aot.hlo import collectives, cycles, kernel_flops, moved_bytes
 from aria_jax.aot.programs import TRAINING, Program, Task, program, with_layers
 from aria_jax.aot.topology import wrong_topology
+from aria_jax.chips import CHIPS, Chip
 from aria_jax.config import RunConfig
 from aria_jax.presets import TOKENS_AT_ONCE
 from aria_jax.sharding import make_mesh
-from aria_jax.train.cost import CHIPS, Chip
 from data_pipeline.errors import UserError
 
 _WANTED = re.compile(

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from aria_jax.chips import Chip
     from aria_jax.cli.main import Parser
     from aria_jax.config import RunConfig
-    from aria_jax.train.cost import Chip
     from aria_jax.train.plan import Plan
     from aria_jax.train.start import Start
 
@@ -180,8 +180,8 @@ def _on_chips(
     args: argparse.Namespace, preset: "RunConfig", chip: "Chip | None", n: int
 ) -> "RunConfig":
     """The run as it is best computed on so many chips, but for what the user says."""
+    from aria_jax.chips import CHIPS
     from aria_jax.presets import TOKENS_AT_ONCE, for_hardware
-    from aria_jax.train.cost import CHIPS
 
     family = next((name for name in TOKENS_AT_ONCE if CHIPS[name] == chip), None)
     if family is not None:
@@ -195,8 +195,8 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     console.stage("loading jax")
     import jax
 
+    from aria_jax.chips import chip_of
     from aria_jax.config_file import write_config
-    from aria_jax.train.cost import chip_of
     from aria_jax.train.hooks import JsonlSink, MetricSink, TensorBoardSink
     from aria_jax.train.loop import run as train
     from aria_jax.train.processes import join_processes, leave_at_once, lost_contact
@@ -285,8 +285,8 @@ def _dry_run(args: argparse.Namespace, preset: "RunConfig") -> int:
     """Prints the plan; 1 where the memory of a device does not suffice."""
     import jax
 
+    from aria_jax.chips import CHIPS, chip_of
     from aria_jax.cli.console import print_result
-    from aria_jax.train.cost import CHIPS, chip_of
     from aria_jax.train.plan import plan
     from aria_jax.train.tasks import build_task, resolve
     from data_pipeline.errors import UserError

@@ -12,9 +12,9 @@ import numpy as np
 
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.models import model_record
+from aria_jax.chips import chip_of
 from aria_jax.config import RunConfig, to_dict
 from aria_jax.sharding import batch_sharding, iterate_rows, make_mesh
-from aria_jax.train.cost import chip_of, train_flops_per_token
 from aria_jax.train.hooks import (
     Clock,
     Evaluate,
@@ -26,6 +26,7 @@ from aria_jax.train.hooks import (
     SaveCheckpoints,
     StepMonitor,
 )
+from aria_jax.train.plan import train_flops_per_token
 from aria_jax.train.processes import lost_contact, stop_requests
 from aria_jax.train.start import Start, decide
 from aria_jax.train.state import first_state

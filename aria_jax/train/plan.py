@@ -9,12 +9,12 @@ import jax
 import numpy as np
 from jax.sharding import AbstractMesh
 
-from aria_jax.config import RunConfig
+from aria_jax.chips import Chip
+from aria_jax.config import ModelConfig, RunConfig
 from aria_jax.losses.language_model import CHUNK_TOKENS
-from aria_jax.models.heads import parameter_specs
+from aria_jax.models.heads import head_width, parameter_specs
 from aria_jax.models.parameters import parameter_count
 from aria_jax.sharding import MESH_AXES
-from aria_jax.train.cost import Chip, tokens_per_step, train_flops_per_token
 from aria_jax.train.state import Network, abstract_state
 from aria_jax.train.step import TrainState
 from data_pipeline.errors import UserError
@@ -135,3 +135,39 @@ def _activations(config: RunConfig, sizes: dict[str, int]) -> int:
     at_work = tokens * (6 * d + 2 * wide) * itemsize
     logits = min(CHUNK_TOKENS, tokens) * m.vocab_size * 4 * 2 if m.head == "lm" else 0
     return int(held + at_work + logits)
+
+
+def forward_flops_per_token(
+    model: ModelConfig, seq_len: int, pooling: str = "eos"
+) -> dict[str, float]:
+    """FLOPs of one token's forward pass in a causal sequence, by part.
+
+    A multiplication and an addition are two. Attention counts the visible half of the scores
+    (2 · L/2 for the scores and as much for the values, times d_model). The vocabulary head works
+    on every token; other heads on one position of a sequence, for which, with pooling "eos", the
+    last layer needs no more than keys and values of the others.
+    """
+    d, ff, n = model.d_model, model.d_model * model.ff_mult, model.n_layers
+    block, head = 2.0 * (4 * d * d + 3 * d * ff), 2.0 * d * head_width(model)
+    whole = {"blocks": n * block, "attention": 2.0 * n * seq_len * d, "head": head}
+    if model.head == "lm":
+        return whole
+    if pooling != "eos":
+        return {**whole, "head": head / seq_len}
+    return {
+        "blocks": (n - 1) * block + 2.0 * 2 * d * d,
+        "attention": 2.0 * (n - 1) * seq_len * d,
+        "head": head / seq_len,
+    }
+
+
+def train_flops_per_token(config: RunConfig) -> float:
+    """Forward and backward, without what `compute.remat` computes again (so MFU, not HFU)."""
+    pooling = config.train.pooling
+    return 3 * sum(forward_flops_per_token(config.model, config.data.seq_len, pooling).values())
+
+
+def tokens_per_step(config: RunConfig) -> int:
+    """Positions of one optimiser step, padding included; a contrastive pair is two sequences."""
+    views = 2 if config.task == "contrastive" else 1
+    return views * config.data.global_batch * config.data.seq_len

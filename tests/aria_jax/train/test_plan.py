@@ -5,11 +5,11 @@ import dataclasses
 import jax
 import pytest
 
+from aria_jax.chips import CHIPS, chip_of
 from aria_jax.config import MeshConfig, with_overrides
 from aria_jax.models.heads import abstract_model, split_model
 from aria_jax.presets import for_task
-from aria_jax.train.cost import CHIPS, chip_of, forward_flops_per_token
-from aria_jax.train.plan import plan
+from aria_jax.train.plan import forward_flops_per_token, plan
 from data_pipeline.errors import UserError
 
 MEDIUM = with_overrides(

@@ -1,9 +1,6 @@
-"""What a step costs by formula, and what chips deliver by their data sheets."""
+"""What chips deliver, by their data sheets."""
 
 from dataclasses import dataclass
-
-from aria_jax.config import ModelConfig, RunConfig
-from aria_jax.models.heads import head_width
 
 GIB = 2**30
 
@@ -50,39 +47,3 @@ def chip_of(device_kind: str) -> Chip | None:
     """The data sheet of a device; None for CPUs and devices not in the table."""
     known = (chip for chip in CHIPS.values() if any(kind in device_kind for kind in chip.kinds))
     return next(known, None)
-
-
-def forward_flops_per_token(
-    model: ModelConfig, seq_len: int, pooling: str = "eos"
-) -> dict[str, float]:
-    """FLOPs of one token's forward pass in a causal sequence, by part.
-
-    A multiplication and an addition are two. Attention counts the visible half of the scores
-    (2 · L/2 for the scores and as much for the values, times d_model). The vocabulary head works
-    on every token; other heads on one position of a sequence, for which, with pooling "eos", the
-    last layer needs no more than keys and values of the others.
-    """
-    d, ff, n = model.d_model, model.d_model * model.ff_mult, model.n_layers
-    block, head = 2.0 * (4 * d * d + 3 * d * ff), 2.0 * d * head_width(model)
-    whole = {"blocks": n * block, "attention": 2.0 * n * seq_len * d, "head": head}
-    if model.head == "lm":
-        return whole
-    if pooling != "eos":
-        return {**whole, "head": head / seq_len}
-    return {
-        "blocks": (n - 1) * block + 2.0 * 2 * d * d,
-        "attention": 2.0 * (n - 1) * seq_len * d,
-        "head": head / seq_len,
-    }
-
-
-def train_flops_per_token(config: RunConfig) -> float:
-    """Forward and backward, without what `compute.remat` computes again (so MFU, not HFU)."""
-    pooling = config.train.pooling
-    return 3 * sum(forward_flops_per_token(config.model, config.data.seq_len, pooling).values())
-
-
-def tokens_per_step(config: RunConfig) -> int:
-    """Positions of one optimiser step, padding included; a contrastive pair is two sequences."""
-    views = 2 if config.task == "contrastive" else 1
-    return views * config.data.global_batch * config.data.seq_len
