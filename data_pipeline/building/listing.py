@@ -129,6 +129,9 @@ class DiskTree:
 
     def __init__(self, root: Path):
         self._root = str(root)
+        # A link to a folder that holds the root leads to all that lies beside it, and back.
+        enclosing = [folder.stat() for folder in root.resolve().parents]
+        self._enclosing = {(found.st_dev, found.st_ino) for found in enclosing}
 
     def root(self) -> Folder:
         """See `Tree`."""
@@ -162,6 +165,9 @@ class DiskTree:
             fault = "link-loop" if error.errno == errno.ELOOP else "broken-link"
             return Entry(item.name, 0, fault=fault, detail=os.readlink(item.path))
         if stat.S_ISDIR(found.st_mode):
+            if is_link and (found.st_dev, found.st_ino) in self._enclosing:
+                detail = os.readlink(item.path)
+                return Entry(item.name, 0, fault="link-loop", detail=detail)
             place = os.path.join(folder.place, item.name)
             return Folder(item.name, place, (found.st_dev, found.st_ino), is_link)
         if not is_midi:

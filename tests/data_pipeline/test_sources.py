@@ -209,6 +209,18 @@ def test_links_are_followed_and_loops_are_not(tmp_path):
     assert listed(as_tar(tmp_path / "midi", tmp_path / "m.tgz", "w:gz"), tmp_path) == expected
 
 
+def test_linked_folders_elsewhere_are_read_but_not_those_around(tmp_path):
+    (tmp_path / "elsewhere" / "x").mkdir(parents=True)
+    (tmp_path / "elsewhere" / "x" / "one.mid").write_bytes(b"one")
+    (tmp_path / "a" / "midi").mkdir(parents=True)
+    for name, target in {"here": "../../elsewhere", "up": "../..", "top": "/"}.items():
+        os.symlink(target, tmp_path / "a" / "midi" / name)
+    os.symlink("../../a/midi", tmp_path / "elsewhere" / "x" / "back")
+    assert listed(tmp_path / "a" / "midi", tmp_path) == {
+        "here/x/back": "link-loop", "here/x/one.mid": b"one", "top": "link-loop", "up": "link-loop",
+    }  # fmt: skip
+
+
 def test_of_a_compressed_archive_only_midi_names_are_unpacked(tmp_path):
     (tmp_path / "midi").mkdir()
     (tmp_path / "midi" / "a.dat").write_bytes(b"a")
