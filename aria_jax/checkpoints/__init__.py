@@ -1,1 +1,52 @@
-"""Models on disk: Orbax checkpoints, safetensors under the published names; knows no training."""
+"""Models on disk: Orbax checkpoints, safetensors under the published names; knows no training.
+
+What is here needs no jax: it tells what is on the disk before the seconds that importing jax takes.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.artifact import file_digest, json_digest, rows_digest
+
+DIRECTORY = "checkpoints"
+"""Of a workdir: one folder per step, named by its number."""
+
+
+def newest_step(workdir: str | Path) -> Path | None:
+    """The folder of the newest complete checkpoint; None where there is none."""
+    folder = Path(workdir) / DIRECTORY
+    found = folder.iterdir() if folder.is_dir() else ()
+    steps = [step for step in found if step.name.isdecimal() and (step / "record").is_dir()]
+    return max(steps, key=lambda step: int(step.name), default=None)
+
+
+def newest_record(workdir: str | Path) -> dict[str, Any] | None:
+    """The JSON record of the newest checkpoint; None where there is none that can be read."""
+    step = newest_step(workdir)
+    try:
+        return None if step is None else json.loads((step / "record" / "metadata").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def model_digest(source: str | Path) -> str:
+    """Digest of a model: of a file's bytes, or of the newest checkpoint of a workdir.
+
+    Of a checkpoint the record is read and every file is named with its size: Orbax names files of
+    arrays at random, so that no two writes have the same. Any other name stands for itself.
+    """
+    path = Path(source)
+    if path.is_file():
+        return file_digest(path)
+    step = newest_step(path)
+    if step is None:
+        return json_digest(str(source))
+    files = sorted(p for p in step.rglob("*") if p.is_file())
+    record = step / "record" / "metadata"
+    return rows_digest(
+        [
+            [step.name, file_digest(record)],
+            *([str(p.relative_to(step)), p.stat().st_size] for p in files),
+        ]
+    )

@@ -26,12 +26,12 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
+from aria_jax.checkpoints import DIRECTORY
 from aria_jax.models.parameters import Parameters
 from aria_jax.sharding import replicated
 from data_pipeline.artifact import json_digest
 from data_pipeline.errors import UserError
 
-DIRECTORY = "checkpoints"
 Read = TypeVar("Read")
 
 _FINE, _DAMAGED, _UNREADABLE = range(3)

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aria_jax.checkpoints.manager import DIRECTORY, Checkpointer
+from aria_jax.checkpoints import DIRECTORY
+from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.safetensors import import_model
 from aria_jax.config import ComputeConfig, ModelConfig, from_dict, to_dict
 from aria_jax.models.heads import Model, abstract_model, parameter_specs, split_model

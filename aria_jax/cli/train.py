@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +27,8 @@ tasks:
   classify     learn a label, data.label=composer
 
 A run lives in its --workdir: checkpoints, the weights of the lowest validation loss (in `best`),
-metrics.jsonl, TensorBoard events. The same command run again goes on where it stopped. Ctrl-C and
+metrics.jsonl, TensorBoard events. The same command run again goes on where it stopped; another
+corpus, other settings or another --init-from are refused. Ctrl-C and
 SIGTERM stop it after the step under way, with a checkpoint.
 
 What contrastive compares (all are settings):
@@ -121,6 +123,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--init-from", metavar="C", help="workdir or published .safetensors to start from"
     )
     parser.add_argument(
+        "--allow-change",
+        default="",
+        metavar="data,dtype",
+        help="go on although the corpus or the compute dtype is not what the run began with",
+    )
+    parser.add_argument(
         "--dry-run", action="store_true", help="print what the run would take, and stop"
     )
     parser.add_argument(
@@ -151,7 +159,28 @@ def run(args: argparse.Namespace) -> int:
     load_manifest(args.data)
     if Path(args.workdir).is_file():
         raise UserError(f"--workdir {args.workdir} is a file; name a folder for the run")
+    if not args.dry_run:
+        _check_beginning(args)
     return _dry_run(args, preset) if args.dry_run else _train(args, preset)
+
+
+def _check_beginning(args: argparse.Namespace) -> None:
+    """What the disk can tell of a wrong start."""
+    from aria_jax.checkpoints import newest_record
+    from aria_jax.train.start import beginning, check_allow_change, refuse_other_beginning
+    from data_pipeline.artifact import refuse_inside
+
+    check_allow_change(_allowed(args))
+    refuse_inside(args.workdir, args.data, "a corpus")
+    record = newest_record(args.workdir)
+    if record is None:
+        beginning(args.init_from)
+    elif args.init_from is not None:
+        refuse_other_beginning(record, record["step"], args.init_from, args.workdir)
+
+
+def _allowed(args: argparse.Namespace) -> list[str]:
+    return [word for word in args.allow_change.split(",") if word]
 
 
 def _as_asked(preset: "RunConfig", args: argparse.Namespace) -> "RunConfig":
@@ -195,6 +224,7 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     console.stage("loading jax")
     import jax
 
+    from aria_jax.checkpoints import newest_step
     from aria_jax.chips import chip_of
     from aria_jax.config_file import write_config
     from aria_jax.train.hooks import JsonlSink, MetricSink, TensorBoardSink
@@ -207,6 +237,7 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     chip = chip_of(jax.devices()[0].device_kind)
     config = _on_chips(args, preset, chip, jax.device_count())
     workdir = Path(args.workdir)
+    made = not workdir.exists()
     workdir.mkdir(parents=True, exist_ok=True)
     warnings.showwarning = lambda message, *_: console.note(f"warning: {message}")
     sinks: list[MetricSink] = []
@@ -236,6 +267,7 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
                 args.data,
                 workdir,
                 init_from=args.init_from,
+                allow_change=_allowed(args),
                 sinks=[*sinks, ProgressSink(resolved.train.steps, report)] if first else [],
                 on_start=started,
             )
@@ -247,6 +279,8 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     finally:
         for sink in sinks:
             sink.close()
+        if first and made and not newest_step(workdir) and not _has_metrics(workdir):
+            shutil.rmtree(workdir)  # it failed before the first step
     shown = {name: round(value, 5) for name, value in result.metrics.items()}
     summary = {"step": result.final_step, "interrupted": result.interrupted, "metrics": shown}
     text = f"step {result.final_step}: " + ", ".join(
@@ -259,6 +293,11 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     if result.interrupted:
         return 130 if console.interrupted() else 1
     return 0
+
+
+def _has_metrics(workdir: Path) -> bool:
+    log = workdir / "metrics.jsonl"
+    return log.is_file() and log.stat().st_size > 0
 
 
 class ProgressSink:

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from aria_jax.checkpoints.manager import DIRECTORY, Checkpointer
+from aria_jax.checkpoints import DIRECTORY
+from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.models.heads import Parameters
 from aria_jax.sharding import iterate_rows
 from aria_jax.train.step import EvalStep, Metrics, TrainState

@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +28,11 @@ from aria_jax.train.hooks import (
 )
 from aria_jax.train.plan import train_flops_per_token
 from aria_jax.train.processes import lost_contact, stop_requests
-from aria_jax.train.start import Start, decide
+from aria_jax.train.start import Start, check_allow_change, corpus_record, decide
 from aria_jax.train.state import first_state
 from aria_jax.train.step import TrainState, TrainStep, make_eval_step, make_train_step
 from aria_jax.train.tasks import build_task, resolve
+from data_pipeline.artifact import refuse_inside
 from data_pipeline.errors import UserError
 from data_pipeline.loaders import BatchStream
 from data_pipeline.shards import load_manifest, reading_of
@@ -63,6 +64,7 @@ def run(
     sinks: Sequence[MetricSink] = (),
     on_start: Callable[[Start], None] | None = None,
     should_stop: Callable[[int], bool] | None = None,
+    allow_change: Collection[str] = (),
     clock: Clock = time.perf_counter,
 ) -> TrainResult:
     """Trains, or goes on training, in `workdir`.
@@ -76,11 +78,15 @@ def run(
         init_from: checkpoint or published .safetensors whose weights a new run starts from.
         on_start: told how the run begins, before the first step.
         should_stop: asked after each step; True ends the run as a signal does.
+        allow_change: "data" and "dtype" may differ from those of the run that is resumed.
         clock: by which throughput is measured and `config.train.checkpoint_every_minutes` pass.
 
     Raises:
-        UserError: contradictory settings, unusable data or checkpoint, a diverged loss.
+        UserError: contradictory settings, unusable data or checkpoint, a diverged loss; the run in
+            `workdir` has another corpus, other settings or another beginning.
     """
+    check_allow_change(allow_change)
+    refuse_inside(workdir, data_dir, "a corpus")
     config = resolve(config.validate(), data_dir)
     mesh, settings, workdir = make_mesh(config.mesh), config.train, Path(workdir)
     check_batch(config, mesh)
@@ -90,9 +96,10 @@ def run(
     manifest = load_manifest(data_dir)
     tokenizer, reading = manifest["tokenizer"]["preset"], reading_of(manifest)
     record = {**model_record(config.model, tokenizer, reading), "config": to_dict(config)}
+    record["corpus"] = corpus_record(data_dir)
     with _checkpoints(workdir, settings.keep_checkpoints) as checkpointer:
         start = decide(workdir, init_from, checkpointer)
-        network, state, step = first_state(config, mesh, start, checkpointer, record)
+        network, state, step = first_state(config, mesh, start, checkpointer, record, allow_change)
         if on_start is not None:
             on_start(start)
         log, sharding = Log(sinks), batch_sharding(mesh)

@@ -1,12 +1,19 @@
 """How a run begins: the one place where resuming, finetuning and starting afresh are told apart."""
 
+import warnings
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from aria_jax.checkpoints.manager import DIRECTORY, Checkpointer
+from aria_jax.checkpoints import DIRECTORY, model_digest
 from aria_jax.config import RunConfig, from_dict, to_dict
+from data_pipeline.artifact import json_digest
 from data_pipeline.errors import UserError
+from data_pipeline.shards import load_manifest
+
+if TYPE_CHECKING:  # the command line decides before it imports jax
+    from aria_jax.checkpoints.manager import Checkpointer
 
 # What may differ when a run is resumed: none of it changes what the steps so far have computed,
 # but for the order in which floating-point numbers are summed.
@@ -27,6 +34,9 @@ FREE = {
     "train.max_bad_steps",
 }
 
+ALLOWABLE = {"data": "corpus", "dtype": "compute.dtype"}
+"""What else may differ where it is asked for: the word for it, and what it means."""
+
 
 @dataclass(frozen=True)
 class Start:
@@ -37,7 +47,7 @@ class Start:
     sentence: str
 
 
-def decide(workdir: Path, init_from: str | Path | None, checkpointer: Checkpointer) -> Start:
+def decide(workdir: Path, init_from: str | Path | None, checkpointer: "Checkpointer") -> Start:
     """Chooses how to begin:
 
     1. the run's own workdir has a checkpoint: resume it (`init_from` was its beginning, not ours);
@@ -46,10 +56,23 @@ def decide(workdir: Path, init_from: str | Path | None, checkpointer: Checkpoint
     4. otherwise: from scratch.
 
     Raises:
-        UserError: `init_from` is neither a checkpoint nor a .safetensors file.
+        UserError: `init_from` is neither a checkpoint nor a .safetensors file, or not what the run
+            in the workdir began from.
     """
     if steps := checkpointer.steps():
+        if init_from is not None:
+            step, record = checkpointer.newest(checkpointer.record)
+            refuse_other_beginning(record, step, init_from, workdir)
         return Start("resume", workdir, f"resuming {workdir} at step {steps[-1]}")
+    return beginning(init_from)
+
+
+def beginning(init_from: str | Path | None) -> Start:
+    """How a new run begins.
+
+    Raises:
+        UserError: `init_from` is neither a checkpoint nor a .safetensors file.
+    """
     if init_from is None:
         return Start("scratch", None, "starting from scratch: random weights")
     path = Path(init_from)
@@ -60,25 +83,95 @@ def decide(workdir: Path, init_from: str | Path | None, checkpointer: Checkpoint
     raise UserError(f"--init-from {path}: neither a checkpoint nor a .safetensors file")
 
 
-def refuse_changed_run(saved: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
+def source_record(init_from: str | Path) -> dict[str, str]:
+    """What a run's checkpoints say of the weights it began from."""
+    return {"path": str(Path(init_from).resolve()), "digest": model_digest(init_from)}
+
+
+def refuse_other_beginning(
+    record: dict[str, Any], step: int, init_from: str | Path, workdir: str | Path
+) -> None:
+    """Raises `UserError` unless the run in `workdir` began from `init_from`.
+
+    The same command run again resumes: the same path, whatever became of it, or the same weights.
+
+    Args:
+        record: of the run's newest checkpoint, which is of `step`.
+    """
+    began = record.get("init_from") or {}
+    now = source_record(init_from)
+    if began.get("path") == now["path"] or began.get("digest") == now["digest"]:
+        return
+    known = "init_from" in record
+    was = began.get("path") or ("random weights" if known else "weights it does not name")
+    raise UserError(
+        f"{workdir} already holds a run that began from {was} and is at step {step}, so "
+        f"--init-from {init_from} would do nothing; leave it out to resume that run, or choose "
+        "another --workdir"
+    )
+
+
+def corpus_record(data_dir: str | Path) -> dict[str, str]:
+    """What a run's checkpoints say of the corpus they were trained on."""
+    return {"path": str(data_dir), "digest": json_digest(load_manifest(data_dir))}
+
+
+def refuse_changed_run(
+    saved: dict[str, Any],
+    now: dict[str, Any],
+    workdir: Path,
+    allow_change: Collection[str] = (),
+) -> None:
     """Raises `UserError` naming each setting that differs from the run to be resumed.
 
     Args:
-        saved: record of the checkpoint, with "config" and "tokenizer".
+        saved: record of the checkpoint, with "config", "tokenizer" and "corpus".
         now: the same of the run about to start.
+        allow_change: of `ALLOWABLE`; what differs among them is warned of.
     """
     complete = to_dict(from_dict(RunConfig, saved["config"]))  # new settings have their defaults
     before = _flat({**complete, "tokenizer": saved["tokenizer"]})
     after = _flat({**now["config"], "tokenizer": now["tokenizer"]})
-    changed = [
-        f"{key}: was {before.get(key)}, is {after.get(key)}"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not {key, key.split(".")[0]} & FREE
-    ]
+    fixed = {
+        key
+        for key in before.keys() | after.keys()
+        if key == "compute.dtype" or not {key, key.split(".")[0]} & FREE
+    }
+    changed = {
+        key: f"{key}: was {before.get(key)}, is {after.get(key)}"
+        for key in sorted(fixed)
+        if before.get(key) != after.get(key)
+    }
+    if "corpus" not in saved:
+        warnings.warn(
+            f"{workdir}: its checkpoints are of an earlier version and do not say which corpus "
+            f"they were trained on; it is taken to be {now['corpus']['path']}",
+            stacklevel=2,
+        )
+    elif saved["corpus"]["digest"] != now["corpus"]["digest"]:
+        was, new = saved["corpus"], now["corpus"]
+        changed["corpus"] = (
+            f"corpus: was {was['path']} ({was['digest'][:8]}), is {new['path']} "
+            f"({new['digest'][:8]})"
+        )
+    for word in allow_change:
+        if text := changed.pop(ALLOWABLE[word], None):
+            warnings.warn(f"going on although it changed, as asked: {text}", stacklevel=2)
     if changed:
+        words = [word for word, key in ALLOWABLE.items() if key in changed]
+        ways = "set them back, or choose another --workdir"
+        if len(words) == len(changed):
+            ways += f", or go on all the same with --allow-change {','.join(words)}"
         raise UserError(
-            f"{workdir} holds a run with other settings ({'; '.join(changed)}); "
-            "set them back, or choose another --workdir"
+            f"{workdir} holds a run with other settings ({'; '.join(changed.values())}); {ways}"
+        )
+
+
+def check_allow_change(words: Collection[str]) -> None:
+    """Raises `UserError` for a word that `ALLOWABLE` has not."""
+    if unknown := sorted(set(words) - ALLOWABLE.keys()):
+        raise UserError(
+            f"--allow-change {','.join(unknown)}: expected one or more of {', '.join(ALLOWABLE)}"
         )
 
 

@@ -1,6 +1,6 @@
 """The first state of a run: restored, given weights, or random; always born on the mesh."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from aria_jax.models.heads import (
 from aria_jax.models.lora import LoraTraining
 from aria_jax.models.parameters import Parameters, Specs, abstract_parameters
 from aria_jax.sharding import mirrored_shardings
-from aria_jax.train.start import Start, refuse_changed_run
+from aria_jax.train.start import Start, refuse_changed_run, source_record
 from aria_jax.train.step import Build, TrainState, new_state
 from data_pipeline.errors import UserError
 
@@ -86,23 +86,26 @@ def first_state(
     start: Start,
     checkpointer: Checkpointer,
     record: dict[str, Any],
+    allow_change: Collection[str] = (),
 ) -> tuple[Network, TrainState, int]:
     """The network, the state that `start` asks for, and the number of steps it has behind it.
 
     Args:
-        record: what the run would write into its checkpoints, held against what is there; a run
-            that trains adapters puts in what they are adapters of.
+        record: what the run would write into its checkpoints, held against what is there; takes
+            up what the run began from, and what its adapters are adapters of.
+        allow_change: see `refuse_changed_run`.
     """
     network = Network.of(config)
     like = abstract_state(config, network, mesh)
     lora, read = LoraTraining.of(config), partial(read_model, mesh=mesh)
     if start.kind == "resume":
         step, state = checkpointer.newest(
-            partial(_restored, checkpointer, like, record, Path(str(start.path)))
+            partial(_restored, checkpointer, like, record, Path(str(start.path)), allow_change)
         )
+        saved = checkpointer.record(step)
+        record |= {name: saved[name] for name in ("init_from", "lora") if name in saved}
         if lora is not None:
-            saved = record["lora"] = checkpointer.record(step)["lora"]
-            base_params = base_weights(Path(saved["base"]), saved, read)
+            base_params = base_weights(Path(saved["lora"]["base"]), saved["lora"], read)
             frozen = jax.tree.map(
                 lambda new, old: jax.device_put(new, old.sharding),
                 {name: base_params[name] for name in like.frozen},
@@ -115,6 +118,7 @@ def first_state(
             f"train.lora_rank={lora.rank} adapts weights that are there already: "
             "name them with --init-from"
         )
+    record["init_from"] = None if start.path is None else source_record(start.path)
     key = jax.random.key(config.train.seed)
     params = split_model(init_sharded(config.model, config.compute, key, mesh))[1]
     if start.path is not None:
@@ -132,10 +136,15 @@ def first_state(
 
 
 def _restored(
-    checkpointer: Checkpointer, like: TrainState, record: dict[str, Any], path: Path, step: int
+    checkpointer: Checkpointer,
+    like: TrainState,
+    record: dict[str, Any],
+    path: Path,
+    allow_change: Collection[str],
+    step: int,
 ) -> TrainState:
     """All but frozen weights, which no checkpoint holds."""
-    refuse_changed_run(checkpointer.record(step), record, path)
+    refuse_changed_run(checkpointer.record(step), record, path, allow_change)
     return TrainState(
         checkpointer.restore(step, "params", like.params),
         checkpointer.restore(step, "opt_state", like.opt_state),

@@ -1,6 +1,9 @@
 """How a run begins: one test per case, and what a resumed run refuses."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -17,12 +20,85 @@ def stop_at(step):
 
 
 def test_own_checkpoint_first(config, corpus, tmp_path):
-    run(config(), corpus, tmp_path / "run", should_stop=stop_at(1))
-    run(config(), corpus, tmp_path / "other", should_stop=stop_at(2))
-    result = run(
-        config(), corpus, tmp_path / "run", init_from=tmp_path / "other", should_stop=stop_at(2)
-    )
+    """The same command, with its --init-from, resumes; also when that has been trained on since."""
+    other, options = tmp_path / "other", {"init_from": tmp_path / "other"}
+    run(config(), corpus, other, should_stop=stop_at(1))
+    run(config(), corpus, tmp_path / "run", **options, should_stop=stop_at(1))
+    run(config(), corpus, other, should_stop=stop_at(2))
+    result = run(config(), corpus, tmp_path / "run", **options, should_stop=stop_at(2))
     assert result.start.kind == "resume" and result.final_step == 2
+    shutil.copytree(other, tmp_path / "copy")
+    for path in (tmp_path / "copy").glob("checkpoints/2"):
+        shutil.rmtree(path)
+    again = run(config(), corpus, tmp_path / "run", init_from=tmp_path / "copy")
+    assert again.start.kind == "resume", "the same weights elsewhere"
+
+
+def test_a_run_that_began_otherwise_is_not_silently_resumed(config, corpus, tmp_path):
+    for name in ("run", "other"):
+        run(config("pretrain", "steps=0"), corpus, tmp_path / name)
+    with pytest.raises(UserError, match=r"began from random weights.*leave it out.*another --work"):
+        run(config("pretrain", "steps=1"), corpus, tmp_path / "run", init_from=tmp_path / "other")
+    assert load_model(tmp_path / "run").step == 0
+
+
+@pytest.fixture
+def other_corpus(corpus, tmp_path):
+    """The same pieces, but a manifest that says something else of them."""
+    other = tmp_path / "other-corpus"
+    shutil.copytree(corpus, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    (other / "manifest.json").write_text(json.dumps({**manifest, "n_tokens": -1}))
+    return other
+
+
+def test_another_corpus_is_refused_unless_allowed(config, corpus, other_corpus, tmp_path):
+    work = tmp_path / "run"
+    run(config("pretrain", "steps=1"), corpus, work)
+    shutil.copytree(corpus, tmp_path / "moved")
+    assert run(config("pretrain", "steps=1"), tmp_path / "moved", work).start.kind == "resume"
+    ways = r"corpus: was .*, is .*other-corpus.*another --workdir, or .*--allow-change data"
+    with pytest.raises(UserError, match=ways):
+        run(config("pretrain", "steps=2"), other_corpus, work)
+    with pytest.warns(UserWarning, match="going on although it changed, as asked: corpus"):
+        run(config("pretrain", "steps=2"), other_corpus, work, allow_change=["data"])
+    with pytest.raises(UserError, match=r"corpus: was .*other-corpus"):
+        run(config("pretrain", "steps=3"), corpus, work)
+
+
+def test_another_compute_dtype_is_refused_unless_allowed(config, corpus, tmp_path):
+    run(config("pretrain", "steps=1"), corpus, tmp_path)
+    half = config("pretrain", "steps=2", "dtype=bfloat16")
+    with pytest.raises(UserError, match=r"compute.dtype: was float32, is bfloat16.*change dtype"):
+        run(half, corpus, tmp_path)
+    with pytest.raises(UserError, match=r"--allow-change colour: expected .* data, dtype"):
+        run(half, corpus, tmp_path, allow_change=["colour"])
+    with pytest.warns(UserWarning, match=r"compute\.dtype: was float32, is bfloat16"):
+        assert run(half, corpus, tmp_path, allow_change=["data", "dtype"]).final_step == 2
+
+
+def test_a_checkpoint_that_names_no_corpus_is_resumed_and_says_so(config, corpus, tmp_path):
+    run(config("pretrain", "steps=0"), corpus, tmp_path)
+    (path,) = (tmp_path / "checkpoints" / "0" / "record").glob("metadata")
+    record = json.loads(path.read_text())
+    del record["corpus"]
+    path.write_text(json.dumps(record))
+    with pytest.warns(UserWarning, match="do not say which corpus"):
+        assert run(config("pretrain", "steps=0"), corpus, tmp_path).start.kind == "resume"
+
+
+def test_no_run_lives_in_a_corpus(config, other_corpus):
+    before = sorted(other_corpus.rglob("*"))
+    for workdir in (other_corpus, other_corpus / "run"):
+        with pytest.raises(UserError, match="nothing is written into a corpus"):
+            run(config(), other_corpus, workdir)
+    assert sorted(other_corpus.rglob("*")) == before
+
+
+def test_the_beginning_is_decided_without_jax():
+    code = "import sys, aria_jax.train.start; print('jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_given_checkpoint_gives_backbone_and_new_head(config, corpus, tmp_path, weights):
