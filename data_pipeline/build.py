@@ -148,7 +148,7 @@ def build(
             RUNNERS[runner](
                 work.missing_jobs(readable_root(source, journal.listing.spool), labels),
                 work.store,
-                work.tick,
+                work.progress,
                 workers=workers or os.cpu_count() or 1,
                 settings=unit_settings,
                 limits=limits or Limits(),
@@ -250,7 +250,7 @@ class _Work:
     """The units of one run: which are missing, where results go, how far all is."""
 
     def __init__(self, journal: Journal, progress: Callable[[int, int], None] | None):
-        self._journal, self._progress = journal, progress
+        self._journal, self._tell = journal, progress
         self._sizes = [len(entries) for _, entries in journal.units()]
         self._n_files = sum(self._sizes)
         self._done: dict[int, int] = {}
@@ -260,23 +260,23 @@ class _Work:
     def missing_jobs(self, root: Path, labels: LabelTable) -> Iterator[Job]:
         for number, entries in self._journal.units():
             if self._journal.unit_path(number).is_file():
-                self.tick(number, len(entries))
+                self.progress(number, len(entries))
             else:
                 yield Job(number, root, entries, [labels.labels_for(e.path) for e in entries])
 
     def store(self, number: int, results: bytes) -> None:
         write_atomically(self._journal.unit_path(number), results)
-        self.tick(number, self._sizes[number])
+        self.progress(number, self._sizes[number])
 
-    def tick(self, number: int, n_begun: int) -> None:
+    def progress(self, number: int, n_done: int) -> None:
         """A unit that starts over after a worker's death counts no file twice."""
         with self._lock:
             before = self._done.get(number, 0)
-            if n_begun > before:
-                self._done[number] = n_begun
-                self._total += n_begun - before
-                if self._progress is not None:
-                    self._progress(self._total, self._n_files)
+            if n_done > before:
+                self._done[number] = n_done
+                self._total += n_done - before
+                if self._tell is not None:
+                    self._tell(self._total, self._n_files)
 
 
 def _check_arguments(
