@@ -155,6 +155,11 @@ def _checked_limits(args: argparse.Namespace) -> dict[str, Any]:
             args.repetition_penalty != 1,
             "--repetition-penalty above 1",
         ),
+        "--compat": (
+            args.compat,
+            args.prompt or args.embedding,
+            "--prompt X.mid or --embedding E.mid, the files that are read",
+        ),
         "--wav": (args.wav, args.out, "--out DIR, where the sound goes"),
         **{
             f"--{name}": (getattr(args, name.replace("-", "_")), args.temperature, "a --temperature"

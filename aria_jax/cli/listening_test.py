@@ -316,8 +316,11 @@ def _compare(args: argparse.Namespace) -> None:
         lines.append(f"{name.replace('_', ' '):<26} {cells[0]:<20} {cells[1]}")
     if args.checkpoint:
         from aria_jax.embed.single import performance_encoder
+        from data_pipeline.midi import compat_of
 
         embed = performance_encoder(args.checkpoint)
+        if compat := compat_of(embed.slicing.reading):  # as the model's corpus was read
+            sets = {side: _performances(getattr(args, side), compat) for side in sets}
         generated, reference = (np.stack([embed(one) for one in sets[side]]) for side in sets)
         distance = frechet_distance(generated, reference)
         result["frechet_distance"] = distance
@@ -325,7 +328,7 @@ def _compare(args: argparse.Namespace) -> None:
     print_result(result, args.json, "\n".join(lines))
 
 
-def _performances(folder: str) -> list:
+def _performances(folder: str, compat: str | None = None) -> list:
     """Every readable MIDI file with notes under a folder."""
     import sys
 
@@ -335,7 +338,7 @@ def _performances(folder: str) -> list:
     found = []
     for path in sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".mid", ".midi")):
         try:
-            performance = read_midi(path)
+            performance = read_midi(path, compat=compat)
         except InvalidMidi as error:
             print(f"left out: {error}", file=sys.stderr)
             continue

@@ -95,6 +95,12 @@ def test_prompts_are_read_as_the_corpus_was(models, files, capsys, reading):
     assert models["lm", reading] in warned[0] and f"by {other(reading)}" in warned[0]
 
 
+def test_a_reading_of_no_file_is_refused(models, capsys, tmp_path):
+    command = ["generate", "--checkpoint", models["lm", "standard"], "--compat", "aria-utils"]
+    assert main([*command, "--out", str(tmp_path)]) == 2
+    assert "--prompt X.mid or --embedding" in capsys.readouterr().err
+
+
 def test_scores_are_those_of_the_chosen_reading(models, files, capsys):
     def score(model, *extra):
         result, warned = run(capsys, "score", files / "x.mid", "--checkpoint", model, *extra)
