@@ -71,7 +71,7 @@ def stop_requests() -> Iterator[Callable[[int], bool]]:
     """Yields `asked(step)`: whether to save and leave after this step.
 
     Alone, a process catches SIGTERM (preemption) and SIGINT (Ctrl-C) itself. One of several may
-    not leave before the others: jax's coordination service spreads the notice and answers True at
+    not leave before the others: jax's coordination service spreads the notice and gives True at
     the same step everywhere. It catches SIGTERM; the first SIGINT is passed on as one, the second
     ends the process at once.
     """

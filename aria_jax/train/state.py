@@ -156,24 +156,24 @@ def _with_weights_of(
     params: Parameters, source: Model, config: RunConfig, path: Path
 ) -> Parameters:
     """`params` with the backbone of `source`, and its head and adapter where of the same kind."""
-    theirs = split_model(source)[1]
+    source_params = split_model(source)[1]
     same_head = (source.config.head, source.config.class_names) == (
         config.model.head,
         config.model.class_names,
     )
-    chosen = {**params, "backbone": theirs["backbone"]}
-    if same_head and "head" in theirs:
-        chosen["head"] = theirs["head"]
-    if "adapter" in params and "adapter" in theirs:
-        chosen["adapter"] = theirs["adapter"]
+    chosen = {**params, "backbone": source_params["backbone"]}
+    if same_head and "head" in source_params:
+        chosen["head"] = source_params["head"]
+    if "adapter" in params and "adapter" in source_params:
+        chosen["adapter"] = source_params["adapter"]
     elif "adapter" in params and config.train.lora_rank:
         raise UserError(f"{path} has no adapter for a condition, which model.emb_size asks for")
-    for (name, ours), found in zip(
+    for (name, needed), given in zip(
         jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(chosen), strict=True
     ):
-        if ours.shape != found.shape:
+        if needed.shape != given.shape:
             raise UserError(
-                f"{path}: {jax.tree_util.keystr(name)} has shape {found.shape}, this run needs "
-                f"{ours.shape}; choose the preset the weights were trained with"
+                f"{path}: {jax.tree_util.keystr(name)} has shape {given.shape}, this run needs "
+                f"{needed.shape}; choose the preset the weights were trained with"
             )
     return jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), chosen, params)

@@ -25,7 +25,7 @@ class PackingPlan:
 def pack_best_fit(lengths: np.ndarray, seq_len: int) -> PackingPlan:
     """Packs pieces of `lengths` (int [N]) into rows of `seq_len` tokens.
 
-    A piece longer than a row is cut into full rows and a remainder. Remainders and short pieces,
+    A piece longer than a row is split into full rows and a remainder. Remainders and short pieces,
     longest first, each go to the row with the least space that still holds them (Ding et al.,
     "Fewer Truncations Improve Language Modeling", 2024).
     """

@@ -123,7 +123,7 @@ def augmented(
 
 @dataclass(frozen=True)
 class Slicer:
-    """Slices as rows for a head that reads its answer at `<E>`.
+    """Slices as rows for a head that reads at `<E>`.
 
     Attributes:
         pieces: where from.

@@ -148,7 +148,7 @@ class _Windows:
 
 
 class ConcatWindows(_Windows):
-    """The pieces of an epoch as one stream, cut every `seq_len` tokens."""
+    """The pieces of an epoch as one stream, split every `seq_len` tokens."""
 
     def __init__(self, corpus: _Corpus, seq_len: int, *others: Any):
         super().__init__(corpus, seq_len, *others)
