@@ -12,7 +12,9 @@ DESCRIPTION = """\
 Embed every MIDI file of a folder or archive (or every piece of token shards): consecutive slices of
 300 notes, each embedded at its <E> token, averaged per file. Writes Parquet: path, sha256,
 embedding, n_slices, n_notes, duration_ms, labels. Files that cannot be read are named in
-OUT.rejected.jsonl; the rest goes on. Interrupted and run again, it goes on where it stopped.
+OUT.rejected.jsonl; the rest goes on. Interrupted and run again, it goes on where it stopped; where
+files or labels have changed since, labels are refreshed and only other files embedded again. What
+another model made, or other settings, is replaced with --overwrite only.
 
 Many hosts: run the same command on each with --host-index and --host-count on a shared disk
 (processes started by `launch` know theirs); whichever finishes last joins the parts. --baseline
@@ -51,6 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, default=1, help="tokenising processes (1; 0: none)")
     parser.add_argument("--host-index", type=int, help="number of this host (0)")
     parser.add_argument("--host-count", type=int, help="hosts at work (1)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace embeddings by another model there"
+    )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
 
 
@@ -92,12 +97,13 @@ def run(args: argparse.Namespace) -> None:
     check_suffix(args.out, "a Parquet file", ".parquet")
     if args.slice_notes < 1 or args.max_tokens < 2 or args.workers < 0:
         raise UserError("--slice-notes must be at least 1, --max-tokens 2, --workers 0")
-    host_index, host_count = _host(args)
     from aria_jax.embed.pieces import Slicing, common_folder, open_source
 
     origin = common_folder(args.sources)
     from aria_jax.embed.export import export
 
+    host_index, host_count = _host(args)
+    _refuse_other_output(args)
     stage("loading the model")
     encode, settings = _encoder(args)
     stage("listing the files")
@@ -120,6 +126,7 @@ def run(args: argparse.Namespace) -> None:
             workers=args.workers,
             host_index=host_index,
             host_count=host_count,
+            overwrite=args.overwrite,
             progress=progress,
         )
     result = {
@@ -129,6 +136,8 @@ def run(args: argparse.Namespace) -> None:
         "n_rejected": summary.n_rejected,
         "n_parts": summary.n_parts,
         "n_parts_before": summary.n_parts_before,
+        "n_embedded": summary.n_embedded,
+        "n_kept": summary.n_kept,
         "complete": summary.complete,
         "fingerprint": settings["fingerprint"],
         "warnings": warnings,
@@ -136,9 +145,43 @@ def run(args: argparse.Namespace) -> None:
     text = f"{args.out}: {summary.n_rows} rows"
     if not summary.complete:
         text = "this host's parts are done; the last host to finish writes " + args.out
+    if summary.done_before:
+        text += "; already made of the same files and labels: nothing to do"
+    elif summary.n_kept:
+        text += f"; vectors of {summary.n_kept} unchanged files kept, labels refreshed"
+        text += f"; {summary.n_embedded} files embedded"
     if summary.n_rejected:
         text += f"; {summary.n_rejected} files rejected, see {args.out}.rejected.jsonl"
     print_result(result, args.json, text, warnings)
+
+
+def _refuse_other_output(args: argparse.Namespace) -> None:
+    """What OUT can tell before the model is loaded."""
+    from aria_jax.embed.table import read_identity
+    from data_pipeline.errors import UserError
+
+    out = Path(args.out)
+    if args.overwrite or not out.exists():
+        return
+    made = read_identity(out)
+    if made is None or made.settings.get("per_slice") != args.per_slice:
+        what = "a file that does not say what it was made of"
+        if made is not None:
+            what = "one row per " + ("slice" if made.settings.get("per_slice") else "file")
+        raise UserError(f"{out}: holds {what}; choose another output, or --overwrite to replace it")
+    is_counting = made.inputs["model"] in ("pitch-class", "statistics")
+    if (is_counting and made.inputs["model"] != args.baseline) or (
+        args.baseline and not is_counting
+    ):
+        raise UserError(
+            f"{out}: holds embeddings made otherwise (model: {made.inputs['model']} → "
+            f"{args.baseline or args.checkpoint}); choose another output, or --overwrite to "
+            "replace it"
+        )
+
+
+WAIT_FOR_HOSTS_S = 7 * 24 * 3600
+"""How long a host that is done waits for the others, where the cluster keeps them together."""
 
 
 def _host(args: argparse.Namespace) -> tuple[int, int]:
@@ -152,6 +195,13 @@ def _host(args: argparse.Namespace) -> tuple[int, int]:
         # Hosts share a disk and nothing else: no need to wait for each other as in training.
         told = [os.environ.get(f"ARIA_JAX_PROCESS_{name}", "") for name in ("INDEX", "COUNT")]
         given = (int(told[0]), int(told[1])) if all(map(str.isdecimal, told)) else (0, 1)
+        if os.environ.get("ARIA_JAX_COORDINATOR") == "auto":  # only the cluster knows, as on a pod
+            import jax
+
+            from aria_jax.train.processes import join_processes
+
+            join_processes(shutdown_timeout_s=WAIT_FOR_HOSTS_S)
+            given = (jax.process_index(), jax.process_count())
     index, count = (0 if given[0] is None else given[0]), (1 if given[1] is None else given[1])
     if not 0 <= index < count:
         raise UserError(f"--host-index must lie in 0..{count - 1}")

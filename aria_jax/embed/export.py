@@ -1,30 +1,50 @@
 """Embeddings of many files, in parts that survive a kill.
 
-    OUT.parts/settings.json        what the parts were made with; another export is refused
+    OUT.parts/identity.json        what the parts are made of; another export is refused
     OUT.parts/part-00003.parquet   rows of files 3 * 256 … 4 * 256 - 1
     OUT.parts/part-00003.jsonl     its rejected files; written last, marks it done
+    OUT.parts/part-00003.claim     locked by the process that is at work on it
     OUT                            one Parquet file, a row group a part, once all are there
 
 Parts do not depend on the number of hosts: host h of H makes parts h, h + H, …, and whoever
-finishes the last one joins them.
+finishes the last one joins them. Hosts that do not know of each other share parts by their claims.
+Where the disk knows no locks two processes may do the same work, with the same result.
+
+A finished OUT of the same model and settings is brought up to date: vectors of files that have not
+changed are kept, whatever became of their labels, names and neighbours.
 """
 
-import hashlib
+import fcntl
 import json
+import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aria_jax.embed.encode import Encode
 from aria_jax.embed.pieces import Piece, Rejection, Source
-from aria_jax.embed.table import Embeddings, join_embeddings, read_settings, write_embeddings
+from aria_jax.embed.table import (
+    Embeddings,
+    KnownVectors,
+    join_embeddings,
+    read_identity,
+    write_embeddings,
+)
+from data_pipeline.artifact import Identity, There, look, new_folder, write_atomically
 from data_pipeline.errors import UserError
 from data_pipeline.pool import map_in_order
 
+if TYPE_CHECKING:
+    from aria_jax.embed.encode import Encode
+
+KIND = "embeddings"
+VERSION = 1
+"""Of what an export makes of its inputs; one more when the same inputs give other numbers."""
 FILES_PER_PART = 256
 """Bounds the memory and what a kill can lose, and still gives full batches of like length."""
 
@@ -38,6 +58,8 @@ class ExportSummary:
         n_rows, n_rejected: in OUT; 0 as long as it is not complete.
         n_parts, n_parts_before: of the export, and those that a run before had already made.
         complete: whether OUT is there; other hosts are still at work otherwise.
+        n_embedded, n_kept: files embedded by this run, and those whose vectors were still good.
+        done_before: OUT was made of the same files and labels with the same model and settings.
     """
 
     n_files: int
@@ -46,11 +68,14 @@ class ExportSummary:
     n_parts: int
     n_parts_before: int
     complete: bool
+    n_embedded: int = 0
+    n_kept: int = 0
+    done_before: bool = False
 
 
 def export(
     source: Source,
-    encode: Encode,
+    encode: "Encode",
     out: str | Path,
     *,
     settings: dict[str, str | int | bool],
@@ -60,67 +85,138 @@ def export(
     host_index: int = 0,
     host_count: int = 1,
     files_per_part: int = FILES_PER_PART,
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportSummary:
     """Embeds every file of `source`, goes on where a killed run stopped, does nothing when done.
 
     Args:
-        settings: all that the numbers depend on; "fingerprint" must be among them.
+        settings: all that the numbers depend on besides the files; "fingerprint" of the model
+            must be among them.
         origin: where the files are, noted in OUT for whoever wants to show them.
         per_slice: one row per slice (path#0, path#1, …) instead of one per file, their mean.
         workers: processes that read and tokenise.
+        overwrite: replaces embeddings by another model or with other settings.
 
     Raises:
-        UserError: OUT.parts holds another export, or every file was rejected.
+        UserError: there are other embeddings, or the beginning of some; every file was rejected.
     """
-    out = Path(out)
-    paths = source.paths
-    settings = {
-        **settings,
-        "per_slice": per_slice,
-        "files_per_part": files_per_part,
-        "files": hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16],
-    }
+    out, paths = Path(out), source.paths
+    settings = {**settings, "per_slice": per_slice, "files_per_part": files_per_part}
+    model = str(settings.pop("fingerprint"))
+    identity = Identity(KIND, VERSION, {"model": model, **source.digests()}, settings)
     n_parts = -(-len(paths) // files_per_part)
-    parts = _Parts(out, settings, str(origin), n_parts)
-    if read_settings(out) == settings:
-        n_rows, n_rejected = parts.count()
-        return ExportSummary(len(paths), n_rows, n_rejected, n_parts, n_parts, True)
-    parts.open()
-    mine = [p for p in range(host_index, n_parts, host_count)]
-    missing = [p for p in mine if not parts.has(p)]
-    ranges = [range(p * files_per_part, min((p + 1) * files_per_part, len(paths))) for p in missing]
-    files = [i for part in ranges for i in part]
-    cut = map_in_order(source.cut, files, workers=workers, ahead=2 * files_per_part)
-    total = sum(min(files_per_part, len(paths) - p * files_per_part) for p in mine)
-    done = total - len(files)
-    for part, own in zip(missing, ranges, strict=True):
-        pieces = list(islice(cut, len(own)))
+    parts = _Parts(out, identity, str(origin), n_parts)
+    with new_folder(out.parent):
+        known = parts.open(overwrite)
+        if known is None:
+            return ExportSummary(len(paths), *parts.count(), n_parts, n_parts, True, 0, 0, True)
+        mine = list(range(host_index, n_parts, host_count))
+        work = _Work(source, encode, known, parts, files_per_part, per_slice, workers)
+        missing = [p for p in mine if not parts.has(p)]
+        before = len(mine) - len(missing)
+        try:
+            work.run(mine, missing, progress)
+            complete = parts.join()
+        except FileNotFoundError:
+            complete = parts.finished()  # another process has joined and removed the parts
+            if not complete:
+                raise
+        n_rows, n_rejected = parts.count() if complete else (0, 0)
+        return ExportSummary(
+            len(paths), n_rows, n_rejected, n_parts, before, complete, work.n_embedded, work.n_kept
+        )
+
+
+class _Work:
+    """The parts that one process makes, and how many files that took."""
+
+    def __init__(
+        self,
+        source: Source,
+        encode: "Encode",
+        known: KnownVectors,
+        parts: "_Parts",
+        files_per_part: int,
+        per_slice: bool,
+        workers: int,
+    ):
+        self._source, self._encode, self._known, self._parts = source, encode, known, parts
+        self._n_files, self._files_per_part = len(source.paths), files_per_part
+        self._per_slice, self._workers = per_slice, workers
+        self.n_embedded = self.n_kept = 0
+
+    def files(self, part: int) -> range:
+        return range(
+            part * self._files_per_part, min((part + 1) * self._files_per_part, self._n_files)
+        )
+
+    def run(
+        self, mine: Sequence[int], missing: Sequence[int], progress: Callable | None = None
+    ) -> None:
+        """Makes the missing parts; those that others are at work on are waited for at the end."""
+        total = sum(len(self.files(part)) for part in mine)
+        done = total - sum(len(self.files(part)) for part in missing)
+        files = [i for part in missing for i in self.files(part)]
+        ahead = 2 * self._files_per_part
+        cut = map_in_order(self._source.cut, files, workers=self._workers, ahead=ahead)
+        others = []
+        for part in missing:
+            pieces = list(islice(cut, len(self.files(part))))
+            with self._parts.claimed(part, wait=False) as got:
+                if not got:
+                    others.append(part)
+                    continue
+                if not self._parts.has(part):
+                    self._make(part, pieces)
+            done += len(pieces)
+            if progress is not None:
+                progress(done, total)
+        for part in others:
+            with self._parts.claimed(part, wait=True):
+                if not self._parts.has(part):  # whoever claimed it was killed
+                    self._make(part, [self._source.cut(i) for i in self.files(part)])
+
+    def _make(self, part: int, pieces: Sequence[Piece | Rejection]) -> None:
         good = [piece for piece in pieces if isinstance(piece, Piece)]
-        table = embed_pieces(good, encode, per_slice=per_slice) if good else None
-        parts.write(part, table, [piece for piece in pieces if isinstance(piece, Rejection)])
-        done += len(own)
-        if progress is not None:
-            progress(done, total)
-    complete = parts.join()
-    n_rows, n_rejected = parts.count() if complete else (0, 0)
-    before = len(mine) - len(missing)
-    return ExportSummary(len(paths), n_rows, n_rejected, n_parts, before, complete)
+        table = None
+        if good:
+            table, n_kept = _embed(good, self._encode, self._per_slice, self._known)
+            self.n_kept += n_kept
+            self.n_embedded += len(good) - n_kept
+        rejected = [piece for piece in pieces if isinstance(piece, Rejection)]
+        self._parts.write(part, table, rejected)
 
 
 def embed_pieces(
-    pieces: Sequence[Piece], encode: Encode, *, per_slice: bool = False, fingerprint: str = ""
+    pieces: Sequence[Piece], encode: "Encode", *, per_slice: bool = False, fingerprint: str = ""
 ) -> Embeddings:
     """One row per file, the plain mean of its slices; or one row per slice."""
-    encoded = encode([ids for piece in pieces for ids in piece.slices])
-    ends = np.cumsum([len(piece.slices) for piece in pieces])
+    return _embed(pieces, encode, per_slice, KnownVectors(None), fingerprint)[0]
+
+
+def _embed(
+    pieces: Sequence[Piece],
+    encode: "Encode",
+    per_slice: bool,
+    known: KnownVectors,
+    fingerprint: str = "",
+) -> tuple[Embeddings, int]:
+    """Rows of files, and of how many the vectors were known."""
+    vectors = [known.rows(piece.sha256) for piece in pieces]
+    new = [i for i, rows in enumerate(vectors) if rows is None]
+    if new:
+        encoded = encode([ids for i in new for ids in pieces[i].slices])
+        ends = np.cumsum([len(pieces[i].slices) for i in new])
+        for i, own in zip(new, np.split(encoded, ends[:-1]), strict=True):
+            vectors[i] = own if per_slice else own.mean(0, keepdims=True)
     rows: list[tuple[Piece, str, np.ndarray, int]] = []
-    for piece, own in zip(pieces, np.split(encoded, ends[:-1]), strict=True):
+    for piece, own in zip(pieces, map(np.asarray, vectors), strict=True):
         if per_slice:
-            rows += [(piece, f"{piece.path}#{i}", row, 1) for i, row in enumerate(own)]
+            rows += [(piece, f"{piece.path}#{n}", row, 1) for n, row in enumerate(own)]
         else:
-            rows.append((piece, piece.path, own.mean(0), len(own)))
-    return Embeddings(
+            rows.append((piece, piece.path, own[0], len(piece.slices)))
+    table = Embeddings(
         path=[path for _, path, _, _ in rows],
         sha256=[piece.sha256 for piece, _, _, _ in rows],
         embedding=np.stack([vector for _, _, vector, _ in rows]).astype(np.float32),
@@ -130,32 +226,87 @@ def embed_pieces(
         labels=[piece.labels for piece, _, _, _ in rows],
         fingerprint=fingerprint,
     )
+    return table, len(pieces) - len(new)
 
 
 class _Parts:
-    """The parts of one export on disk."""
+    """The parts of one export on disk; used by several processes at once."""
 
-    def __init__(self, out: Path, settings: dict, origin: str, n_parts: int):
-        self._out, self._settings, self._n_parts = out, settings, n_parts
+    def __init__(self, out: Path, identity: Identity, origin: str, n_parts: int):
+        self._out, self._identity, self._n_parts = out, identity, n_parts
         self._origin = origin
         self._folder = out.with_name(out.name + ".parts")
-        self._joining = out.with_name(out.name + ".joining")
         self._rejected = out.with_name(out.name + ".rejected.jsonl")
 
-    def open(self) -> None:
-        """Makes the folder, or takes up the one a run before has left."""
+    def finished(self) -> bool:
+        """Whether OUT is there."""
+        return read_identity(self._out) == self._identity
+
+    def open(self, overwrite: bool) -> KnownVectors | None:
+        """Makes the folder, or takes up the one a run before has left; None where OUT is finished.
+
+        Returns:
+            What is known already of the files' vectors.
+        """
         if self._out.is_dir():
             raise UserError(f"{self._out} is a folder; name a file for the embeddings")
-        if self._joining.is_dir() and not self._folder.exists():
-            self._joining.rename(self._folder)  # killed while it joined
-        self._folder.mkdir(parents=True, exist_ok=True)
-        kept = self._folder / "settings.json"
-        if kept.is_file() and json.loads(kept.read_text()) != self._settings:
-            raise UserError(
-                f"{self._folder} holds the beginning of another export (other model, files or "
-                "settings); delete that folder, or name another output"
+        with _locked(self._out.parent):
+            finished, begun = read_identity(self._out), self._begun()
+            if finished == self._identity:
+                if begun == self._identity:  # killed between joining and tidying up
+                    shutil.rmtree(self._folder, ignore_errors=True)
+                return None
+            if finished is None and self._out.exists() and not overwrite:
+                raise UserError(
+                    f"{self._out}: there is a file that does not say what it was made of; choose "
+                    "another output, or --overwrite to replace it"
+                )
+            update = finished is not None and self._same_work(finished)
+            there = look(
+                self._out,
+                self._identity,
+                finished=None if update else finished,
+                begun=begun,
+                overwrite=overwrite,
+                details=lambda _: {"files": "other files", "labels": "other labels"},
             )
-        _write(kept, json.dumps(self._settings))
+            if there is There.FRESH:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder.mkdir(exist_ok=True)
+            write_atomically(self._folder / "identity.json", json.dumps(self._identity.to_json()))
+            return KnownVectors(self._out if update else None)
+
+    def _begun(self) -> Identity | None:
+        try:
+            return Identity.from_json(json.loads((self._folder / "identity.json").read_text()))
+        except FileNotFoundError:
+            return None
+
+    def _same_work(self, other: Identity) -> bool:
+        """Whether vectors of unchanged files are still good: the same model and settings."""
+        return (other.kind, other.version, other.settings) == (
+            self._identity.kind, self._identity.version, self._identity.settings
+        ) and not {
+            name
+            for name in other.inputs.keys() | self._identity.inputs.keys()
+            if other.inputs.get(name) != self._identity.inputs.get(name)
+        } - {"files", "labels"}  # fmt: skip
+
+    @contextmanager
+    def claimed(self, part: int, wait: bool) -> Iterator[bool]:
+        """Whether this process is the one at work on a part; the claim goes with the process."""
+        handle = os.open(self._path(part, "claim"), os.O_RDWR | os.O_CREAT)
+        got = True
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                got = False
+            except OSError:
+                pass  # a disk without locks
+            yield got
+        finally:
+            os.close(handle)
 
     def has(self, part: int) -> bool:
         return self._path(part, "jsonl").is_file()
@@ -168,30 +319,29 @@ class _Parts:
             {"path": r.path, "stage": "embed", "reason": r.reason, "value": r.message}
             for r in rejected
         ]
-        _write(self._path(part, "jsonl"), "".join(json.dumps(row) + "\n" for row in rows))
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomically(self._path(part, "jsonl"), text)
 
     def join(self) -> bool:
         """Makes OUT if all parts are there; False while other hosts are at work."""
-        if not all(map(self.has, range(self._n_parts))):
-            return False
-        rejected = "".join(self._path(p, "jsonl").read_text() for p in range(self._n_parts))
-        tables = [self._path(p, "parquet") for p in range(self._n_parts)]
-        names = [path.name for path in tables if path.is_file()]
-        if rejected:
-            _write(self._rejected, rejected)
-        else:
-            self._rejected.unlink(missing_ok=True)
-        if not names:
-            shutil.rmtree(self._folder)
-            raise UserError(f"nothing to embed: every file was rejected, see {self._rejected}")
-        try:
-            self._folder.rename(self._joining)
-        except FileNotFoundError:
-            return True  # another host was faster
-        paths = [self._joining / name for name in names]
-        join_embeddings(paths, self._out, self._settings, self._origin)
-        shutil.rmtree(self._joining)
-        return True
+        with _locked(self._out.parent):
+            if self.finished():
+                return True  # another process was faster
+            if not all(map(self.has, range(self._n_parts))):
+                return False
+            rejected = "".join(self._path(p, "jsonl").read_text() for p in range(self._n_parts))
+            tables = [self._path(p, "parquet") for p in range(self._n_parts)]
+            tables = [path for path in tables if path.is_file()]
+            if rejected:
+                write_atomically(self._rejected, rejected, beside=self._folder)
+            else:
+                self._rejected.unlink(missing_ok=True)
+            if tables:
+                join_embeddings(tables, self._out, self._identity, self._origin)
+            shutil.rmtree(self._folder, ignore_errors=True)
+            if not tables:
+                raise UserError(f"nothing to embed: every file was rejected, see {self._rejected}")
+            return True
 
     def count(self) -> tuple[int, int]:
         """Rows and rejected files of a finished export."""
@@ -206,8 +356,13 @@ class _Parts:
         return self._folder / f"part-{part:05d}.{suffix}"
 
 
-def _write(path: Path, text: str) -> None:
-    """All or nothing."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with the process. Nothing where the disk has none."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)

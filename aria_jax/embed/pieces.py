@@ -7,15 +7,17 @@ import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
+from data_pipeline.artifact import hashed, json_digest, rows_digest
 from data_pipeline.building.listing import SUFFIXES, Entry, is_midi_name
 from data_pipeline.building.sources import (
+    entry_digest,
     has_inner_tables,
     list_source,
     no_midi_files,
@@ -92,6 +94,11 @@ class Source(Protocol):
 
     def cut(self, i: int) -> Piece | Rejection:
         """Reads and slices file number i."""
+
+    def digests(self) -> dict[str, str | None]:
+        """Of the "files", by the bytes of each, and of the "labels" that their tables give them;
+        of shards, of their "cleaning" too.
+        """
 
 
 def open_source(
@@ -197,6 +204,14 @@ class _MidiFiles:
     def reading(self) -> str:
         return self.slicing.reading
 
+    def digests(self) -> dict[str, str | None]:
+        hashes = hashed(self.entries, partial(entry_digest, self.root))
+        labels = self.labels.labels_for
+        return {
+            "files": rows_digest((entry.path, sha256) for entry, sha256 in hashes),
+            "labels": rows_digest((path, labels(path)) for path in self.paths),
+        }
+
     def cut(self, i: int) -> Piece | Rejection:
         entry = self.entries[i]
         path = printable(entry.path)
@@ -249,6 +264,11 @@ class _Shards:
     def __getstate__(self) -> dict:
         # Each process opens the files itself.
         return {name: value for name, value in self.__dict__.items() if name != "_opened"}
+
+    def digests(self) -> dict[str, str | None]:
+        manifest = load_manifest(self.data_dir)
+        cleaning = json_digest(manifest.get("settings", {}).get("cleaning"))
+        return {"files": json_digest(manifest), "labels": None, "cleaning": cleaning}
 
     def cut(self, i: int) -> Piece | Rejection:
         slicing = self.slicing

@@ -7,18 +7,22 @@ columns, or NPZ with an array "embedding" [N, E] and any arrays of N. Columns of
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_pipeline.artifact import Identity, atomic
 from data_pipeline.errors import UserError
 from data_pipeline.shards import READING_BEFORE
 
 _COLUMNS = ("path", "sha256", "embedding", "n_slices", "n_notes", "duration_ms", "labels")
 _SETTINGS = b"export_settings"
+_IDENTITY = b"identity"
 _ORIGIN = b"origin"
 _FINGERPRINT = b"model_fingerprint"
 _SLICE = re.compile(r"#\d+$")
@@ -79,28 +83,74 @@ def write_embeddings(table: Embeddings, out: str | Path) -> None:
     content = pa.table(columns).replace_schema_metadata({_FINGERPRINT: table.fingerprint})
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(out.name + ".partial")
-    pq.write_table(content, partial)
-    partial.replace(out)
+    with atomic(out) as partial:
+        pq.write_table(content, partial)
 
 
-def join_embeddings(
-    parts: Sequence[Path], out: Path, settings: dict[str, Any], origin: str
-) -> None:
+def join_embeddings(parts: Sequence[Path], out: Path, identity: Identity, origin: str) -> None:
     """One file of several, a row group each, holding one of them in memory at a time."""
     import pyarrow.parquet as pq
 
     metadata = {
-        _FINGERPRINT: settings["fingerprint"],
-        _SETTINGS: json.dumps(settings),
+        _FINGERPRINT: identity.inputs["model"],
+        _SETTINGS: json.dumps({**identity.settings, "fingerprint": identity.inputs["model"]}),
+        _IDENTITY: json.dumps(identity.to_json()),
         _ORIGIN: os.fsencode(origin),
     }
     schema = pq.read_schema(parts[0]).with_metadata(metadata)
-    partial = out.with_name(out.name + ".partial")
-    with pq.ParquetWriter(partial, schema) as writer:
+    with (
+        atomic(out, beside=parts[0].parent) as partial,
+        pq.ParquetWriter(partial, schema) as writer,
+    ):
         for part in parts:
             writer.write_table(pq.read_table(part).replace_schema_metadata(metadata))
-    partial.replace(out)
+
+
+class KnownVectors:
+    """Rows of a finished embeddings file by the sha256 of the MIDI file they are of.
+
+    Holds the digests and a few row groups in memory.
+
+    Args:
+        path: None knows nothing.
+    """
+
+    def __init__(self, path: Path | None):
+        self._spans: dict[str, tuple[int, int, int]] = {}
+        self._group: Callable[[int], np.ndarray] = lambda _: np.empty((0, 0), np.float32)
+        if path is None:
+            return
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(path, memory_map=True)
+        for group in range(file.num_row_groups):
+            names = file.read_row_group(group, columns=["sha256", "path"]).to_pydict()
+            files = [_SLICE.sub("", row) for row in names["path"]]
+            start = 0
+            for (_, sha256), rows in groupby(zip(files, names["sha256"], strict=True)):
+                stop = start + len(list(rows))
+                if sha256:
+                    self._spans.setdefault(sha256, (group, start, stop))
+                start = stop
+
+        @lru_cache(maxsize=4)
+        def read_group(group: int) -> np.ndarray:
+            column = file.read_row_group(group, columns=["embedding"])["embedding"].combine_chunks()
+            return _as_matrix(column, path)
+
+        self._group = read_group
+
+    def rows(self, sha256: str) -> np.ndarray | None:
+        """float32 [rows of the file, E]; None where they are not known."""
+        if sha256 not in self._spans:
+            return None
+        group, start, stop = self._spans[sha256]
+        return self._group(group)[start:stop]
+
+
+def read_identity(path: Path) -> Identity | None:
+    """What a finished export is made of; None if there is none, or one that does not say."""
+    return Identity.from_json(json.loads(_metadata(path).get(_IDENTITY, b"null")))
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:

@@ -31,8 +31,11 @@ _STATUS = re.compile(
 )
 
 
-def join_processes() -> int:
+def join_processes(shutdown_timeout_s: int = SHUTDOWN_TIMEOUT_S) -> int:
     """Connects this process to the others where the environment names a coordinator.
+
+    Args:
+        shutdown_timeout_s: how long it waits at its end for the others to be done.
 
     Returns:
         The index of this process among them; 0 where it is alone.
@@ -43,7 +46,7 @@ def join_processes() -> int:
     if os.environ.get(COORDINATOR) == AUTO:
         jax.distributed.initialize(
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
-            shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
+            shutdown_timeout_seconds=shutdown_timeout_s,
         )
         return jax.process_index()
     values = {name: os.environ.get(name) for name in (COORDINATOR, COUNT, INDEX)}
@@ -61,7 +64,7 @@ def join_processes() -> int:
         count,
         index,
         heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT_S,
-        shutdown_timeout_seconds=SHUTDOWN_TIMEOUT_S,
+        shutdown_timeout_seconds=shutdown_timeout_s,
     )
     return index
 

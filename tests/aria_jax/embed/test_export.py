@@ -276,7 +276,7 @@ def test_parts_of_another_export_are_refused(midis, tmp_path):
     out = tmp_path / "e.parquet"
     export(opened(midis, tmp_path), counting(), out, settings=SETTINGS, host_count=2,
            files_per_part=3)  # fmt: skip
-    with pytest.raises(UserError, match="another export"):
+    with pytest.raises(UserError, match=r"the beginning of embeddings .*model: f → g.*--overwrite"):
         export(opened(midis, tmp_path), counting(), out, settings={"fingerprint": "g"})
 
 
