@@ -161,7 +161,7 @@ def _refuse_other_output(args: argparse.Namespace) -> None:
     from data_pipeline.errors import UserError
 
     out = Path(args.out)
-    if args.overwrite or not out.exists():
+    if args.overwrite or not out.is_file():
         return
     made = read_identity(out)
     if made is None or made.settings.get("per_slice") != args.per_slice:
@@ -169,10 +169,8 @@ def _refuse_other_output(args: argparse.Namespace) -> None:
         if made is not None:
             what = "one row per " + ("slice" if made.settings.get("per_slice") else "file")
         raise UserError(f"{out}: holds {what}; choose another output, or --overwrite to replace it")
-    is_counting = made.inputs["model"] in ("pitch-class", "statistics")
-    if (is_counting and made.inputs["model"] != args.baseline) or (
-        args.baseline and not is_counting
-    ):
+    counted = made.inputs["model"] in ("pitch-class", "statistics")
+    if made.inputs["model"] != args.baseline and (counted or args.baseline):
         raise UserError(
             f"{out}: holds embeddings made otherwise (model: {made.inputs['model']} → "
             f"{args.baseline or args.checkpoint}); choose another output, or --overwrite to "
