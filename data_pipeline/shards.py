@@ -85,7 +85,7 @@ class ShardWriter:
         self.path = path
         self.n_pieces = 0
         self.n_tokens = 0
-        self._writer = ArrayRecordWriter(str(path), _WRITER_OPTIONS)
+        self._writer = ArrayRecordWriter(os.fsencode(path), _WRITER_OPTIONS)
 
     def write(self, ids: np.ndarray, meta: dict[str, Any]) -> None:
         """Appends one piece: ids uint16 [L]."""
@@ -256,7 +256,9 @@ class TokenShards:
             if shard not in self._readers:
                 from array_record.python.array_record_module import ArrayRecordReader
 
-                self._readers[shard] = ArrayRecordReader(str(self._paths[shard]), _READER_OPTIONS)
+                self._readers[shard] = ArrayRecordReader(
+                    os.fsencode(self._paths[shard]), _READER_OPTIONS
+                )
             return self._readers[shard]
 
     def __getstate__(self) -> dict[str, Any]:

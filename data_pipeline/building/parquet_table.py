@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from data_pipeline.building.archives import FILE_BYTES, member_path
 from data_pipeline.building.listing import Entry, MemberTree, is_midi_name
@@ -66,29 +66,37 @@ def add_parquet(
 def _rows(file: Path, stem: str) -> Iterator[tuple[str, bytes | None, dict[str, Any]]]:
     """Path ("" without), MIDI bytes and labels of each row."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        table = pq.ParquetFile(file)
-        schema = table.schema_arrow
-        midi = _midi_column(file, schema)
-        path = next((n for n in _PATH_COLUMNS if n in schema.names and _is_text(schema, n)), None)
-        classes = _class_names(schema)
-        columns = [n for n in schema.names if n not in (midi, path) and _is_label(schema, n)]
-        said = _SPLIT_IN_NAME.findall(stem.lower())
-        split = {"split": said[-1]} if said and "split" not in columns else {}
-        wanted = [midi, *columns, *([path] if path else [])]
-        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
-            for row in batch.to_pylist():
-                data, name = row[midi], row[path] if path else None
-                if isinstance(data, dict):
-                    name = name or data.get("path")
-                    data = data["bytes"]
-                values = {n: _class_name(row[n], classes.get(n)) for n in columns}
-                yield name or "", data, {**values, **split}
+        with file.open("rb") as stream:  # pyarrow opens no name that is not UTF-8
+            yield from _rows_of(stream, file, stem)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{file}: not a readable Parquet file ({text})") from error
+
+
+def _rows_of(
+    stream: BinaryIO, file: Path, stem: str
+) -> Iterator[tuple[str, bytes | None, dict[str, Any]]]:
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(stream)
+    schema = table.schema_arrow
+    midi = _midi_column(file, schema)
+    path = next((n for n in _PATH_COLUMNS if n in schema.names and _is_text(schema, n)), None)
+    classes = _class_names(schema)
+    columns = [n for n in schema.names if n not in (midi, path) and _is_label(schema, n)]
+    said = _SPLIT_IN_NAME.findall(stem.lower())
+    split = {"split": said[-1]} if said and "split" not in columns else {}
+    wanted = [midi, *columns, *([path] if path else [])]
+    for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=wanted):
+        for row in batch.to_pylist():
+            data, name = row[midi], row[path] if path else None
+            if isinstance(data, dict):
+                name = name or data.get("path")
+                data = data["bytes"]
+            values = {n: _class_name(row[n], classes.get(n)) for n in columns}
+            yield name or "", data, {**values, **split}
 
 
 def _midi_column(file: Path, schema: Any) -> str:

@@ -9,6 +9,7 @@ import stat
 import struct
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -418,6 +419,12 @@ def test_the_table_in_a_zip_is_read(folder, tmp_path):
     build(tmp_path / "m.zip", tmp_path / "data", **ALL)
     (piece,) = TokenShards(tmp_path / "data", "train")
     assert piece.meta["labels"] == {"composer": "chopin"}
+
+
+def test_parquet_in_a_folder_that_is_not_utf8(folder, tmp_path):
+    (tmp_path / "Caf\udce9").mkdir()
+    source = shutil.copy(as_parquet(folder, tmp_path / "m.parquet"), tmp_path / "Caf\udce9")
+    assert listed(Path(source), tmp_path) == listed(folder, tmp_path)
 
 
 def test_parquet_as_hubs_ship_it(folder, tmp_path):

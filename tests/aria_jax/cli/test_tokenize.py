@@ -36,7 +36,7 @@ def test_names_need_not_be_utf8(piece, tmp_path, capsys, verb):
     arguments = {
         "tokenize": [file],
         "embed": [folder, tmp_path / "x.parquet", "--baseline", "pitch-class", "--workers", "0"],
-        "data build": [folder, tmp_path / "out"],
+        "data build": [folder, tmp_path / "out\udce9"],
     }[verb]
     for options in ([], ["--json"]):
         assert main([*verb.split(), *map(str, arguments), *options]) == 0
