@@ -126,7 +126,8 @@ def decoded_tracks(
     if len(tracks) < n_declared:
         missing.append(f"track {len(tracks) + 1} of {n_declared} is missing")
     if missing and not repair:
-        raise InvalidMidi("truncated", f"{name}: {missing[0]}; repairing keeps what is before")
+        message = f"{name}: {missing[0]}; --repair (tokenize, data build) reads what is before"
+        raise InvalidMidi("truncated", message)
     return kind, division, tracks, "; ".join(missing)
 
 
