@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     """Probes and prints."""
     from dataclasses import asdict
 
-    from aria_jax.cli.console import numbers, print_result
+    from aria_jax.cli.console import numbers, print_result, progress_bar
     from aria_jax.embed.table import read_embeddings, with_metadata
     from aria_jax.eval.probe import few_shot, held_out_splits, probe
     from data_pipeline.errors import UserError
@@ -82,10 +82,17 @@ def run(args: argparse.Namespace) -> None:
     }
     labels = table.column(args.label)
     judged = held_out_splits(splits) if splits else [None]
-    by_split = {
-        split: probe(table.embedding, labels, classifier=args.classifier, judge=split, **options)
-        for split in judged or [None]
-    }
+    by_split = {}
+    for split in judged or [None]:
+        with progress_bar("probe", "fold") as progress:
+            by_split[split] = probe(
+                table.embedding,
+                labels,
+                classifier=args.classifier,
+                judge=split,
+                progress=progress,
+                **options,
+            )
     result = next(iter(by_split.values()))
     curve = []
     if args.few_shot:

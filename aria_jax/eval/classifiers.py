@@ -6,6 +6,8 @@ Each is a function (x, y, group, seed) -> predict, where predict maps features [
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 Predict = Callable[[np.ndarray], np.ndarray]
@@ -15,29 +17,140 @@ C_GRID = (0.01, 0.1, 1.0, 10.0, 100.0)
 
 
 def logistic(x: np.ndarray, y: np.ndarray, group: np.ndarray, seed: int) -> Predict:
-    """Logistic regression on standardised features; C does best in inner grouped validation."""
-    from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
+    """Logistic regression on standardised features; C does best in inner grouped validation.
 
-    pipeline = _pipeline()
+    The model of scikit-learn's LogisticRegression, whose C multiplies the loss. All inner folds
+    are solved at once, C by C, each beginning where the last one ended.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
     n_groups = min(len(set(group[y == c])) for c in np.unique(y))
     if n_groups < 2:  # a class of one composition cannot be split: no inner validation
-        return pipeline.fit(x, y).predict
+        return plain_logistic(x, y, group, seed)
+    problem = _Logistic(x, y)
     inner = StratifiedGroupKFold(min(3, n_groups), shuffle=True, random_state=seed)
-    grid = {"logisticregression__C": C_GRID}
-    return GridSearchCV(pipeline, grid, cv=inner).fit(x, y, groups=group).predict
+    held_out_BxN = np.zeros((inner.get_n_splits(), len(x)), bool)
+    for fold, (_, test) in enumerate(inner.split(x, y, group)):
+        held_out_BxN[fold, test] = True
+    weights_BxRxK, accuracies = None, []
+    for c in C_GRID:
+        weights_BxRxK = problem.solve(~held_out_BxN, c, SELECTION_TOLERANCE, weights_BxRxK)
+        correct_BxN = (problem.predict(problem.z_NxR, weights_BxRxK) == y) & held_out_BxN
+        accuracies.append((correct_BxN.sum(1) / held_out_BxN.sum(1)).mean())
+    return problem.predictor(C_GRID[int(np.argmax(accuracies))])
 
 
 def plain_logistic(x: np.ndarray, y: np.ndarray, group: np.ndarray, seed: int) -> Predict:
     """Logistic regression with C = 1, for samples too small to choose it."""
-    return _pipeline().fit(x, y).predict
+    return _Logistic(x, y).predictor(1.0)
 
 
-def _pipeline():
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import StandardScaler
+class _Logistic:
+    """Logistic regressions on rows of one set: features standardised, then turned to their
+    principal axes, where the Hessian of the loss has a diagonal bound.
 
-    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    A rotation changes neither the penalty nor the solution. Sizes: N rows, R features and the
+    intercept, K classes, B problems.
+    """
+
+    def __init__(self, x_NxE: np.ndarray, y_N: np.ndarray):
+        self._classes, self._y_N = np.unique(y_N, return_inverse=True)
+        self._mean_E, deviation_E = x_NxE.mean(0), x_NxE.std(0)
+        scale_E = np.where(deviation_E > 0, deviation_E, 1.0)
+        standard_NxE = (x_NxE - self._mean_E) / scale_E
+        _, axes_ExE = np.linalg.eigh((standard_NxE.T @ standard_NxE).astype(np.float32))
+        self._turn_ExE = axes_ExE / scale_E[:, None]
+        self.z_NxR = self.turned(x_NxE)
+
+    def turned(self, x_NxE: np.ndarray) -> np.ndarray:
+        """Rows as the problem sees them, float32 [N, R]."""
+        return _with_one((x_NxE - self._mean_E) @ self._turn_ExE)
+
+    def solve(
+        self, use_BxN: np.ndarray, c: float, tolerance: float, start_BxRxK: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Weights float32 [B, R, K] of problem b: the rows that it uses."""
+        padding = -len(self.z_NxR) % ROWS
+        target_NxK = np.eye(len(self._classes), dtype=np.float32)[self._y_N]
+        if start_BxRxK is None:
+            shape = (len(use_BxN), self.z_NxR.shape[1], len(self._classes))
+            start_BxRxK = np.zeros(shape, np.float32)
+        return np.asarray(
+            _solve(
+                np.pad(self.z_NxR, ((0, padding), (0, 0))),
+                np.pad(target_NxK, ((0, padding), (0, 0))),
+                np.pad(use_BxN.astype(np.float32), ((0, 0), (0, padding))),
+                np.float32(1 / c),
+                np.float32(tolerance),
+                start_BxRxK,
+            )
+        )
+
+    def predict(self, z_NxR: np.ndarray, weights_BxRxK: np.ndarray) -> np.ndarray:
+        """Classes [B, N] of turned rows."""
+        return self._classes[(z_NxR @ weights_BxRxK).argmax(-1)]
+
+    def predictor(self, c: float) -> Predict:
+        """Learnt from all rows."""
+        weights_1xRxK = self.solve(np.ones((1, len(self.z_NxR)), bool), c, TOLERANCE)
+        return lambda x: self.predict(self.turned(x), weights_1xRxK)[0]
+
+
+ROWS = 512
+"""Rows are padded to multiples of this: folds of nearly one size are compiled once."""
+MAX_STEPS, TOLERANCE = 1000, 1e-4
+"""Of the solver; the tolerance is the greatest gradient of a mean loss, as in scikit-learn."""
+SELECTION_TOLERANCE = 1e-3
+"""Where C is chosen."""
+
+
+@jax.jit
+def _solve(
+    z_NxR: jax.Array,
+    target_NxK: jax.Array,
+    use_BxN: jax.Array,
+    ridge: jax.Array,
+    tolerance: jax.Array,
+    start_BxRxK: jax.Array,
+) -> jax.Array:
+    """Minimises, for every b, the cross-entropy summed over the rows used plus ridge / 2 |W|^2,
+    the last row of W (the intercept) not counted.
+
+    Accelerated gradient steps with restarts (O'Donoghue and Candes 2015), preconditioned by the
+    bound of the Hessian that holds everywhere, Z'Z / 2 + ridge (Boehning 1992), which is diagonal
+    on principal axes.
+    """
+    n_rows, n_features = z_NxR.shape
+    n_classes, n_problems = target_NxK.shape[1], len(use_BxN)
+    penalty_Rx1 = ridge * (jnp.arange(n_features) < n_features - 1)[:, None]
+    bound_Rx1 = 0.5 * jnp.square(z_NxR).sum(0)[:, None] + penalty_Rx1
+    n_used_B = use_BxN.sum(1)
+
+    def gradient(w_BxRxK: jax.Array) -> jax.Array:
+        flat_RxBK = jnp.moveaxis(w_BxRxK, 0, 1).reshape(n_features, -1)
+        logits_NxBxK = (z_NxR @ flat_RxBK).reshape(n_rows, n_problems, n_classes)
+        error_NxBxK = jax.nn.softmax(logits_NxBxK) - target_NxK[:, None]
+        error_NxBxK = error_NxBxK * use_BxN.T[:, :, None]
+        slope_RxBK = z_NxR.T @ error_NxBxK.reshape(n_rows, -1)
+        slope_BxRxK = jnp.moveaxis(slope_RxBK.reshape(n_features, n_problems, n_classes), 1, 0)
+        return slope_BxRxK + penalty_Rx1 * w_BxRxK
+
+    def unfinished(carry: tuple) -> jax.Array:
+        return (carry[0] < MAX_STEPS) & (carry[4] > tolerance)
+
+    def step(carry: tuple) -> tuple:
+        number, w, ahead, momentum_B, _ = carry
+        slope = gradient(ahead)
+        new = ahead - slope / bound_Rx1
+        uphill_B = (slope * (new - w)).sum((1, 2)) > 0
+        momentum_B = jnp.where(uphill_B, 1.0, momentum_B)
+        next_B = (1 + jnp.sqrt(1 + 4 * jnp.square(momentum_B))) / 2
+        ahead = new + ((momentum_B - 1) / next_B)[:, None, None] * (new - w)
+        steepest = (jnp.abs(slope).max((1, 2)) / n_used_B).max()
+        return number + 1, new, ahead, next_B, steepest
+
+    first = (0, start_BxRxK, start_BxRxK, jnp.ones(n_problems), jnp.float32(jnp.inf))
+    return jax.lax.while_loop(unfinished, step, first)[1]
 
 
 def nearest(

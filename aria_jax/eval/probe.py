@@ -1,7 +1,7 @@
 """How much a simple classifier reads from frozen embeddings."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -133,6 +133,7 @@ def probe(
     min_per_class: int = 10,
     seed: int = 0,
     classifier: str = "logistic",
+    progress: Callable[[int, int], None] | None = None,
 ) -> ProbeResult:
     """Fits a classifier on some files and scores it on others.
 
@@ -148,6 +149,7 @@ def probe(
             judged by the mean of theirs (as the reference does).
         min_per_class: classes with fewer files are left out.
         classifier: name in `CLASSIFIERS`.
+        progress: told (folds done, folds in all).
 
     Raises:
         UserError: fewer than two classes are left, or one side of the split is empty.
@@ -159,11 +161,13 @@ def probe(
     )
     y_of_file = problem.y[problem.first_row]
     y_true, y_pred, majority = [], [], []
-    for train, test in problem.sides:
+    for done, (train, test) in enumerate(problem.sides, start=1):
         predict = problem.fitted(CLASSIFIERS[classifier], train, seed)
         y_true.append(y_of_file[test])
         y_pred.append(predict(problem.means(test)))
         majority.append(np.full(len(test), np.bincount(y_of_file[train]).argmax()))
+        if progress is not None:
+            progress(done, len(problem.sides))
     return _result(problem, *map(np.concatenate, (y_true, y_pred, majority)), seed=seed)
 
 

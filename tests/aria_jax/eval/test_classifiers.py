@@ -1,12 +1,24 @@
-"""Readouts: each learns what can be learnt; the linear one by the reference's recipe."""
+"""Classifiers: each learns what can be learnt; the linear one by the reference's recipe."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.special
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 
-from aria_jax.eval.classifiers import CLASSIFIERS, LinearRecipe, linear, nearest
+from aria_jax.eval.classifiers import (
+    C_GRID,
+    CLASSIFIERS,
+    LinearRecipe,
+    _Logistic,
+    linear,
+    nearest,
+)
 
 
 def clusters(n=120, signal=4.0, seed=0):
@@ -21,6 +33,41 @@ def test_each_learns_separable_classes(name):
     other_x, other_y = clusters(seed=1)
     predict = CLASSIFIERS[name](x, y, np.arange(len(y)).astype(str), 0)
     assert (predict(other_x) == other_y).mean() > 0.9
+
+
+@pytest.mark.parametrize(("n", "width", "n_classes"), [(90, 12, 3), (60, 100, 4)])
+def test_logistic_regression_is_scikit_learns(n, width, n_classes):
+    """More and fewer rows than features, both solved far beyond where they stop by default."""
+    rng = np.random.default_rng(0)
+    y = np.arange(n) % n_classes
+    x = rng.normal(size=(n_classes, width))[y] + rng.normal(size=(n, width)) * 3
+    x[:, 0] = 7  # a feature that says nothing
+    use = rng.random((2, n)) < 0.8
+    problem = _Logistic(x, y)
+    standard = StandardScaler().fit_transform(x)
+    for c in (0.01, 1.0):
+        weights = problem.solve(use, c, 1e-6)
+        for rows, weight in zip(use, weights, strict=True):
+            model = LogisticRegression(C=c, tol=1e-8, max_iter=5000).fit(standard[rows], y[rows])
+            likely = scipy.special.softmax(problem.z_NxR @ weight, axis=1)
+            np.testing.assert_allclose(likely, model.predict_proba(standard), atol=1e-3)
+
+
+def test_logistic_regression_chooses_as_well_as_a_grid_search():
+    rng = np.random.default_rng(1)
+    y, centres = np.arange(600) % 3, rng.normal(size=(3, 40)) * 0.5
+    x, group = centres[y] + rng.normal(size=(600, 40)) * 1.5, (np.arange(600) // 2).astype(str)
+    train, test = slice(0, 300), slice(300, 600)
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+    search = GridSearchCV(
+        pipeline,
+        {"logisticregression__C": C_GRID},
+        cv=StratifiedGroupKFold(3, shuffle=True, random_state=0),
+    ).fit(x[train], y[train], groups=group[train])
+    ours = CLASSIFIERS["logistic"](x[train], y[train], group[train], 0)(x[test])
+    assert (ours == search.predict(x[test])).mean() > 0.99
+    few = CLASSIFIERS["logistic"](x[:6], y[:6] + 4, np.zeros(6, str), 0)  # no inner folds
+    assert set(few(x[test])) <= {4, 5, 6}
 
 
 def test_linear_is_adamw_with_warm_up_and_decay():
