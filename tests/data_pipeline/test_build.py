@@ -254,8 +254,8 @@ def test_a_build_that_cannot_begin_leaves_no_folder(tmp_path):
 
 
 def test_filters_reject_with_test_and_value(folder, tmp_path):
-    summary = build(folder, tmp_path / "data", workers=1, filters="heavy")
-    assert summary.n_accepted < 300
+    with pytest.raises(UserError, match="none of 303 files became a piece"):
+        build(folder, tmp_path / "data", workers=1, filters="heavy")
     row = next(r for r in rejections(tmp_path / "data") if r["stage"] == "filter")
     assert row["reason"] in row["value"]
 

@@ -172,6 +172,6 @@ def test_shards_of_another_reading_are_embedded_with_a_word(models, files, capsy
         _, warned = run(capsys, *command, "--checkpoint", model)
         assert len(warned) == n_warned
         assert read_settings(tmp_path / "e.parquet")["reading"] == "aria-utils"
-    arguments = [*map(str, command), "--baseline", "pitch-class", "--compat", "standard"]
-    assert main(arguments) == 2
+    command = ["embed", str(tmp_path / "data"), str(tmp_path / "b.parquet")]
+    assert main([*command, "--baseline", "pitch-class", "--compat", "standard"]) == 2
     assert "--compat standard cannot" in capsys.readouterr().err
