@@ -10,7 +10,7 @@ FILES ?= 500000
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-dedup bench-generate bench-train bench-contrastive bench-embed compile-check compile-table smoke-gpu wheel clean
+.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-dedup bench-generate bench-probe bench-train bench-contrastive bench-embed compile-check compile-table smoke-gpu wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,6 +60,9 @@ bench-loaders: setup ## tokens/s that each loader delivers, with and without aug
 
 bench-dedup: setup ## precision and recall of near-duplicate search on planted copies (MIDI=folder)
 	$(BIN)/python -m benchmarks.bench_dedup $(MIDI)
+
+bench-probe: setup ## the probe on 1,000 and 10,000 embeddings, beside scikit-learn's grid search
+	$(BIN)/python -m benchmarks.bench_probe --sklearn
 
 bench-generate: setup ## tokens/s of decoding against the memory bandwidth, and in PyTorch where installed
 	$(BIN)/python -m benchmarks.bench_generate --precisions float32,bfloat16,int8

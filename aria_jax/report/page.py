@@ -21,7 +21,7 @@ table { border-collapse: collapse } td, th { padding: .3rem .9rem .3rem 0; text-
 h3 { font-size: 1.05rem; margin: 1.2rem 0 .3rem }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
 pre { background: #f5f5f2; padding: .8rem 1rem; overflow-x: auto; border-radius: 4px;
-      font-size: .85rem }
+      font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere }
 .note { color: #555 } .best { font-weight: 600 }
 """
 
