@@ -45,26 +45,25 @@ class InvalidMidi(UserError):
         self.reason = reason
 
 
-def read_file(path: str | Path, wanted: str) -> bytes:
-    """The bytes of a file that a user names.
+def check_file(path: str | Path, wanted: str) -> Path:
+    """The path of a file that a user names.
 
     Args:
         wanted: what it should be, e.g. "one MIDI file".
 
     Raises:
         UserError: no such file, a folder, or no path at all.
-        OSError: it cannot be read for another reason.
     """
     if not isinstance(path, str | Path):
         raise UserError(f"expected the path of {wanted}, not {kind_of(path)}")
-    try:
-        return Path(path).read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except IsADirectoryError:
-        shards = (Path(path) / "manifest.json").is_file()
+    path = Path(path)
+    if path.is_dir():
+        shards = (path / "manifest.json").is_file()
         found = "token shards are here" if shards else "a folder is here"
-        raise UserError(f"{path}: {found}, {wanted} is wanted") from None
+        raise UserError(f"{path}: {found}, {wanted} is wanted")
+    if not path.exists():
+        raise UserError(f"{path}: no such file")
+    return path
 
 
 def kind_of(value: object) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.errors import InvalidMidi, UserError, expect, read_file
+from data_pipeline.errors import InvalidMidi, UserError, check_file, expect
 
 if TYPE_CHECKING:
     from miditoolkit import MidiFile
@@ -214,7 +214,7 @@ def read_midi(
 
     check_compat(compat)
     name = "MIDI bytes" if isinstance(source, bytes) else str(source)
-    data = source if isinstance(source, bytes) else read_file(source, "one MIDI file")
+    data = source if isinstance(source, bytes) else check_file(source, "one MIDI file").read_bytes()
     data = _smf.unwrapped(gunzipped(data, name), name)
     kind, division, tracks, repaired = _smf.decoded_tracks(data, name, not compat, repair)
     if kind == 2 and len(tracks) > 1 and not compat:

@@ -43,10 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Classifies and prints."""
-    from aria_jax.cli.console import print_result
+    from aria_jax.cli.console import check_suffix, print_result
     from aria_jax.eval.predict import Prediction
     from data_pipeline.errors import UserError
 
+    if args.out:
+        check_suffix(args.out, "a file of JSON lines", ".jsonl", ".json")
     if not Path(args.source).exists():
         raise UserError(f"{args.source}: no such folder or archive")
     names, corpus, found = _predictions(args)

@@ -120,6 +120,8 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     if out.is_file():
         raise UserError(f"{out} is a file; name a folder for the demo")
+    if args.midi is not None:
+        _check_corpus(Path(args.midi))
     began = time.perf_counter()
     steps = steps_before_generation(out, args.midi, args.workers)
     total = len(steps) + 1
@@ -145,6 +147,17 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"done in {time.perf_counter() - began:.0f} s\nopen {page}")
     return 0
+
+
+def _check_corpus(folder: Path) -> None:
+    """Raises `UserError` where there is nothing to learn from, before the first step."""
+    from data_pipeline.building.sources import is_midi_name, no_midi_files
+    from data_pipeline.errors import UserError
+
+    if not folder.is_dir():
+        raise UserError(f"--midi {folder}: no such folder")
+    if not any(is_midi_name(path.name) for path in folder.rglob("*")):
+        raise no_midi_files(folder)
 
 
 def _run_step(out: Path, step: Step, number: int, total: int) -> dict:

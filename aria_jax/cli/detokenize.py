@@ -19,17 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Detokenises and writes."""
-    from pathlib import Path
-
     from aria_jax.cli.console import check_suffix
     from aria_jax.cli.generate import read_ids
-    from data_pipeline.errors import UserError
+    from data_pipeline.errors import UserError, check_file
     from data_pipeline.midi import write_midi
     from data_pipeline.tokenizer import Tokenizer
 
     check_suffix(args.out, "a MIDI file", ".mid", ".midi", ".kar")
-    if not Path(args.ids).is_file():
-        raise UserError(f"{args.ids}: no such file")
+    check_file(args.ids, "a JSON file of token ids")
     performance = Tokenizer.preset(args.preset).decode(read_ids(args.ids))
     if not len(performance.notes):
         raise UserError(

@@ -137,7 +137,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _checked_limits(args: argparse.Namespace) -> dict[str, Any]:
     """How much of a prompt is taken; refuses what could not be done, or would have no effect."""
-    from data_pipeline.errors import UserError
+    from data_pipeline.errors import UserError, check_file
 
     if args.out is None and not args.json:
         raise UserError("say where to save with --out DIR (or --json to print the ids only)")
@@ -170,9 +170,17 @@ def _checked_limits(args: argparse.Namespace) -> dict[str, Any]:
     for option, (given, needed, text) in needs.items():
         if given is not None and not needed:
             raise UserError(f"{option} has no effect without {text}")
-    for path in (args.prompt, args.prompt_ids, args.embedding, args.wav):
-        if path is not None and not Path(path).is_file():
-            raise UserError(f"{path}: no such file")
+    wanted = {
+        args.prompt: "one MIDI file",
+        args.prompt_ids: "a JSON file of token ids",
+        args.embedding: "one MIDI file",
+        args.wav: "a SoundFont",
+    }
+    for path, what in wanted.items():
+        if path is not None:
+            check_file(path, what)
+    if args.out is not None and Path(args.out).is_file():
+        raise UserError(f"--out {args.out} is a file; name a folder for the continuations")
     if args.prompt is None:
         return {}
     from aria_jax.generate.continuation import check_prompt_limits
@@ -221,9 +229,13 @@ def _mesh(text: str | None):
         return None
     from aria_jax.config import RunConfig, with_overrides
     from aria_jax.sharding import make_mesh
+    from data_pipeline.errors import UserError
 
     assignments = [f"mesh.{part}" for part in text.split(",") if part]
-    return make_mesh(with_overrides(RunConfig(), assignments).mesh)
+    try:
+        return make_mesh(with_overrides(RunConfig(), assignments).mesh)
+    except UserError as error:
+        raise UserError(f"--mesh {text}: {error}") from None
 
 
 def _prompt(

@@ -58,17 +58,18 @@ def run(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import numbers, print_result, progress_bar
     from aria_jax.embed.table import read_embeddings, with_metadata
     from aria_jax.eval.probe import few_shot, held_out_splits, probe
-    from data_pipeline.errors import UserError
+    from data_pipeline.errors import UserError, did_you_mean
 
+    if args.cv < 2:
+        raise UserError(f"--cv {args.cv}: at least 2 folds are needed")
     table = read_embeddings(args.embeddings)
     if args.metadata:
         table = with_metadata(table, args.metadata)
     names = table.label_names()
     for wanted in filter(None, (args.label, args.split_column)):
         if wanted not in names:
-            raise UserError(
-                f"{args.embeddings}: no label {wanted!r}; it has {', '.join(names) or 'none'}"
-            )
+            hint, known = did_you_mean(wanted, names), ", ".join(names) or "none"
+            raise UserError(f"{args.embeddings}: no label {wanted!r}{hint}; it has {known}")
     files = table.files()
     groups = [c or f for c, f in zip(table.column(args.group_column), files, strict=True)]
     splits = table.column(args.split_column) if args.split_column else None

@@ -48,11 +48,12 @@ def run(args: argparse.Namespace) -> None:
     from aria_jax.embed.search import random_similarities, search
     from aria_jax.embed.single import performance_encoder
     from aria_jax.embed.table import read_settings
-    from data_pipeline.errors import UserError
+    from data_pipeline.errors import UserError, check_file
     from data_pipeline.midi import compat_of, read_midi
 
     if args.k < 1:
         raise UserError(f"-k {args.k} must be at least 1")
+    check_file(args.embeddings, "an embeddings file of `aria-jax embed`")
     settings = read_settings(Path(args.embeddings))
     if settings is None or "slice_notes" not in settings:
         raise UserError(f"{args.embeddings}: not made by `aria-jax embed`")

@@ -238,7 +238,6 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     config = _on_chips(args, preset, chip, jax.device_count())
     workdir = Path(args.workdir)
     made = not workdir.exists()
-    workdir.mkdir(parents=True, exist_ok=True)
     warnings.showwarning = lambda message, *_: console.note(f"warning: {message}")
     sinks: list[MetricSink] = []
 
@@ -250,6 +249,7 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
 
     console.stage("reading the data")
     resolved = resolve(config, args.data)
+    workdir.mkdir(parents=True, exist_ok=True)
     if first:
         steps, warmup = resolved.train.steps, config.optimizer.warmup_steps
         if warmup >= steps:
@@ -374,7 +374,7 @@ def _plan_text(config: "RunConfig", made: "Plan") -> str:
     if made.hours is None:
         lines.append("time         unknown: no data sheet for these devices (see --on)")
     else:
-        lines.append(
-            f"time         {made.hours:,.1f} hours at {made.assumed_mfu:.0%} MFU (assumed)"
-        )
+        short = made.hours < 1
+        time = f"{made.hours * 60:.1f} minutes" if short else f"{made.hours:,.1f} hours"
+        lines.append(f"time         {time} at {made.assumed_mfu:.0%} MFU (assumed)")
     return "\n".join(lines)

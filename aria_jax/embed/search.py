@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from aria_jax.embed.index import current_index, nearest_in
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, check_file
 
 ROWS = 65_536
 """Rows compared at a time: 128 MiB at 512 numbers each."""
@@ -82,8 +82,7 @@ def _open(embeddings: str | Path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    if not Path(embeddings).is_file():
-        raise UserError(f"{embeddings}: no such file; make it with `aria-jax embed`")
+    check_file(embeddings, "an embeddings file of `aria-jax embed`")
     try:
         file = pq.ParquetFile(embeddings, memory_map=True)
     except pa.ArrowInvalid as error:

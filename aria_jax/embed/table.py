@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.artifact import Identity, atomic
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, check_file
 from data_pipeline.shards import READING_BEFORE
 
 _COLUMNS = ("path", "sha256", "embedding", "n_slices", "n_notes", "duration_ms", "labels")
@@ -182,9 +182,7 @@ def read_embeddings(path: str | Path) -> Embeddings:
     Raises:
         UserError: no such file, neither Parquet nor NPZ, or no embeddings in it.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"{path}: no such file; make it with `aria-jax embed`")
+    path = check_file(path, "an embeddings file of `aria-jax embed`")
     columns, fingerprint = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path)
     if "embedding" not in columns:
         raise UserError(

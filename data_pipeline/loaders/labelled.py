@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.augment import AugmentConfig
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, did_you_mean
 from data_pipeline.loaders.pieces import Pieces, Slicer, check_slice_notes, random_slice
 from data_pipeline.loaders.stream import Batch, BatchStream, element_rng
 from data_pipeline.shards import TokenShards
@@ -25,7 +25,8 @@ def label_values(data_dir: str | Path, label: str) -> tuple[str, ...]:
     values = shards.label_codes(label)[1]
     if not values:
         known = ", ".join(shards.label_names) or "none at all"
-        raise UserError(f"{data_dir}: no piece has a label {label!r}; there are: {known}")
+        hint = did_you_mean(label, shards.label_names)
+        raise UserError(f"{data_dir}: no piece has a label {label!r}{hint}; there are: {known}")
     return values
 
 

@@ -36,7 +36,7 @@ def places(midi_corpus, tiny_models, tmp_path_factory) -> dict[str, Path]:
     found["text"].write_text("this is no MIDI file")
     write_midi(Performance(480, np.zeros(0, NOTE)), found["silent"])
     found["empty"].mkdir()
-    ids = Tokenizer.preset("aria").encode(read_midi(piece).slice_notes(0, 20))
+    ids = Tokenizer.preset("aria").encode(read_midi(piece).slice_notes(0, 20), add_eos=False)
     found["ids"].write_text(json.dumps({"ids": ids.tolist()}))
     midi, data = str(midi_corpus), str(found["data"])
     build = ["data", "build", midi, data, "--val-fraction", "0.2", "--filters", "none"]

@@ -1,0 +1,67 @@
+"""train, compile, convert, demo."""
+
+import pytest
+
+from tests.first_hour.uses import Use, wrong
+
+SMALL = "d_model=16 n_heads=2 n_layers=1 seq_len=32 global_batch=8 warmup_steps=0"
+PRETRAIN = "train pretrain --data {data} --workdir run"
+
+TRAIN = [
+    Use(f"{PRETRAIN} {SMALL} steps=1", ("starting from scratch", "step 1"), made="run/config.yaml"),
+    Use(f"{PRETRAIN} {SMALL} --config c.yaml --dry-run", "3 steps",
+        before=(("c.yaml", "steps: 3"),)),
+    Use("train --settings", ("peak_lr=0.0003", "Learning rate at the end of the warm-up")),
+    Use(f"{PRETRAIN} --dry-run --on v5p:64 --preset medium", ("time", "GiB a device")),
+    wrong(f"{PRETRAIN} --steps 5", "did you mean steps=5?"),
+    wrong(f"{PRETRAIN} stesp=5", "nearest: steps"),
+    wrong(f"{PRETRAIN} n_heads=0 log_every=0 seed=-1",
+          ("model.n_heads=0", "train.log_every=0", "train.seed=-1")),
+    wrong(f"{PRETRAIN} --preset tinny", "did you mean 'tiny'?"),
+    wrong("train pretrian --data {data} --workdir run", "did you mean 'pretrain'?"),
+    wrong("train classify --data {data} --workdir run", "data.label=NAME"),
+    wrong("train classify --data {data} --workdir run label=composr",
+          ("composr", "did you mean 'composer'?")),
+    wrong("train pretrain --data {midi} --workdir run", "no token shards here"),
+    wrong("train pretrain --data {nothing} --workdir run", "no such folder"),
+    wrong("train pretrain --data {data} --workdir afile", "is a file", before=(("afile", "x"),)),
+    wrong(f"{PRETRAIN} --init-from {{nothing}}", ("--init-from", "nothing")),
+    wrong(f"{PRETRAIN} --config none.yaml", "none.yaml: no such file"),
+    wrong(f"{PRETRAIN} {SMALL} mesh.tensor=3", "mesh.tensor=3"),
+    wrong(f"{PRETRAIN} --dry-run --on v5p", "expected CHIP:COUNT"),
+]  # fmt: skip
+
+COMPILE = [
+    Use("compile --help", ("usage: aria-jax compile", "example")),
+    wrong("compile --preset tiny --topology v5p", "v5p"),
+    wrong("compile --preset tinny --topology v5p:2x2x1", "did you mean 'tiny'?"),
+    wrong("compile --preset tiny --topology v9:2x2x1", "v9"),
+    wrong("compile --preset tiny --on v5p:2x2x1", "unknown argument --on"),
+    wrong("compile --preset tiny --topology v5p:2x2x1 --mesh 1,2", "--mesh 1,2"),
+]
+
+CONVERT = [
+    Use("convert to-safetensors {lm} m.safetensors", "m.safetensors", made="m.safetensors"),
+    Use("convert to-safetensors {encoder} m.safetensors", "parameters", made="m.safetensors"),
+    Use("convert --help", "from-safetensors"),
+    wrong("convert to-safetensors {lm} m.bin", "m.bin"),
+    wrong("convert to-safetensors {empty} m.safetensors", "no checkpoint here"),
+    wrong("convert from-safetensors {nothing}.safetensors out", "nothing.safetensors"),
+    wrong("convert from-safetensors {text} out", "text.mid"),
+    wrong("convert adapters {lm} a.safetensors", "no adapters"),
+    wrong("convert to-safetensor {lm} m.safetensors", "did you mean 'to-safetensors'?"),
+]
+
+DEMO = [
+    Use("demo --help", ("usage: aria-jax demo", "example")),
+    wrong("demo", "required: out"),
+    wrong("demo afile", "is a file", before=(("afile", "x"),)),
+    wrong("demo out --midi {nothing}", ("nothing", "no such folder")),
+    wrong("demo out --midi {empty}", "no MIDI files"),
+    wrong("demo out --worker 2 --zzz", "unknown argument --zzz"),
+]
+
+
+@pytest.mark.parametrize("use", [*TRAIN, *COMPILE, *CONVERT, *DEMO], ids=str)
+def test_a_newcomer_finds_what_the_table_says(use, run_use):
+    run_use(use)

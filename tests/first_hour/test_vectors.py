@@ -1,0 +1,72 @@
+"""embed, probe, retrieve, search, bench-suite."""
+
+import pytest
+
+from tests.first_hour.uses import Use, wrong
+
+EMBED = [
+    Use("embed {midi} e.parquet --checkpoint {encoder} --workers 0", "10 rows", made="e.parquet"),
+    Use("embed {piece} e.parquet --baseline pitch-class --workers 0", "1 rows", made="e.parquet"),
+    Use("embed {piece} {query} e.parquet --baseline statistics --workers 0", "2 rows"),
+    Use("embed {data} e.parquet --baseline pitch-class --workers 0", "10 rows"),
+    wrong("embed {nothing} e.parquet --baseline pitch-class", ("nothing", "no such file")),
+    wrong("embed {empty} e.parquet --baseline pitch-class", "no MIDI files"),
+    wrong("embed {midi} e.csv --baseline pitch-class", ("e.csv", "Parquet")),
+    wrong("embed {midi} e.parquet --checkpoint {lm}", "not an embedding head"),
+    wrong("embed {midi} e.parquet --checkpoint {empty}", "no checkpoint here"),
+    wrong("embed {midi} e.parquet", "one of the arguments --checkpoint --baseline is required"),
+    wrong("embed {midi} e.parquet --baseline pich-class", "did you mean 'pitch-class'?"),
+    wrong("embed {midi} {ids} e.parquet --baseline statistics", "expected a MIDI file"),
+    wrong("embed {midi} e.parquet --baseline statistics --slice-notes 0", "--slice-notes"),
+]
+
+PROBE = [
+    Use("probe {counts} --label composer --min-per-class 2 --cv 2", ("accuracy", "macro-F1")),
+    Use("probe {vectors} --label composer --min-per-class 2 --cv 2 --json", '"accuracy"'),
+    Use("probe {slices} --label composer --min-per-class 2 --readout knn --cv 2", "accuracy"),
+    wrong("probe {nothing} --label composer", ("nothing", "no such file")),
+    wrong("probe {text} --label composer", "not a Parquet"),
+    wrong("probe {counts} --label composr", ("no label 'composr'", "did you mean 'composer'?")),
+    wrong("probe {counts}", "required: --label"),
+    wrong("probe {counts} --label composer", "two classes of at least 10 files"),
+    wrong("probe {counts} --label composer --cv 1 --min-per-class 2", "at least 2 folds"),
+    wrong("probe {midi} --label composer", ("folder", "aria-jax embed")),
+]
+
+RETRIEVE = [
+    Use("retrieve {slices} --by path", ("MRR", "Hit@1")),
+    Use("retrieve {vectors} --by composer", ("MRR", "by composer")),
+    Use("retrieve {vectors} --by composer --json", '"mrr"'),
+    wrong("retrieve {vectors}", ("--per-slice", "--by composer")),
+    wrong("retrieve {vectors} --by composr", ("no label 'composr'", "did you mean 'composer'?")),
+    wrong("retrieve {nothing}", ("nothing", "no such file")),
+    wrong("retrieve {slices} -k 0", "expected positive numbers"),
+    wrong("retrieve {vectors} --against {counts} --by composer", "different widths"),
+]
+
+SEARCH = [
+    Use("search {query} {vectors} --checkpoint {encoder}", "presto_1.mid"),
+    Use("search {query} {vectors} --checkpoint {encoder} -k 2 --json", '"hits"'),
+    Use("search {query} {vectors} --checkpoint {encoder} --html p.html", "p.html", made="p.html"),
+    wrong("search {nothing}.mid {vectors} --checkpoint {encoder}", ("nothing", "no such file")),
+    wrong("search {text} {vectors} --checkpoint {encoder}", "not a MIDI file"),
+    wrong("search {query} {nothing} --checkpoint {encoder}", ("nothing", "no such file")),
+    wrong("search {query} {counts} --checkpoint {encoder}", "another model"),
+    wrong("search {query} {vectors} --checkpoint {encoder} -k 0", "-k 0"),
+    wrong("search {vectors} --checkpoint {encoder}", "required: EMB"),
+    wrong("search {data} {vectors} --checkpoint {encoder}", "token shards"),
+]
+
+BENCH_SUITE = [
+    Use("bench-suite --help", "usage: aria-jax bench-suite"),
+    wrong("bench-suite {nothing} --checkpoint {encoder}", "nothing"),
+    wrong("bench-suite {empty} --checkpoint {encoder}", "empty"),
+    wrong("bench-suite {midi} --checkpoint", "--checkpoint"),
+    wrong("bench-suite", "required"),
+    wrong("bench-suite {midi} --chekpoint {encoder}", "did you mean '--checkpoint'?"),
+]
+
+
+@pytest.mark.parametrize("use", [*EMBED, *PROBE, *RETRIEVE, *SEARCH, *BENCH_SUITE], ids=str)
+def test_a_newcomer_finds_what_the_table_says(use, run_use):
+    run_use(use)
