@@ -44,18 +44,11 @@ def run(args: argparse.Namespace) -> None:
         tables = [with_metadata(table, args.metadata) for table in tables]
     if len({table.embedding.shape[1] for table in tables}) > 1:
         raise UserError("the two files hold embeddings of different widths, so of two models")
-    if args.by == "path" and not args.against and not _has_slices(tables[0].files()):
-        labels = " or ".join(f"--by {name}" for name in tables[0].label_names())
-        raise UserError(
-            f"{args.embeddings} has one row per file, and --by path looks for other slices of the "
-            "same file: embed with --per-slice, or name the label that belongs together"
-            + (f" ({labels})" if labels else "")
-        )
     keys = []
     for path, table in zip(paths, tables, strict=True):
-        names = table.label_names()
-        if args.by != "path" and args.by not in names:
-            hint, known = did_you_mean(args.by, names), ", ".join(names) or "none"
+        labels = table.label_names()
+        if args.by != "path" and args.by not in labels:
+            hint, known = did_you_mean(args.by, labels), ", ".join(labels) or "none"
             raise UserError(f"{path}: no label {args.by!r}{hint}; it has {known}")
         keys.append(table.files() if args.by == "path" else table.column(args.by))
     names = tables[0].path
@@ -84,8 +77,3 @@ def run(args: argparse.Namespace) -> None:
     if result.n_without:
         text += f"; {result.n_without:,} more have no right answer to find"
     print_result({"by": args.by, **asdict(result)}, args.json, text)
-
-
-def _has_slices(files: list[str]) -> bool:
-    """Whether some file has several rows."""
-    return len(set(files)) < len(files)
