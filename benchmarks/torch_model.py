@@ -5,8 +5,8 @@ from torch import nn
 from torch.nn import functional
 
 from aria_jax.config import ModelConfig
-from aria_jax.kernels.attention.rotary import ROPE_BASE
-from aria_jax.models.norm import EPSILON
+from aria_jax.kernels.attention.plain import ROPE_BASE
+from aria_jax.models.transformer import EPSILON
 
 
 class Block(nn.Module):

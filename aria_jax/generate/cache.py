@@ -15,8 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aria_jax.generate.weights import DecoderWeights, LayerWeights
 from aria_jax.kernels.attention import apply_rope, rope_tables, split_heads
-from aria_jax.models.norm import layer_norm
-from aria_jax.models.transformer import finish_block
+from aria_jax.models.transformer import finish_block, layer_norm
 from aria_jax.sharding import LOGICAL_RULES
 
 QUERY_CHUNK = 256

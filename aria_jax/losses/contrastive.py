@@ -6,15 +6,16 @@ are made of one operation, `pair_statistics`.
 Sizes: B pairs, E embedding width.
 """
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from aria_jax.kernels.contrastive import NOTHING, PADDING_ID, joined
 from aria_jax.kernels.contrastive.pairs import Implementation, Where, pair_statistics
-from aria_jax.kernels.contrastive.statistics import NOTHING, PADDING_ID, joined
 from aria_jax.sharding import named_sharding
 from data_pipeline.errors import UserError, expect_array
 
@@ -22,6 +23,7 @@ UNIFORMITY_ROWS = 1024
 """Rows the uniformity metric is estimated on; it needs all pairs of them."""
 
 Variant = Literal["symmetric", "nt-xent"]
+Tree = Any
 
 
 def contrastive_loss(
@@ -164,3 +166,37 @@ def _unit(z_BxE: jax.Array) -> jax.Array:
     # The square root has no gradient at 0; the small constant keeps it finite.
     unit = z * jax.lax.rsqrt(jnp.square(z).sum(1, keepdims=True) + 1e-12)
     return unit.astype(jnp.bfloat16 if z_BxE.dtype == jnp.bfloat16 else jnp.float32)
+
+
+def grad_cache(
+    embed: Callable[[Tree, Tree], jax.Array],
+    loss: Callable[[Tree, jax.Array], tuple[jax.Array, Tree]],
+    params: Tree,
+    micro_batches: Tree,
+) -> tuple[tuple[jax.Array, Tree], Tree]:
+    """`jax.value_and_grad(..., has_aux=True)` of a loss of all embeddings, a micro-batch at a time.
+
+    Gradient caching (Gao et al. 2021): embed all micro-batches and keep only the embeddings; take
+    the loss and its gradient with respect to them; then embed every micro-batch again and pull its
+    part of that gradient back to the parameters. One more forward pass buys memory of one
+    micro-batch, and the result is that of one pass over the whole batch.
+
+    Args:
+        embed: (params, micro-batch) -> embeddings [b, ...]; it must compute the same when it is
+            called again, so dropout keys belong into the micro-batch.
+        loss: (params, embeddings [m, b, ...]) -> (loss, aux); `params` for a learned temperature.
+        micro_batches: arrays with leading axis m.
+
+    Returns:
+        ((loss, aux), gradient with respect to `params`).
+    """
+    embeddings = jax.lax.map(lambda batch: embed(params, batch), micro_batches)
+    value, (own, cotangents) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, embeddings)
+
+    def replay(total: Tree, part: tuple[Tree, jax.Array]):
+        batch, cotangent = part
+        _, pull_back = jax.vjp(lambda p: embed(p, batch), params)
+        return jax.tree.map(jnp.add, total, pull_back(cotangent)[0]), None
+
+    grads, _ = jax.lax.scan(replay, own, (micro_batches, cotangents))
+    return value, grads

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from aria_jax.config import RunConfig
-from aria_jax.losses.grad_cache import grad_cache
+from aria_jax.losses.contrastive import grad_cache
 from aria_jax.models.heads import Model
 from aria_jax.models.parameters import Parameters
 from aria_jax.sharding import constrain

@@ -12,8 +12,7 @@ Sizes: B batch, L length, H heads, K head width.
 
 from aria_jax.kernels.attention.blockwise import RESIDUALS as ATTENTION_RESIDUALS
 from aria_jax.kernels.attention.choice import attention, rotary_attention
-from aria_jax.kernels.attention.plain import attend_once
-from aria_jax.kernels.attention.rotary import apply_rope, rope_tables, split_heads
+from aria_jax.kernels.attention.plain import apply_rope, attend_once, rope_tables, split_heads
 
 __all__ = [
     "ATTENTION_RESIDUALS",

@@ -7,9 +7,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from aria_jax.kernels.attention.blockwise import attend as blockwise
-from aria_jax.kernels.attention.cudnn import attend as cudnn
+from aria_jax.kernels.attention.plain import apply_rope, split_heads
 from aria_jax.kernels.attention.plain import attend as plain
-from aria_jax.kernels.attention.rotary import apply_rope, split_heads
 from aria_jax.sharding import active_mesh, fitting_spec, platform
 
 Implementation = Literal["auto", "splash", "cudnn", "blockwise", "plain"]
@@ -100,7 +99,7 @@ def attention(
         from aria_jax.kernels.attention import splash  # Pallas takes a second to import
 
         return splash.attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_ids, mesh)
-    kernel = {"cudnn": cudnn, "blockwise": blockwise, "plain": plain}[implementation]
+    kernel = {"cudnn": _cudnn, "blockwise": blockwise, "plain": plain}[implementation]
     if mesh is None:
         return kernel(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_ids)
     # Each device attends for its rows and heads; devices of the sequence axis do the same work.
@@ -123,3 +122,21 @@ def automatic(q_BxLxHxK: jax.Array, segment_ids: jax.Array | None) -> Implementa
     if platform() == "gpu" and half and segment_ids is None:
         return "cudnn"
     return "blockwise"
+
+
+def _cudnn(
+    q_BxLxHxK: jax.Array,
+    k_BxLxHxK: jax.Array,
+    v_BxLxHxK: jax.Array,
+    segment_ids_BxL: jax.Array | None,
+) -> jax.Array:
+    """cuDNN's flash attention, for bfloat16 or float16.
+
+    Segments cost a mask of [B, 1, L, L]: cuDNN has no other form for them.
+    """
+    mask = None
+    if segment_ids_BxL is not None:
+        mask = segment_ids_BxL[:, None, :, None] == segment_ids_BxL[:, None, None, :]
+    return jax.nn.dot_product_attention(
+        q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, mask=mask, is_causal=True, implementation="cudnn"
+    )

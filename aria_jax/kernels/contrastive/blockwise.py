@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from aria_jax.kernels.contrastive.statistics import (
+from aria_jax.kernels.contrastive import (
     NOTHING,
     PADDING_ID,
     Statistics,

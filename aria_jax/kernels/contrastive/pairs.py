@@ -14,8 +14,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from aria_jax.kernels.contrastive import blockwise, pallas_gpu, pallas_tpu
-from aria_jax.kernels.contrastive.statistics import NOTHING, Statistics, joined
+from aria_jax.kernels.contrastive import (
+    NOTHING,
+    Statistics,
+    blockwise,
+    joined,
+    pallas_gpu,
+    pallas_tpu,
+)
 
 Implementation = Literal["auto", "blockwise", "tpu", "gpu", "tpu-interpret", "gpu-interpret"]
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from aria_jax.kernels.contrastive.statistics import (
+from aria_jax.kernels.contrastive import (
     NOTHING,
     PADDING_ID,
     Statistics,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from aria_jax.kernels.contrastive.statistics import (
+from aria_jax.kernels.contrastive import (
     NOTHING,
     PADDING_ID,
     Statistics,

@@ -5,9 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aria_jax.kernels.contrastive import blockwise, pallas_tpu
+from aria_jax.kernels.contrastive import NOTHING, blockwise, pallas_tpu
 from aria_jax.kernels.contrastive.pairs import Where, pair_statistics
-from aria_jax.kernels.contrastive.statistics import NOTHING
 
 IMPLEMENTATIONS = ("blockwise", "tpu-interpret", "gpu-interpret")
 

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from aria_jax.config import MeshConfig
-from aria_jax.losses.contrastive import contrastive_loss
-from aria_jax.losses.grad_cache import grad_cache
+from aria_jax.losses.contrastive import contrastive_loss, grad_cache
 from aria_jax.sharding import batch_sharding, make_mesh
 
 

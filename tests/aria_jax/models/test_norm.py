@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aria_jax.models.norm import EPSILON, layer_norm
+from aria_jax.models.transformer import EPSILON, layer_norm
 
 
 def formula(x, scale, bias):
