@@ -248,7 +248,7 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def fitting_spec(
+def divisible_spec(
     mesh: AbstractMesh, logical_axes: tuple[str | None, ...], shape: tuple[int, ...]
 ) -> PartitionSpec:
     """How an activation is cut: by the table, but for axes whose size does not divide."""
@@ -267,7 +267,7 @@ def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
     mesh = active_mesh()
     if mesh is None:
         return x
-    return jax.lax.with_sharding_constraint(x, fitting_spec(mesh, logical_axes, x.shape))
+    return jax.lax.with_sharding_constraint(x, divisible_spec(mesh, logical_axes, x.shape))
 
 
 def mirrored_shardings(tree: Any, params: Any, shardings: Any, mesh: Mesh | AbstractMesh) -> Any:

@@ -51,9 +51,9 @@ def packed_attention_flops(flops: float, d_head: int, chip: Chip) -> float:
 
 def uses_splash(config: RunConfig, task: Task, mesh: Mesh) -> bool:
     """Whether attention is the splash kernel there."""
-    from aria_jax.kernels.attention.choice import SHORTEST_SPLASH, suits_packed
+    from aria_jax.kernels.attention.choice import MIN_SPLASH_LENGTH, suits_packed
 
-    if task in ("prefill", "decode") or config.data.seq_len < SHORTEST_SPLASH:
+    if task in ("prefill", "decode") or config.data.seq_len < MIN_SPLASH_LENGTH:
         return False
     shape = config.data.global_batch, config.data.seq_len, config.model.d_model
     with jax.set_mesh(mesh):

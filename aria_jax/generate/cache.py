@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aria_jax.generate.weights import DecoderWeights, LayerWeights
 from aria_jax.kernels.attention import apply_rope, rope_tables, split_heads
-from aria_jax.models.transformer import finish_block, layer_norm
+from aria_jax.models.transformer import attn_out_and_mlp, layer_norm
 from aria_jax.sharding import LOGICAL_RULES
 
 QUERY_CHUNK = 256
@@ -117,7 +117,7 @@ def prefill(
     for block in weights.blocks:
         q, k, v = _queries_keys_values(block, x_PxTxD, cos, sin, weights.n_heads)
         shared = LayerCache(jnp.swapaxes(k, 1, 2), jnp.moveaxis(v, 1, 3))
-        x_PxTxD = finish_block(
+        x_PxTxD = attn_out_and_mlp(
             block, x_PxTxD, _causal_attention(q, shared, visible_PxT).reshape(x_PxTxD.shape)
         )
         layers.append(shared)
@@ -244,7 +244,7 @@ def decode_step(
         attended = _cached_attention(q, k, v, shared, past, prompt.visible_PxT, filled)
         # What is written depends on what was read, so that the compiler writes later and in place.
         k, v = k + 0 * attended, v + 0 * attended
-        x_Rx1xD = finish_block(block, x_Rx1xD, attended.reshape(x_Rx1xD.shape))
+        x_Rx1xD = attn_out_and_mlp(block, x_Rx1xD, attended.reshape(x_Rx1xD.shape))
         layers.append(
             LayerCache(
                 jax.lax.dynamic_update_slice_in_dim(past.keys, k[:, :, None], filled, axis=2),

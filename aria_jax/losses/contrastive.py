@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from aria_jax.kernels.contrastive import NOTHING, PADDING_ID, joined
-from aria_jax.kernels.contrastive.pairs import Implementation, Where, pair_statistics
+from aria_jax.kernels.contrastive import NEG_INF, PADDING_ID, merge_lse
+from aria_jax.kernels.contrastive.pairs import Implementation, PairSharding, pair_statistics
 from aria_jax.sharding import named_sharding
 from data_pipeline.errors import UserError, expect_array
 
@@ -47,13 +47,13 @@ def contrastive_loss(
             then of bfloat16, summed in float32).
         temperature: positive; an array is learned like any parameter.
         composition: int [B]; different performances of one composition are not negatives. A
-            negative number marks a filler row, which counts nowhere.
+            negative number marks a padding row, which counts nowhere.
         variant: "symmetric": anchors of one view against the other view (reference:
             symmetric_nt_xent_loss_cosine); "nt-xent": against all 2B - 1 others (SimCLR, Chen et
             al. 2020, equation 1).
         hardness: above 0, negatives weigh exp(hardness * logit), normalised to mean one (Robinson
             et al. 2021, equation 4, without the debiasing term).
-        mesh: the batch is cut over its data axes, and negatives travel round them.
+        mesh: the batch is sharded over its data axes, and negatives travel round them.
         global_negatives: False compares on each device with the pairs of that device only (the
             reference compares within a process, of one device each).
 
@@ -70,23 +70,23 @@ def contrastive_loss(
     unit1, unit2 = _unit(z1_BxE), _unit(z2_BxE)
     ids = jnp.arange(len(unit1)) if composition is None else composition
     ids = jnp.where(ids < 0, PADDING_ID, ids).astype(jnp.int32)
-    where = _where(mesh, implementation, global_negatives)
+    placement = _placement(mesh, implementation, global_negatives)
     scale = jnp.asarray(1 / temperature, jnp.float32)
     wide1, wide2 = unit1.astype(jnp.float32), unit2.astype(jnp.float32)
     positive_B = scale * jnp.sum(wide1 * wide2, 1)
-    negatives, hardest = _negatives(unit1, unit2, ids, scale * (1 + hardness), variant, where)
+    negatives, hardest = _negatives(unit1, unit2, ids, scale * (1 + hardness), variant, placement)
     if hardness:
         # The mean weight is one: Σ w e^s / mean w, in logs.
-        weights, _ = _negatives(unit1, unit2, ids, scale * hardness, variant, where)
-        number = _number_of_negatives(ids, variant, where)
+        weights, _ = _negatives(unit1, unit2, ids, scale * hardness, variant, placement)
+        number = _number_of_negatives(ids, variant, placement)
         negatives = [
-            jnp.where(number > 0, n - w + jnp.log(jnp.maximum(number, 1)), NOTHING)
+            jnp.where(number > 0, n - w + jnp.log(jnp.maximum(number, 1)), NEG_INF)
             for n, w in zip(negatives, weights, strict=True)
         ]
-    present = (ids != PADDING_ID).astype(jnp.float32)
+    valid = (ids != PADDING_ID).astype(jnp.float32)
 
     def mean(values_B: jax.Array) -> jax.Array:
-        return jnp.sum(values_B * present) / jnp.maximum(present.sum(), 1)
+        return jnp.sum(values_B * valid) / jnp.maximum(valid.sum(), 1)
 
     def of_views(first_B: jax.Array, second_B: jax.Array) -> jax.Array:
         return (mean(first_B) + mean(second_B)) / 2
@@ -95,50 +95,50 @@ def contrastive_loss(
     metrics = {
         "retrieval": of_views(*(positive_B > h / (1 + hardness) for h in hardest)),
         "alignment": mean(jnp.square(wide1 - wide2).sum(1)),
-        "uniformity": _uniformity(wide1[:UNIFORMITY_ROWS], present[:UNIFORMITY_ROWS]),
+        "uniformity": _uniformity(wide1[:UNIFORMITY_ROWS], valid[:UNIFORMITY_ROWS]),
     }
     return loss, jax.lax.stop_gradient(metrics)
 
 
-def _where(mesh: Mesh | None, implementation: Implementation, ring: bool) -> Where:
+def _placement(mesh: Mesh | None, implementation: Implementation, ring: bool) -> PairSharding:
     if mesh is None:
-        return Where(implementation)
+        return PairSharding(implementation)
     [axes] = named_sharding(mesh, ("batch",)).spec
     if np.prod([mesh.shape[axis] for axis in axes]) == 1:
-        return Where(implementation)
-    return Where(implementation, mesh, axes, ring)
+        return PairSharding(implementation)
+    return PairSharding(implementation, mesh, axes, ring)
 
 
-def _negatives(unit1, unit2, ids, scale, variant: Variant, where: Where):
+def _negatives(unit1, unit2, ids, scale, variant: Variant, placement: PairSharding):
     """Log-sum-exp over the negatives of each anchor of both views, and the hardest of them."""
-    across = pair_statistics(unit1, unit2, ids, ids, scale, where)
-    sides = [(across.row_lse, across.row_max), (across.column_lse, across.column_max)]
+    across = pair_statistics(unit1, unit2, ids, ids, scale, placement)
+    per_view = [(across.row_lse, across.row_max), (across.column_lse, across.column_max)]
     if variant == "nt-xent":
         for view, unit in enumerate((unit1, unit2)):
             # Within a view the matrix is symmetric: rows say all.
-            within = pair_statistics(unit, unit, ids, ids, scale, where)
-            sides[view] = joined(sides[view], (within.row_lse, within.row_max))
-    lse, maxima = zip(*sides, strict=True)
+            within = pair_statistics(unit, unit, ids, ids, scale, placement)
+            per_view[view] = merge_lse(per_view[view], (within.row_lse, within.row_max))
+    lse, maxima = zip(*per_view, strict=True)
     return list(lse), list(maxima)
 
 
-def _number_of_negatives(ids: jax.Array, variant: Variant, where: Where) -> jax.Array:
+def _number_of_negatives(ids: jax.Array, variant: Variant, placement: PairSharding) -> jax.Array:
     """Of each anchor, float32 [B]."""
     parts = 1
-    if where.mesh is not None and not where.ring:
-        parts = int(np.prod([where.mesh.shape[axis] for axis in where.axes]))
+    if placement.mesh is not None and not placement.ring:
+        parts = int(np.prod([placement.mesh.shape[axis] for axis in placement.axes]))
 
-    def others(ids: jax.Array) -> jax.Array:
+    def n_negatives(ids: jax.Array) -> jax.Array:
         ordered = jnp.sort(ids)
-        twins = jnp.searchsorted(ordered, ids, side="right") - jnp.searchsorted(ordered, ids)
-        return jnp.sum(ids != PADDING_ID) - twins
+        same_work = jnp.searchsorted(ordered, ids, side="right") - jnp.searchsorted(ordered, ids)
+        return jnp.sum(ids != PADDING_ID) - same_work
 
-    number = jax.vmap(others)(ids.reshape(parts, -1)).reshape(-1)
+    number = jax.vmap(n_negatives)(ids.reshape(parts, -1)).reshape(-1)
     return (number * (2 if variant == "nt-xent" else 1)).astype(jnp.float32)
 
 
-def _uniformity(unit_RxE: jax.Array, present_R: jax.Array) -> jax.Array:
-    pairs = present_R[:, None] * present_R * (1 - jnp.eye(len(unit_RxE)))
+def _uniformity(unit_RxE: jax.Array, valid_R: jax.Array) -> jax.Array:
+    pairs = valid_R[:, None] * valid_R * (1 - jnp.eye(len(unit_RxE)))
     potential = jnp.exp(4 * (unit_RxE @ unit_RxE.T) - 4)
     return jnp.log(jnp.sum(pairs * potential) / jnp.maximum(pairs.sum(), 1) + 1e-12)
 

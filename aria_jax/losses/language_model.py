@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from aria_jax.sharding import LOGICAL_RULES, active_mesh, fitting_spec
+from aria_jax.sharding import LOGICAL_RULES, active_mesh, divisible_spec
 from data_pipeline.errors import UserError, expect_array
 
 CHUNK_TOKENS = 1024
@@ -77,7 +77,7 @@ def token_nll(
 
     def chunk(inputs):
         hidden_CxD, targets_C = inputs
-        found = _statistics(_logits(hidden_CxD, head), targets_C)
+        found = _statistics(_head_logits(hidden_CxD, head), targets_C)
         return found.log_z - found.chosen, found.log_z
 
     head = head_DxV.astype(hidden_TxD.dtype)
@@ -111,7 +111,7 @@ class _Statistics(NamedTuple):
     largest: jax.Array
 
 
-def _logits(hidden_CxD: jax.Array, head_DxV: jax.Array) -> jax.Array:
+def _head_logits(hidden_CxD: jax.Array, head_DxV: jax.Array) -> jax.Array:
     return jnp.matmul(hidden_CxD, head_DxV, preferred_element_type=jnp.float32)
 
 
@@ -173,7 +173,7 @@ def _over_devices(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, **options):
         return _on_one_device(
             hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, part=part, over=(), **options
         )
-    rows = fitting_spec(mesh, ("batch", "length"), targets_BxL.shape)
+    rows = divisible_spec(mesh, ("batch", "length"), targets_BxL.shape)
     over = tuple(
         axis
         for entry in rows
@@ -218,7 +218,7 @@ def _on_one_device(
 
     def chunk(d_head_DxV, inputs):
         hidden_CxD, targets_C, weights_C = inputs
-        logits = _logits(hidden_CxD, head_DxV)
+        logits = _head_logits(hidden_CxD, head_DxV)
         if part.axis is not None:
             logits = jnp.where(ids_V < part.size, logits, -jnp.inf)
         found = _statistics(logits, targets_C, part)

@@ -63,10 +63,10 @@ class Model(nnx.Module):
         segment_ids: jax.Array | None = None,
         condition_BxE: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-        read_B: jax.Array | None = None,
+        pool_at_B: jax.Array | None = None,
     ) -> jax.Array:
         """What the head reads, [B, L, D] in the compute dtype; with a condition [B, L - 1, D], with
-        `read_B` [B, 1, D] (see `Transformer`).
+        `pool_at_B` [B, 1, D] (see `Transformer`).
 
         The conditioning vector stands before the first token; the last token makes room for it,
         and its own position is dropped from the output (reference: TransformerLM_CND).
@@ -74,16 +74,16 @@ class Model(nnx.Module):
         prefix = None
         if condition_BxE is not None and self.adapter is not None:
             prefix = condition_BxE @ self.adapter[...]
-            read_B = None if read_B is None else read_B + 1
+            pool_at_B = None if pool_at_B is None else pool_at_B + 1
         hidden = self.backbone(
             tokens_BxL,
             positions=positions,
             segment_ids=segment_ids,
             prefix_BxD=prefix,
             dropout_key=dropout_key,
-            read_B=read_B,
+            pool_at_B=pool_at_B,
         )
-        return hidden if prefix is None or read_B is not None else hidden[:, 1:]
+        return hidden if prefix is None or pool_at_B is not None else hidden[:, 1:]
 
     def __call__(self, tokens_BxL: jax.Array, **inputs) -> jax.Array:
         """Head outputs at every position, float32; `inputs` as for `hidden`."""
@@ -99,7 +99,7 @@ class Model(nnx.Module):
             pooling: "eos" reads there (the reference), "mean" averages all positions up to it.
         """
         if pooling == "eos":
-            pooled_BxD = self.hidden(tokens_BxL, read_B=eos_B, **inputs)[:, 0]
+            pooled_BxD = self.hidden(tokens_BxL, pool_at_B=eos_B, **inputs)[:, 0]
         else:
             hidden = self.hidden(tokens_BxL, **inputs)
             used_BxL = jnp.arange(hidden.shape[1])[None] <= eos_B[:, None]

@@ -2,7 +2,7 @@
 
 All weights of one kind are one array with the layer as its leading axis, so that the layers are
 one `lax.scan` and one sharding rule serves them all. A block is made of pure functions on one
-layer's weights (`project_qkv`, `finish_block`); the KV-cache decoder uses the latter too.
+layer's weights (`project_qkv`, `attn_out_and_mlp`); the KV-cache decoder uses the latter too.
 
 Sizes: B batch, L length, D d_model, H heads, K head width, F feed-forward, V vocabulary, N layers.
 """
@@ -100,7 +100,7 @@ class Transformer(nnx.Module):
         segment_ids: jax.Array | None = None,
         prefix_BxD: jax.Array | None = None,
         dropout_key: jax.Array | None = None,
-        read_B: jax.Array | None = None,
+        pool_at_B: jax.Array | None = None,
     ) -> jax.Array:
         """Hidden states after the last norm, [B, L, D] in the compute dtype.
 
@@ -110,7 +110,7 @@ class Transformer(nnx.Module):
             segment_ids: int [B, L]; attention stays within a segment.
             prefix_BxD: a vector put before the first token; the last token is dropped for it.
             dropout_key: switches residual dropout on.
-            read_B: the only position of each row that is wanted: [B, 1, D] is returned, and the
+            pool_at_B: the only position of each row that is wanted: [B, 1, D] is returned, and the
                 last layer computes no more than keys and values of the others.
         """
         # The table is looked up in float32, so that its gradient is summed in float32.
@@ -135,7 +135,7 @@ class Transformer(nnx.Module):
                 implementation=self.compute.attention,
             )  # fmt: skip
             drop = _dropouts(key, drop_rate)
-            return constrain(finish_block(weights, x_BxLxD, attended, drop), *ACTIVATIONS)
+            return constrain(attn_out_and_mlp(weights, x_BxLxD, attended, drop), *ACTIVATIONS)
 
         n = self.config.n_layers
         drop_rates = self.config.resid_dropout * jnp.arange(n) / max(n - 1, 1)
@@ -144,20 +144,20 @@ class Transformer(nnx.Module):
             keys = jax.random.split(dropout_key, n)
         stacked = self.blocks.stacked(), drop_rates, keys
         last_layer = None
-        if read_B is not None:
-            turn = [jnp.broadcast_to(t, (len(x_BxLxD), *t.shape[1:])) for t in (cos, sin)]
+        if pool_at_B is not None:
+            cos_sin = [jnp.broadcast_to(t, (len(x_BxLxD), *t.shape[1:])) for t in (cos, sin)]
             last_layer = partial(
-                _layer_at,
-                read_B=read_B,
-                turn=turn,
+                last_layer_at,
+                pool_at_B=pool_at_B,
+                cos_sin=cos_sin,
                 segment_ids=segment_ids,
                 n_heads=self.config.n_heads,
             )
-        x_BxLxD = _through(layer, x_BxLxD, stacked, self.compute, last_layer)
+        x_BxLxD = run_layers(layer, x_BxLxD, stacked, self.compute, last_layer)
         return layer_norm(x_BxLxD, self.norm_scale[...], self.norm_bias[...])
 
 
-def _through(
+def run_layers(
     layer, x_BxLxD: jax.Array, stacked: tuple, compute: ComputeConfig, last_layer=None
 ) -> jax.Array:
     """The output of all layers; `stacked` has one slice of every leaf for each.
@@ -189,12 +189,12 @@ def _through(
     return (last_layer or layer)(x_BxLxD, first(last))
 
 
-def _layer_at(
+def last_layer_at(
     x_BxLxD: jax.Array,
     scanned: tuple,
     *,
-    read_B: jax.Array,
-    turn: Sequence[jax.Array],
+    pool_at_B: jax.Array,
+    cos_sin: Sequence[jax.Array],
     segment_ids: jax.Array | None,
     n_heads: int,
 ) -> jax.Array:
@@ -202,29 +202,29 @@ def _layer_at(
 
     Args:
         scanned: the layer's weights, dropout rate and key.
-        turn: cosines and sines, [B, L, 1, K/2].
+        cos_sin: cosines and sines, [B, L, 1, K/2].
     """
     weights, drop_rate, key = scanned
     x_BxLxD = checkpoint_name(constrain(x_BxLxD, *ACTIVATIONS), BLOCK_INPUT)
 
     def read(array: jax.Array) -> jax.Array:
-        index = read_B.reshape(-1, *[1] * (array.ndim - 1))
+        index = pool_at_B.reshape(-1, *[1] * (array.ndim - 1))
         return jnp.take_along_axis(array, index, axis=1)
 
     y = layer_norm(x_BxLxD, weights["norm1_scale"], weights["norm1_bias"])
     matrices = weights["qkv"].astype(y.dtype)
     q_Bx1xHxK = split_heads(read(y) @ matrices[:, 0], n_heads)
     k, v = (
-        split_heads(checkpoint_name(_product(y, matrices[:, part]), PROJECTION), n_heads)
+        split_heads(checkpoint_name(_matmul(y, matrices[:, part]), PROJECTION), n_heads)
         for part in (1, 2)
     )
-    visible_BxL = jnp.arange(x_BxLxD.shape[1]) <= read_B[:, None]
+    visible_BxL = jnp.arange(x_BxLxD.shape[1]) <= pool_at_B[:, None]
     if segment_ids is not None:
         visible_BxL &= segment_ids == read(segment_ids)
-    q_Bx1xHxK = apply_rope(q_Bx1xHxK, *(read(table) for table in turn))
-    attended_BxHxK = attend_once(q_Bx1xHxK[:, 0], apply_rope(k, *turn), v, visible_BxL)
+    q_Bx1xHxK = apply_rope(q_Bx1xHxK, *(read(table) for table in cos_sin))
+    attended_BxHxK = attend_once(q_Bx1xHxK[:, 0], apply_rope(k, *cos_sin), v, visible_BxL)
     attended_Bx1xD = attended_BxHxK.reshape(len(x_BxLxD), 1, -1)
-    out = finish_block(weights, read(x_BxLxD), attended_Bx1xD, _dropouts(key, drop_rate))
+    out = attn_out_and_mlp(weights, read(x_BxLxD), attended_Bx1xD, _dropouts(key, drop_rate))
     return constrain(out, "batch", None, None)
 
 
@@ -253,11 +253,11 @@ def project_qkv(
     y = layer_norm(x_BxLxD, weights["norm1_scale"], weights["norm1_bias"])
     matrices = weights["qkv"].astype(y.dtype)
     # One product each: taken out of a common one, they would be copied.
-    q, k, v = (_product(y, matrices[:, part]) for part in range(3))
+    q, k, v = (_matmul(y, matrices[:, part]) for part in range(3))
     return q, k, v
 
 
-def finish_block(
+def attn_out_and_mlp(
     weights: LayerWeights,
     x_BxLxD: jax.Array,
     attended_BxLxD: jax.Array,
@@ -271,15 +271,15 @@ def finish_block(
     dtype = x_BxLxD.dtype
 
     def product(a: jax.Array, name: str) -> jax.Array:
-        return checkpoint_name(_product(a, weights[name].astype(dtype)), PROJECTION)
+        return checkpoint_name(_matmul(a, weights[name].astype(dtype)), PROJECTION)
 
     x_BxLxD = x_BxLxD + _dropped(product(attended_BxLxD, "out"), dropout[0])
     y = layer_norm(x_BxLxD, weights["norm2_scale"], weights["norm2_bias"])
     gated = jax.nn.silu(product(y, "gate")) * product(y, "up")
-    return x_BxLxD + _dropped(_product(gated, weights["down"].astype(dtype)), dropout[1])
+    return x_BxLxD + _dropped(_matmul(gated, weights["down"].astype(dtype)), dropout[1])
 
 
-def _product(x_BxLxI: jax.Array, weights_IxO: jax.Array) -> jax.Array:
+def _matmul(x_BxLxI: jax.Array, weights_IxO: jax.Array) -> jax.Array:
     """[B, L, O]."""
     mesh = active_mesh()
     if mesh is not None and mesh.shape["sequence"] > 1:
@@ -291,7 +291,7 @@ def _product(x_BxLxI: jax.Array, weights_IxO: jax.Array) -> jax.Array:
 
 
 def _dropouts(key: jax.Array | None, rate: jax.Array) -> tuple:
-    """For the two residuals of a layer; see `finish_block`."""
+    """For the two residuals of a layer; see `attn_out_and_mlp`."""
     return (None, None) if key is None else tuple((k, rate) for k in jax.random.split(key))
 
 

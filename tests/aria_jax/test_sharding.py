@@ -19,7 +19,7 @@ from aria_jax.sharding import (
     active_mesh,
     batch_sharding,
     constrain,
-    fitting_spec,
+    divisible_spec,
     iterate_rows,
     local_rows,
     make_mesh,
@@ -180,10 +180,10 @@ def test_an_unknown_logical_axis_is_an_error():
 
 def test_sizes_that_do_not_divide_stay_whole():
     mesh = make_mesh(MeshConfig(2, 2, 2, 1), jax.devices()[:8])
-    assert fitting_spec(mesh, ("batch", "length", "heads"), (8, 5, 3)) == jax.P(
+    assert divisible_spec(mesh, ("batch", "length", "heads"), (8, 5, 3)) == jax.P(
         ("data", "fsdp"), "sequence", None
     )
-    assert fitting_spec(mesh, ("batch", "length", "heads"), (6, 5, 4)) == jax.P(
+    assert divisible_spec(mesh, ("batch", "length", "heads"), (6, 5, 4)) == jax.P(
         None, "sequence", "tensor"
     )
 

@@ -9,11 +9,11 @@ from jax.sharding import PartitionSpec
 from aria_jax.kernels.attention.blockwise import attend as blockwise
 from aria_jax.kernels.attention.plain import apply_rope, split_heads
 from aria_jax.kernels.attention.plain import attend as plain
-from aria_jax.sharding import active_mesh, fitting_spec, platform
+from aria_jax.sharding import active_mesh, divisible_spec, platform
 
 Implementation = Literal["auto", "splash", "cudnn", "blockwise", "plain"]
 
-SHORTEST_SPLASH = 128
+MIN_SPLASH_LENGTH = 128
 """Below this length splash attention would compute mostly padding."""
 
 
@@ -63,7 +63,7 @@ def _packed(q, k, v, cos, sin, segment_ids) -> jax.Array:
     mesh = active_mesh()
     if mesh is None:
         return packed.attend(q, k, v, cos, sin, segment_ids)
-    spec = fitting_spec(mesh, ("batch", None, "heads"), q.shape)
+    spec = divisible_spec(mesh, ("batch", None, "heads"), q.shape)
     table = PartitionSpec(spec[0] if len(cos) > 1 else None)
     run = jax.shard_map(
         packed.attend,
@@ -103,7 +103,7 @@ def attention(
     if mesh is None:
         return kernel(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_ids)
     # Each device attends for its rows and heads; devices of the sequence axis do the same work.
-    spec = fitting_spec(mesh, ("batch", None, "heads", None), q_BxLxHxK.shape)
+    spec = divisible_spec(mesh, ("batch", None, "heads", None), q_BxLxHxK.shape)
     run = jax.shard_map(
         kernel,
         mesh=mesh,
@@ -116,7 +116,7 @@ def attention(
 
 def automatic(q_BxLxHxK: jax.Array, segment_ids: jax.Array | None) -> Implementation:
     """The fastest implementation for these arrays on this platform."""
-    if platform() == "tpu" and q_BxLxHxK.shape[1] >= SHORTEST_SPLASH:
+    if platform() == "tpu" and q_BxLxHxK.shape[1] >= MIN_SPLASH_LENGTH:
         return "splash"
     half = q_BxLxHxK.dtype in (jnp.bfloat16, jnp.float16)
     if platform() == "gpu" and half and segment_ids is None:

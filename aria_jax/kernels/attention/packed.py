@@ -34,7 +34,7 @@ TILES = (1024, 512, 256, 128)
 """Lengths of tiles, of queries and of keys."""
 SUBTILE = 512
 """Most keys whose scores exist at once."""
-LONGEST = 16_384
+MAX_LENGTH = 16_384
 """Queries whose gradients fit into VMEM."""
 VMEM_BYTES = 64 * 2**20
 MXU_UTILISATION = {"forward": 0.75, "backward": 0.9}
@@ -43,7 +43,7 @@ read on 2026-11-24: the least of v5e, v5p and v6e (docs/tpu.md)."""
 STEP_SCORES = 60_000
 """What a step of the grid costs beside its tile, in scores of equal time."""
 LOG2_E = float(np.log2(np.e))
-_NOTHING = -1e30
+_NEG_INF = -1e30
 
 
 class Rotation(NamedTuple):
@@ -66,7 +66,7 @@ def rotation(cos_PxLxK2: jax.Array, sin_PxLxK2: jax.Array) -> Rotation:
 def suits(length: int, n_columns: int, d_head: int) -> bool:
     """Whether blocks of 128 columns hold two to eight whole heads, and all queries fit."""
     several = d_head in (16, 32, 64) and n_columns % LANES == 0
-    return several and TILES[-1] <= length <= LONGEST
+    return several and TILES[-1] <= length <= MAX_LENGTH
 
 
 def fits_chip() -> bool:
@@ -108,22 +108,22 @@ def attend(
         return jnp.pad(x, [(0, 0), (0, padded - length)] + [(0, 0)] * (x.ndim - 2))
 
     # Padding comes last, so causality hides it from all that counts.
-    turn = jax.tree.map(pad, rotation(cos_PxLxK2, sin_PxLxK2))
+    rope = jax.tree.map(pad, rotation(cos_PxLxK2, sin_PxLxK2))
     segments = None if segment_ids_BxL is None else pad(segment_ids_BxL)[:, None]
     q, k, v = (pad(x) for x in (q_BxLxD, k_BxLxD, v_BxLxD))
-    return _attend(q, k, v, turn, segments, d_head, tile)[:, :length]
+    return _attend(q, k, v, rope, segments, d_head, tile)[:, :length]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, turn, segments, d_head, tile):
-    return _forward(q, k, v, turn, segments, d_head, tile)[0]
+def _attend(q, k, v, rope, segments, d_head, tile):
+    return _forward(q, k, v, rope, segments, d_head, tile)[0]
 
 
 def _lanes(shape: tuple[int, ...]) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
 
 
-def _exchanged(x_TxC: jax.Array, d_head: int) -> jax.Array:
+def _rotate_half(x_TxC: jax.Array, d_head: int) -> jax.Array:
     """Every head's halves in each other's place."""
     half = d_head // 2
     first = _lanes(x_TxC.shape) % d_head < half
@@ -133,12 +133,12 @@ def _exchanged(x_TxC: jax.Array, d_head: int) -> jax.Array:
 def _rotated(x_TxC: jax.Array, cos: jax.Array, sin: jax.Array, d_head: int) -> jax.Array:
     """float32."""
     x_TxC = x_TxC.astype(jnp.float32)
-    return x_TxC * cos + _exchanged(x_TxC, d_head) * sin
+    return x_TxC * cos + _rotate_half(x_TxC, d_head) * sin
 
 
 def _rotated_back(x_TxC: jax.Array, cos: jax.Array, sin: jax.Array, d_head: int) -> jax.Array:
     """The gradient of `_rotated`."""
-    return x_TxC * cos + _exchanged(x_TxC * sin, d_head)
+    return x_TxC * cos + _rotate_half(x_TxC * sin, d_head)
 
 
 def _of_head(x_TxC: jax.Array, head: int, d_head: int, elsewhere: float = 0.0) -> jax.Array:
@@ -155,7 +155,7 @@ def _by_head(parts_TxC: list[jax.Array], d_head: int) -> jax.Array:
     return out
 
 
-def _product(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
+def _dot_f32(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
     """Sums over axis `contract[0]` of `a` and `contract[1]` of `b`, in float32."""
     # One bfloat16 pass would leave float32 inputs with three digits.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
@@ -179,7 +179,7 @@ def _forward_kernel(
         rotated = _rotated(q[0], cos_q[0], sin_q[0], d_head) * (d_head**-0.5 * LOG2_E)
         for head in range(heads):
             q_heads[head] = _of_head(rotated.astype(q.dtype), head, d_head)
-        largest[...] = jnp.full(largest.shape, _NOTHING, jnp.float32)
+        largest[...] = jnp.full(largest.shape, _NEG_INF, jnp.float32)
         total[...] = jnp.zeros(total.shape, jnp.float32)
 
     def attend_to(start: int, diagonal: bool) -> None:
@@ -195,15 +195,15 @@ def _forward_kernel(
             causal = row >= _lanes((n_rows, sub))
             visible = causal if visible is None else visible & causal
         for head in range(heads):
-            scores = _product(q_heads[head, rows], rotated, (1, 1))
+            scores = _dot_f32(q_heads[head, rows], rotated, (1, 1))
             if visible is not None:
-                scores = jnp.where(visible, scores, _NOTHING)
+                scores = jnp.where(visible, scores, _NEG_INF)
             before = largest[head, rows]
             now = jnp.maximum(before, scores.max(1, keepdims=True))
             largest[head, rows] = now
             weights = jnp.exp2(scores - jnp.tile(now, (1, sub // LANES))).astype(v.dtype)
             values = _of_head(v[0, keys], head, d_head, elsewhere=1.0)
-            total[head, rows] = total[head, rows] * jnp.exp2(before - now) + _product(
+            total[head, rows] = total[head, rows] * jnp.exp2(before - now) + _dot_f32(
                 weights, values, (1, 0)
             )
 
@@ -225,12 +225,12 @@ def _forward_kernel(
             lse[0, 0, head] = logs[head * d_head]
 
 
-def _forward(q, k, v, turn, segments, d_head, tile):
+def _forward(q, k, v, rope, segments, d_head, tile):
     batch, length, columns = q.shape
     heads = LANES // d_head
     segmented = [] if segments is None else [segments, segments]
     kernel = partial(_forward_kernel, d_head=d_head)
-    of = _Blocks(tile, len(turn.cos) > 1)
+    of = _Blocks(tile, len(rope.cos) > 1)
     out, lse = _call(
         kernel if segmented else partial(_without_segments, kernel, 9),
         q,
@@ -238,8 +238,8 @@ def _forward(q, k, v, turn, segments, d_head, tile):
         [(i, j) for i in range(length // tile) for j in range(i + 1)],
         in_specs=[
             *[of.columns(_QUERY), of.columns(_KEY), of.columns(_KEY)],
-            *[of.turning(_QUERY)] * 2,
-            *[of.turning(_KEY)] * 2,
+            *[of.cos_sin(_QUERY)] * 2,
+            *[of.cos_sin(_KEY)] * 2,
             *[of.segments(_QUERY), of.segments(_KEY)][: len(segmented)],
         ],
         out_specs=[of.columns(_QUERY), of.heads(heads)],
@@ -256,9 +256,9 @@ def _forward(q, k, v, turn, segments, d_head, tile):
             q, d_head, tile, products=2, utilisation=MXU_UTILISATION["forward"], arrays=2
         ),
         name="rotary_attention",
-    )(q, k, v, turn.cos, turn.sin, turn.cos, turn.sin, *segmented)
+    )(q, k, v, rope.cos, rope.sin, rope.cos, rope.sin, *segmented)
     out, lse = checkpoint_name(out, RESIDUALS), checkpoint_name(lse, RESIDUALS)
-    return out, (q, k, v, turn, segments, out, lse)
+    return out, (q, k, v, rope, segments, out, lse)
 
 
 _QUERY, _KEY = 0, 1
@@ -269,15 +269,15 @@ class _Blocks(NamedTuple):
     """Which part of an array a step sees: that of the pair of tiles whose turn it is."""
 
     tile: int
-    turning_by_row: bool
+    own_positions: bool
 
     def columns(self, which: int) -> pl.BlockSpec:
         """Of [B, L, D]."""
         return pl.BlockSpec((1, self.tile, LANES), lambda b, n, t, *pair: (b, pair[which][t], n))
 
-    def turning(self, which: int) -> pl.BlockSpec:
+    def cos_sin(self, which: int) -> pl.BlockSpec:
         """Of cosines and sines."""
-        own = int(self.turning_by_row)
+        own = int(self.own_positions)
         return pl.BlockSpec(
             (1, self.tile, LANES), lambda b, n, t, *pair: (b * own, pair[which][t], 0)
         )
@@ -354,7 +354,7 @@ def _cost(
 
 def _backward_kernel(
     i_of, j_of, q, k, v, out, d_out, lse, cos_q, sin_q, cos_k, sin_k, segments_q, segments_k,
-    d_q, d_k, d_v, q_turned, delta, q_total, k_heads, v_heads, k_total, v_total, *, d_head: int,
+    d_q, d_k, d_v, q_rot, delta, q_total, k_heads, v_heads, k_total, v_total, *, d_head: int,
 ):  # fmt: skip
     step = pl.program_id(2)
     i, j = i_of[step], j_of[step]
@@ -365,13 +365,13 @@ def _backward_kernel(
     @pl.when(j == 0)
     def _():  # once for every tile of queries
         rotated = _rotated(q[0], cos_q[0], sin_q[0], d_head) * (scale * LOG2_E)
-        q_turned[i] = rotated.astype(q.dtype)
+        q_rot[i] = rotated.astype(q.dtype)
         q_total[i] = jnp.zeros(q_total.shape[1:], jnp.float32)
         # The softmax's own gradient needs Σ_m p_m dp_m, which is out · d_out.
         both = out[0].astype(jnp.float32) * d_out[0].astype(jnp.float32)
         which = jax.lax.broadcasted_iota(jnp.int32, (8, LANES), 0)
         mine = (_lanes((8, LANES)) // d_head == which).astype(jnp.float32)
-        delta[i] = _product(mine, both, (1, 1))
+        delta[i] = _dot_f32(mine, both, (1, 1))
 
     @pl.when(i == j)
     def _():  # once for every tile of keys
@@ -386,7 +386,7 @@ def _backward_kernel(
         keys = pl.ds(start, sub)
         first = start if diagonal else 0
         rows, n_rows = pl.ds(first, tile - first), tile - first
-        queries, d_outs = q_turned[i, rows], d_out[0, rows]
+        queries, d_outs = q_rot[i, rows], d_out[0, rows]
         visible = None
         if segments_q is not None:
             visible = segments_q[0, :, rows] == segments_k[0, :, keys].T
@@ -398,15 +398,15 @@ def _backward_kernel(
         of_queries = jnp.zeros((n_rows, LANES), jnp.float32)
         for head in range(heads):
             k_head = k_heads[head, keys]
-            scores_t = _product(k_head, queries, (1, 1))
+            scores_t = _dot_f32(k_head, queries, (1, 1))
             weights_t = jnp.exp2(scores_t - lse[0, 0, head, rows][None])
             if visible is not None:
                 weights_t = jnp.where(visible, weights_t, 0.0)
-            d_weights_t = _product(v_heads[head, keys], d_outs, (1, 1))
+            d_weights_t = _dot_f32(v_heads[head, keys], d_outs, (1, 1))
             d_scores_t = (weights_t * (d_weights_t - delta[i, head, rows][None])).astype(k.dtype)
-            of_values.append(_product(weights_t.astype(v.dtype), d_outs, (1, 0)))
-            of_keys.append(_product(d_scores_t, queries, (1, 0)))
-            of_queries += _product(d_scores_t, k_head, (0, 0))
+            of_values.append(_dot_f32(weights_t.astype(v.dtype), d_outs, (1, 0)))
+            of_keys.append(_dot_f32(d_scores_t, queries, (1, 0)))
+            of_queries += _dot_f32(d_scores_t, k_head, (0, 0))
         k_total[keys] += _by_head(of_keys, d_head)
         v_total[keys] += _by_head(of_values, d_head)
         q_total[i, rows] += of_queries
@@ -425,20 +425,20 @@ def _backward_kernel(
             d_q.dtype
         )
 
-    @pl.when(i == q_turned.shape[0] - 1)
+    @pl.when(i == q_rot.shape[0] - 1)
     def _():
-        turned = k_total[...] * (1 / LOG2_E)
-        d_k[0] = _rotated_back(turned, cos_k[0], sin_k[0], d_head).astype(d_k.dtype)
+        k_grad = k_total[...] * (1 / LOG2_E)
+        d_k[0] = _rotated_back(k_grad, cos_k[0], sin_k[0], d_head).astype(d_k.dtype)
         d_v[0] = v_total[...].astype(d_v.dtype)
 
 
 def _backward(d_head, tile, residuals, d_out):
-    q, k, v, turn, segments, out, lse = residuals
+    q, k, v, rope, segments, out, lse = residuals
     _, length, _ = q.shape
     tiles, heads = length // tile, LANES // d_head
     segmented = [] if segments is None else [segments, segments]
     kernel = partial(_backward_kernel, d_head=d_head)
-    of = _Blocks(tile, len(turn.cos) > 1)
+    of = _Blocks(tile, len(rope.cos) > 1)
     gradients = _call(
         kernel if segmented else partial(_without_segments, kernel, 12),
         q,
@@ -447,8 +447,8 @@ def _backward(d_head, tile, residuals, d_out):
         in_specs=[
             *[of.columns(which) for which in (_QUERY, _KEY, _KEY, _QUERY, _QUERY)],
             of.heads(heads),
-            *[of.turning(_QUERY)] * 2,
-            *[of.turning(_KEY)] * 2,
+            *[of.cos_sin(_QUERY)] * 2,
+            *[of.cos_sin(_KEY)] * 2,
             *[of.segments(_QUERY), of.segments(_KEY)][: len(segmented)],
         ],
         out_specs=[
@@ -470,7 +470,7 @@ def _backward(d_head, tile, residuals, d_out):
             q, d_head, tile, products=5, utilisation=MXU_UTILISATION["backward"], arrays=3
         ),
         name="rotary_attention_gradient",
-    )(q, k, v, out, d_out, lse, turn.cos, turn.sin, turn.cos, turn.sin, *segmented)
+    )(q, k, v, out, d_out, lse, rope.cos, rope.sin, rope.cos, rope.sin, *segmented)
     return *gradients, None, None
 
 

@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from aria_jax.kernels.attention.blockwise import RESIDUALS
-from aria_jax.sharding import LOGICAL_RULES, fitting_spec, platform
+from aria_jax.sharding import LOGICAL_RULES, divisible_spec, platform
 
 BLOCKS = (1024, 512, 256, 128)
 """Lengths of the kernel's tiles; the least is the width of a TPU's lanes."""
@@ -48,8 +48,8 @@ def attend(
     if mesh is None:
         out = _on_one_device(_kernel(heads, padded, block, 1), q, k, v, segments, segments)
         return out[:, :length]
-    of_queries = fitting_spec(mesh, ("batch", "length", "heads", None), q.shape)
-    of_keys = fitting_spec(mesh, ("batch", None, "heads", None), q.shape)
+    of_queries = divisible_spec(mesh, ("batch", "length", "heads", None), q.shape)
+    of_keys = divisible_spec(mesh, ("batch", None, "heads", None), q.shape)
     local_heads = heads // (mesh.shape["tensor"] if of_queries[2] else 1)
     kernel = _kernel(local_heads, padded, block, parts)
     placed = NamedSharding(mesh, PartitionSpec(None, LOGICAL_RULES["length"]))

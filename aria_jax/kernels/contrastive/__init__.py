@@ -20,7 +20,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-NOTHING = -1e30
+NEG_INF = -1e30
 """Log of an empty sum. Finite, so that differences of two empty sums are not NaN."""
 
 PADDING_ID = -(2**31)
@@ -42,15 +42,15 @@ class Statistics(NamedTuple):
 
 
 def log_of_sum(maximum: jax.Array, total: jax.Array) -> jax.Array:
-    """Log-sum-exp from the maximum and the sum of `exp(logit - maximum)`; `NOTHING` if empty."""
-    return jnp.where(total > 0, maximum + jnp.log(jnp.maximum(total, 1e-37)), NOTHING)
+    """Log-sum-exp from the maximum and the sum of `exp(logit - maximum)`; `NEG_INF` if empty."""
+    return jnp.where(total > 0, maximum + jnp.log(jnp.maximum(total, 1e-37)), NEG_INF)
 
 
 Pair = tuple[jax.Array, jax.Array]
 """Log-sum-exp and maximum."""
 
 
-def joined(one: Pair, other: Pair) -> Pair:
+def merge_lse(one: Pair, other: Pair) -> Pair:
     """Of the union of two disjoint sets of logits."""
     return jnp.logaddexp(one[0], other[0]), jnp.maximum(one[1], other[1])
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from aria_jax.kernels.contrastive import (
-    NOTHING,
+    NEG_INF,
     PADDING_ID,
     Statistics,
     log_of_sum,
@@ -29,7 +29,7 @@ def forward(
     def step(columns, block):
         maximum_M, total_M = columns
         x, ids = block
-        logits, counts = _logits(x, y_MxE, ids, y_ids_M, scale)
+        logits, counts = _masked_logits(x, y_MxE, ids, y_ids_M, scale)
         row_max = logits.max(1)
         row_total = jnp.where(counts, jnp.exp(logits - row_max[:, None]), 0).sum(1)
         new_max = jnp.maximum(maximum_M, logits.max(0))
@@ -37,7 +37,7 @@ def forward(
         total_M = total_M * jnp.exp(maximum_M - new_max) + here
         return (new_max, total_M), (row_max, row_total)
 
-    empty = jnp.full(len(y_MxE), NOTHING), jnp.zeros(len(y_MxE))
+    empty = jnp.full(len(y_MxE), NEG_INF), jnp.zeros(len(y_MxE))
     (column_max, column_total), rows = jax.lax.scan(step, empty, blocks)
     row_max, row_total = (r.reshape(-1)[: len(x_NxE)] for r in rows)
     return Statistics(
@@ -66,7 +66,7 @@ def backward(
 
     def step(dy_MxE, block):
         x, ids, lse, cotangent = block
-        logits, counts = _logits(x, y_MxE, ids, y_ids_M, scale)
+        logits, counts = _masked_logits(x, y_MxE, ids, y_ids_M, scale)
         weights = cotangent[:, None] * jnp.exp(logits - lse[:, None])
         weights += column_cotangent_M * jnp.exp(logits - column_lse_M)
         weights = jnp.where(counts, weights, 0).astype(x.dtype)
@@ -86,8 +86,8 @@ def _blocks(x_NxE: jax.Array, ids_N: jax.Array, m: int, tile: int):
     return x.reshape(-1, rows, x.shape[1]), ids.reshape(-1, rows)
 
 
-def _logits(x, y, x_ids, y_ids, scale):
-    """Logits of a tile, `NOTHING` for the pairs that do not count; and which do."""
+def _masked_logits(x, y, x_ids, y_ids, scale):
+    """Logits of a tile, `NEG_INF` for the pairs that do not count; and which do."""
     logits = scale * jnp.matmul(x, y.T, preferred_element_type=jnp.float32)
     counts = (x_ids[:, None] != y_ids) & (x_ids != PADDING_ID)[:, None] & (y_ids != PADDING_ID)
-    return jnp.where(counts, logits, NOTHING), counts
+    return jnp.where(counts, logits, NEG_INF), counts

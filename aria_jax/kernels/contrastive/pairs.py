@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from aria_jax.kernels.contrastive import (
-    NOTHING,
+    NEG_INF,
     Statistics,
     blockwise,
-    joined,
+    merge_lse,
     pallas_gpu,
     pallas_tpu,
 )
@@ -27,14 +27,14 @@ Implementation = Literal["auto", "blockwise", "tpu", "gpu", "tpu-interpret", "gp
 
 
 @dataclass(frozen=True)
-class Where:
+class PairSharding:
     """Where and how pairs are computed.
 
     Attributes:
         implementation: "auto" takes the kernel of the platform that the program is compiled for;
             the "-interpret" ones run a kernel anywhere, slowly.
         mesh: None computes on whatever device the arrays are.
-        axes: axes of the mesh over which rows and columns are cut.
+        axes: axes of the mesh over which rows and columns are sharded.
         ring: whether rows meet the columns of all devices; False: only those of their own.
     """
 
@@ -51,39 +51,41 @@ def pair_statistics(
     x_ids_N: jax.Array,
     y_ids_M: jax.Array,
     scale: jax.Array,
-    where: Where,
+    placement: PairSharding,
 ) -> Statistics:
     """Statistics of the logits `scale * x_i · y_j` of all pairs whose ids differ.
 
     Differentiable in x, y and scale through both log-sum-exps; the maxima have no gradient.
-    Memory: O((N + M) E), cut over the devices of the mesh.
+    Memory: O((N + M) E), sharded over the devices of the mesh.
 
     Args:
         x_NxE, y_MxE: unit vectors, float32 or bfloat16 (products are summed in float32).
         x_ids_N, y_ids_M: int32.
         scale: float32 scalar, one over the temperature.
     """
-    return _forward(x_NxE, y_MxE, x_ids_N, y_ids_M, scale, where)[0]
+    return _forward(x_NxE, y_MxE, x_ids_N, y_ids_M, scale, placement)[0]
 
 
-def _forward(x, y, x_ids, y_ids, scale, where: Where):
-    forward = _chosen("forward", where.implementation)
-    if where.mesh is None:
+def _forward(x, y, x_ids, y_ids, scale, placement: PairSharding):
+    forward = _chosen("forward", placement.implementation)
+    if placement.mesh is None:
         found = forward(x, y, x_ids, y_ids, scale)
     else:
-        body = partial(_ring_forward, forward, _ring_axes(where))
-        found = _on_mesh(body, where, (x, y, x_ids, y_ids), scale)
+        body = partial(_ring_forward, forward, _ring_axes(placement))
+        found = _on_mesh(body, placement, (x, y, x_ids, y_ids), scale)
     return found, (x, y, x_ids, y_ids, scale, found.row_lse, found.column_lse)
 
 
-def _backward(where: Where, kept, cotangents: Statistics):
+def _backward(placement: PairSharding, kept, cotangents: Statistics):
     x, y, x_ids, y_ids, scale, row_lse, column_lse = kept
     sides = x, y, x_ids, y_ids, row_lse, column_lse, cotangents.row_lse, cotangents.column_lse
-    backward = _chosen("backward", where.implementation)
-    if where.mesh is None:
+    backward = _chosen("backward", placement.implementation)
+    if placement.mesh is None:
         sums = backward(*sides[:4], scale, *sides[4:])
     else:
-        sums = _on_mesh(partial(_ring_backward, backward, _ring_axes(where)), where, sides, scale)
+        sums = _on_mesh(
+            partial(_ring_backward, backward, _ring_axes(placement)), placement, sides, scale
+        )
     d_scale = jnp.sum(x.astype(jnp.float32) * sums[0])
     dx, dy = ((scale * s).astype(side.dtype) for s, side in zip(sums, (x, y), strict=True))
     return dx, dy, None, None, d_scale
@@ -110,22 +112,24 @@ def _chosen(direction: Literal["forward", "backward"], name: Implementation) -> 
     return by_platform
 
 
-def _ring_axes(where: Where) -> tuple[str, ...]:
-    return where.axes if where.ring else ()
+def _ring_axes(placement: PairSharding) -> tuple[str, ...]:
+    return placement.axes if placement.ring else ()
 
 
-def _on_mesh(body: Callable, where: Where, sides: tuple[jax.Array, ...], scale: jax.Array):
-    cut, whole = PartitionSpec(where.axes), PartitionSpec()
+def _on_mesh(
+    body: Callable, placement: PairSharding, sides: tuple[jax.Array, ...], scale: jax.Array
+):
+    sharded, whole = PartitionSpec(placement.axes), PartitionSpec()
     return jax.shard_map(
         body,
-        mesh=where.mesh,
-        in_specs=(cut,) * len(sides) + (whole,),
-        out_specs=cut,
+        mesh=placement.mesh,
+        in_specs=(sharded,) * len(sides) + (whole,),
+        out_specs=sharded,
         check_vma=False,
     )(*sides, scale)
 
 
-def _passed_on(tree, axes: tuple[str, ...]):
+def _ring_shift(tree, axes: tuple[str, ...]):
     """Arrays of this device to the next one round the ring."""
     size = jax.lax.axis_size(axes)
     around = [(i, (i + 1) % size) for i in range(size)]
@@ -135,21 +139,21 @@ def _passed_on(tree, axes: tuple[str, ...]):
 def _ring_forward(forward: Callable, axes, x, y, x_ids, y_ids, scale) -> Statistics:
     if not axes:
         return forward(x, y, x_ids, y_ids, scale)
-    nothing = jnp.full(len(x), NOTHING), jnp.full(len(x), NOTHING)
+    no_rows = jnp.full(len(x), NEG_INF), jnp.full(len(x), NEG_INF)
 
     def step(carry, _):
-        columns, of_columns, of_rows = carry
+        columns, column_stats, row_stats = carry
         # Both transfers start here, so that they run while this block is computed.
-        coming, arrived = _passed_on((columns, of_columns), axes)
+        incoming, received = _ring_shift((columns, column_stats), axes)
         found = forward(x, columns[0], x_ids, columns[1], scale)
-        of_rows = joined(of_rows, (found.row_lse, found.row_max))
-        of_columns = joined(arrived, (found.column_lse, found.column_max))
-        return (coming, of_columns, of_rows), None
+        row_stats = merge_lse(row_stats, (found.row_lse, found.row_max))
+        column_stats = merge_lse(received, (found.column_lse, found.column_max))
+        return (incoming, column_stats, row_stats), None
 
-    empty = jnp.full(len(y), NOTHING), jnp.full(len(y), NOTHING)
-    start = (y, y_ids), empty, nothing
-    (_, of_columns, of_rows), _ = jax.lax.scan(step, start, length=jax.lax.axis_size(axes))
-    return Statistics(*of_rows, *_passed_on(of_columns, axes))
+    empty = jnp.full(len(y), NEG_INF), jnp.full(len(y), NEG_INF)
+    start = (y, y_ids), empty, no_rows
+    (_, column_stats, row_stats), _ = jax.lax.scan(step, start, length=jax.lax.axis_size(axes))
+    return Statistics(*row_stats, *_ring_shift(column_stats, axes))
 
 
 def _ring_backward(
@@ -160,12 +164,12 @@ def _ring_backward(
 
     def step(carry, _):
         columns, dy, dx = carry
-        coming, arrived = _passed_on((columns, dy), axes)
+        incoming, received = _ring_shift((columns, dy), axes)
         y, y_ids, column_lse, column_ct = columns
         more_x, more_y = backward(x, y, x_ids, y_ids, scale, row_lse, column_lse, row_ct, column_ct)
-        return (coming, arrived + more_y, dx + more_x), None
+        return (incoming, received + more_y, dx + more_x), None
 
     zeros = jnp.zeros(y.shape, jnp.float32), jnp.zeros(x.shape, jnp.float32)
     start = (y, y_ids, column_lse, column_ct), *zeros
     (_, dy, dx), _ = jax.lax.scan(step, start, length=jax.lax.axis_size(axes))
-    return dx, _passed_on(dy, axes)
+    return dx, _ring_shift(dy, axes)

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from aria_jax.kernels.contrastive import (
-    NOTHING,
+    NEG_INF,
     PADDING_ID,
     Statistics,
     log_of_sum,
@@ -77,12 +77,14 @@ def _statistics_kernel(scale, x, x_ids, y, y_ids, maximum, total):
         max_now, total_now = carry
         columns = pl.ds(j * TILE_COLUMNS, TILE_COLUMNS)
         y_tile = plgpu.load(y.at[columns, :])
-        logits, counts = _logits(scale, x[...], y_tile, x_ids[...], plgpu.load(y_ids.at[columns]))
+        logits, counts = _tile_logits(
+            scale, x[...], y_tile, x_ids[...], plgpu.load(y_ids.at[columns])
+        )
         new_max = jnp.maximum(max_now, logits.max(1))
         here = jnp.where(counts, jnp.exp(logits - new_max[:, None]), 0.0).sum(1)
         return new_max, total_now * jnp.exp(max_now - new_max) + here
 
-    empty = jnp.full((TILE_ROWS,), NOTHING, jnp.float32), jnp.zeros((TILE_ROWS,), jnp.float32)
+    empty = jnp.full((TILE_ROWS,), NEG_INF, jnp.float32), jnp.zeros((TILE_ROWS,), jnp.float32)
     maximum[...], total[...] = jax.lax.fori_loop(0, y.shape[0] // TILE_COLUMNS, pass_tile, empty)
 
 
@@ -102,7 +104,9 @@ def _gradient_kernel(
     def pass_tile(j, sum_now):
         columns = pl.ds(j * TILE_COLUMNS, TILE_COLUMNS)
         y_tile = plgpu.load(y.at[columns, :])
-        logits, counts = _logits(scale, x[...], y_tile, x_ids[...], plgpu.load(y_ids.at[columns]))
+        logits, counts = _tile_logits(
+            scale, x[...], y_tile, x_ids[...], plgpu.load(y_ids.at[columns])
+        )
         by_row = row_cotangent[...][:, None] * jnp.exp(logits - row_lse[...][:, None])
         lse, cotangent = (
             plgpu.load(column_lse.at[columns]),
@@ -110,7 +114,7 @@ def _gradient_kernel(
         )
         by_column = cotangent[None, :] * jnp.exp(logits - lse[None, :])
         weights = jnp.where(counts, by_row + by_column, 0.0).astype(y_tile.dtype)
-        return sum_now + _product(weights, y_tile)
+        return sum_now + _dot_f32(weights, y_tile)
 
     start = jnp.zeros(out.shape, jnp.float32)
     out[...] = jax.lax.fori_loop(0, y.shape[0] // TILE_COLUMNS, pass_tile, start)
@@ -133,15 +137,15 @@ def _call(kernel, rows, columns, scale, out_specs, out_shape, interpret):
     )(jnp.reshape(scale, (1,)).astype(jnp.float32), *rows, *columns)
 
 
-def _logits(scale, x, y, x_ids, y_ids):
-    """Logits of a tile, `NOTHING` for the pairs that do not count; and which do."""
-    logits = scale[0] * _product(x, y.T)
+def _tile_logits(scale, x, y, x_ids, y_ids):
+    """Logits of a tile, `NEG_INF` for the pairs that do not count; and which do."""
+    logits = scale[0] * _dot_f32(x, y.T)
     rows, columns = x_ids[:, None], y_ids[None, :]
     counts = (rows != columns) & (rows != PADDING_ID) & (columns != PADDING_ID)
-    return jnp.where(counts, logits, NOTHING), counts
+    return jnp.where(counts, logits, NEG_INF), counts
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+def _dot_f32(a: jax.Array, b: jax.Array) -> jax.Array:
     # TF32 would leave float32 inputs with three digits.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)

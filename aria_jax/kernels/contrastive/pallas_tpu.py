@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from aria_jax.kernels.contrastive import (
-    NOTHING,
+    NEG_INF,
     PADDING_ID,
     Statistics,
     log_of_sum,
@@ -79,16 +79,16 @@ def _forward_kernel(
     *, columns: int,
 ):  # fmt: skip
     i, j = pl.program_id(0), pl.program_id(1)
-    logits, counts = _logits(scale, x, y, x_ids, y_ids)
+    logits, counts = _tile_logits(scale, x, y, x_ids, y_ids)
 
     @pl.when(j == 0)
     def _():
-        max_now[...] = jnp.full(max_now.shape, NOTHING, jnp.float32)
+        max_now[...] = jnp.full(max_now.shape, NEG_INF, jnp.float32)
         total_now[...] = jnp.zeros(total_now.shape, jnp.float32)
 
     @pl.when(i == 0)
     def _():
-        column_max[j] = jnp.full(column_max.shape[1:], NOTHING, jnp.float32)
+        column_max[j] = jnp.full(column_max.shape[1:], NEG_INF, jnp.float32)
         column_total[j] = jnp.zeros(column_total.shape[1:], jnp.float32)
 
     new_max = jnp.maximum(max_now[...], logits.max(1, keepdims=True))
@@ -163,7 +163,7 @@ def _weighted_sum(rows, columns, *, scale: jax.Array, interpret: bool) -> jax.Ar
 def _backward_kernel(
     scale, x, y, x_ids, row_lse, row_cotangent, y_ids, column_lse, column_cotangent, out
 ):
-    logits, counts = _logits(scale, x, y, x_ids, y_ids)
+    logits, counts = _tile_logits(scale, x, y, x_ids, y_ids)
 
     @pl.when(pl.program_id(1) == 0)
     def _():
@@ -172,18 +172,18 @@ def _backward_kernel(
     weights = row_cotangent[0].T * jnp.exp(logits - row_lse[0].T)
     weights += column_cotangent[0] * jnp.exp(logits - column_lse[0])
     weights = jnp.where(counts, weights, 0).astype(y.dtype)
-    out[...] += _product(weights, y[...], (((1,), (0,)), ((), ())))
+    out[...] += _dot_f32(weights, y[...], (((1,), (0,)), ((), ())))
 
 
-def _logits(scale, x, y, x_ids, y_ids):
-    """Logits of a tile, `NOTHING` for the pairs that do not count; and which do."""
-    logits = scale[0] * _product(x[...], y[...], (((1,), (1,)), ((), ())))
+def _tile_logits(scale, x, y, x_ids, y_ids):
+    """Logits of a tile, `NEG_INF` for the pairs that do not count; and which do."""
+    logits = scale[0] * _dot_f32(x[...], y[...], (((1,), (1,)), ((), ())))
     rows, columns = x_ids[0].T, y_ids[0]
     counts = (rows != columns) & (rows != PADDING_ID) & (columns != PADDING_ID)
-    return jnp.where(counts, logits, NOTHING), counts
+    return jnp.where(counts, logits, NEG_INF), counts
 
 
-def _product(a: jax.Array, b: jax.Array, dimensions) -> jax.Array:
+def _dot_f32(a: jax.Array, b: jax.Array, dimensions) -> jax.Array:
     # One bfloat16 pass would leave float32 inputs with three digits.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(

@@ -52,7 +52,7 @@ def test_the_mask_of_two_segments():
 @pytest.mark.parametrize("length, reaches", [(1, 8), (8, 8), (20, 8), (33, 8), (33, 2), (64, 4)])
 def test_blockwise(monkeypatch, length, reaches, segments):
     monkeypatch.setattr(blockwise.attend, "__defaults__", (8,))
-    monkeypatch.setattr(blockwise, "MOST_REACHES", reaches)
+    monkeypatch.setattr(blockwise, "MAX_KV_LENS", reaches)
     check(case(3, length, segments=segments), "blockwise")
 
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aria_jax.kernels.contrastive import NOTHING, blockwise, pallas_tpu
-from aria_jax.kernels.contrastive.pairs import Where, pair_statistics
+from aria_jax.kernels.contrastive import NEG_INF, blockwise, pallas_tpu
+from aria_jax.kernels.contrastive.pairs import PairSharding, pair_statistics
 
 IMPLEMENTATIONS = ("blockwise", "tpu-interpret", "gpu-interpret")
 
@@ -31,7 +31,7 @@ def case(n, m, dtype=jnp.float32, n_compositions=10_000):
 
 def naive(x, y, x_ids, y_ids, scale):
     logits = scale * jnp.matmul(x, y.T, preferred_element_type=jnp.float32)
-    logits = jnp.where(x_ids[:, None] == y_ids, NOTHING, logits)
+    logits = jnp.where(x_ids[:, None] == y_ids, NEG_INF, logits)
 
     def lse(axis):
         return jax.nn.logsumexp(logits, axis=axis)
@@ -49,7 +49,7 @@ def weighed(statistics, n, m):
 @pytest.mark.parametrize("n,m", [(1, 2), (60, 60), (129, 300)])
 def test_equals_the_plain_computation(implementation, n, m):
     arguments = case(n, m, n_compositions=40)
-    where = Where(implementation)
+    where = PairSharding(implementation)
     for ours, theirs in zip(pair_statistics(*arguments, where), naive(*arguments), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
@@ -70,7 +70,7 @@ def test_equals_the_plain_computation(implementation, n, m):
 def test_bfloat16_sums_in_float32(implementation):
     """Inputs of 8 bits, sums of 24: values to 1e-5, gradients to the rounding of their weights."""
     arguments = case(60, 200, jnp.bfloat16)
-    where = Where(implementation)
+    where = PairSharding(implementation)
     for ours, theirs in zip(pair_statistics(*arguments, where), naive(*arguments), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     wide = [a.astype(jnp.float32) for a in arguments[:2]]
@@ -88,9 +88,9 @@ def test_bfloat16_sums_in_float32(implementation):
 def test_a_row_without_any_pair_is_silent(implementation):
     x, y, _, _, scale = case(3, 4)
     ids = jnp.array([5, 1, 1], jnp.int32), jnp.array([1, 1, 1, 1], jnp.int32)
-    where = Where(implementation)
+    where = PairSharding(implementation)
     found = pair_statistics(x, y, *ids, scale, where)
-    assert (found.row_lse[1:] == NOTHING).all() and found.row_lse[0] > -20
+    assert (found.row_lse[1:] == NEG_INF).all() and found.row_lse[0] > -20
     grads = jax.grad(
         lambda x: jax.nn.softplus(pair_statistics(x, y, *ids, scale, where).row_lse).sum()
     )
@@ -104,7 +104,7 @@ def test_tiny_temperatures_neither_overflow_nor_vanish(implementation):
     x = jnp.array([[1.0, 0.0], [0.6, 0.8]])
     y = jnp.array([[-1.0, 0.0], [-0.6, -0.8]])
     ids = jnp.arange(2, dtype=jnp.int32), jnp.arange(2, dtype=jnp.int32)
-    found = pair_statistics(x, y, *ids, jnp.float32(1000.0), Where(implementation))
+    found = pair_statistics(x, y, *ids, jnp.float32(1000.0), PairSharding(implementation))
     np.testing.assert_allclose(found.row_lse, [-600.0, -600.0], rtol=1e-5)
 
 
@@ -137,7 +137,7 @@ def test_lowers_for_an_nvidia_gpu(dtype):
     scale = jax.ShapeDtypeStruct((), jnp.float32)
 
     def loss(x, y, x_ids, y_ids, scale):
-        return weighed(pair_statistics(x, y, x_ids, y_ids, scale, Where()), 1000, 1000)
+        return weighed(pair_statistics(x, y, x_ids, y_ids, scale, PairSharding()), 1000, 1000)
 
     traced = jax.jit(jax.grad(loss, (0, 1))).trace(*sides, *ids, scale)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()

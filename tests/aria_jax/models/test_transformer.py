@@ -14,7 +14,7 @@ from aria_jax.losses.language_model import next_token_loss
 from aria_jax.models.heads import build_model, split_model
 from aria_jax.models.transformer import (
     LayerWeights,
-    finish_block,
+    attn_out_and_mlp,
     project_qkv,
 )
 
@@ -147,7 +147,7 @@ def test_dropout_drops_the_share_it_is_asked_for_and_keeps_the_mean():
     }
     drop = ((jax.random.key(0), 0.25), None)
     attended = jnp.ones((4, 128, d))
-    out = finish_block(weights, jnp.zeros((4, 128, d)), attended, drop)
+    out = attn_out_and_mlp(weights, jnp.zeros((4, 128, d)), attended, drop)
     assert np.mean(out == 0) == pytest.approx(0.25, abs=0.01)
     assert float(out.mean()) == pytest.approx(1.0, abs=0.02)
 
