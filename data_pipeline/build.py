@@ -253,15 +253,20 @@ class _Work:
         self._journal, self._tell = journal, progress
         self._sizes = [len(entries) for _, entries in journal.units()]
         self._n_files = sum(self._sizes)
-        self._done: dict[int, int] = {}
-        self._total = 0
+        # What an earlier run made.
+        self._done = {
+            number: size
+            for number, size in enumerate(self._sizes)
+            if journal.unit_path(number).is_file()
+        }
+        self._total = sum(self._done.values())
         self._lock = threading.Lock()
+        if progress is not None:
+            progress(self._total, self._n_files)
 
     def missing_jobs(self, root: Path, labels: LabelTable) -> Iterator[Job]:
         for number, entries in self._journal.units():
-            if self._journal.unit_path(number).is_file():
-                self.progress(number, len(entries))
-            else:
+            if number not in self._done:
                 yield Job(number, root, entries, [labels.labels_for(e.path) for e in entries])
 
     def store(self, number: int, results: bytes) -> None:

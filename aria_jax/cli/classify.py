@@ -131,7 +131,7 @@ def _scores(
 def _predictions(args: argparse.Namespace) -> tuple[tuple[str, ...], str, list[Any]]:
     """Names of the classes, the training corpus, and what is said of each file."""
     from aria_jax.checkpoints.models import load_model
-    from aria_jax.cli.console import chosen_reading, progress_bar
+    from aria_jax.cli.console import chosen_reading, progress_bar, stage
     from aria_jax.cli.embed import reading_of_source
     from aria_jax.embed.encode import class_encoder
     from aria_jax.embed.pieces import Slicing, open_source
@@ -140,7 +140,9 @@ def _predictions(args: argparse.Namespace) -> tuple[tuple[str, ...], str, list[A
     from data_pipeline.tokenizer import Tokenizer
 
     mesh = local_mesh()
+    stage("loading the model")
     loaded = load_model(args.checkpoint, mesh=mesh)
+    stage("reading the files")
     pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
     encode = class_encoder(loaded.model, pad_id, args.pooling or loaded.pooling, mesh=mesh)
     max_tokens = min(args.max_tokens, loaded.config.max_seq_len)

@@ -54,10 +54,14 @@ class Counter:
         return self._began is not None
 
     def report(self, done: int, total: int, note: str = "") -> None:
-        """Takes up the present state; what the first report calls done is not counted as speed."""
+        """Takes up the present state; what the first report calls done is not counted as speed.
+
+        Nor is what came before the total was known: another total begins the count anew.
+        """
         now = self._clock()
-        if self._began is None:
+        if self._began is None or total != self._total:
             self._began, self._base = now, done
+            self._recent.clear()
         self._done, self._total, self._note = done, total, note or self._note
         self._recent.append((now, done))
         while len(self._recent) > 2 and now - self._recent[1][0] > PRESENT_S:
@@ -248,6 +252,16 @@ def working(verb: str) -> Iterator[None]:
         _screen.clear()
         _active.close()
         _active = None
+
+
+def hush_libraries() -> None:
+    """Sends what compiled libraries print on stdout (gloo does) to nowhere; Python's stays."""
+    if sys.stdout.fileno() == 1:
+        sys.stdout.flush()
+        sys.stdout = os.fdopen(os.dup(1), "w")
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
 
 
 def stage(name: str) -> None:

@@ -234,6 +234,8 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
 
     console.stage("looking for devices")
     first = join_processes() == 0
+    if jax.process_count() > 1:
+        console.hush_libraries()
     chip = chip_of(jax.devices()[0].device_kind)
     config = _on_chips(args, preset, chip, jax.device_count())
     workdir = Path(args.workdir)

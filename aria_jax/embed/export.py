@@ -161,6 +161,8 @@ class _Work:
         ahead = 2 * self._files_per_part
         cut = map_in_order(self._source.cut, files, workers=self._workers, ahead=ahead)
         others = []
+        if progress is not None:
+            progress(done, total)
         for part in missing:
             pieces = list(islice(cut, len(self.files(part))))
             with self._parts.claimed(part, wait=False) as got:

@@ -54,6 +54,8 @@ def predict(
     n = len(source.paths)
     cut = map_in_order(source.cut, range(n), workers=workers, ahead=2 * FILES_AT_ONCE)
     done = 0
+    if progress is not None:
+        progress(0, n)
     while files := list(islice(cut, FILES_AT_ONCE)):
         predictions = _predictions([file for file in files if isinstance(file, Piece)], encode)
         for file in files:

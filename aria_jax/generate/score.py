@@ -120,6 +120,8 @@ def score_pieces(
     all_windows = [w for i, ids in enumerate(pieces) for w in windows(i, len(ids) - 1, context)]
     total, done = sum(w.stop - w.start for w in all_windows), 0
     compute = _nll_function(model, model.head[...])
+    if progress is not None:
+        progress(0, total)
     for batch, rows, length in _batches(all_windows):
         inputs_BxL, targets_BxL = np.full((2, rows, length), tokenizer.pad_id, np.int32)
         for row, w in enumerate(batch):

@@ -65,8 +65,20 @@ def test_a_counter_without_news_or_work_has_a_text():
     assert counter.text(bar_width=4) == "build: 100% |####| 1/1 file, last one"
 
 
-def interrupted(arguments: list[str], after: str) -> tuple[int, str]:
-    """Status and stderr of a verb that gets Ctrl-C, with all its workers, once `after` is told."""
+def test_listing_before_the_total_is_known_is_no_speed():
+    clock = Clock()
+    counter = Counter("build", "file", clock)
+    counter.report(0, 4096)
+    clock.now += 100
+    counter.report(5000, 10_000)  # what an earlier run made
+    clock.now += 10
+    counter.report(5100, 10_000)
+    assert counter.rate == pytest.approx(10) and counter.seconds_left == pytest.approx(490)
+
+
+def interrupted(arguments: list[str], *after: str) -> tuple[int, str]:
+    """Status and stderr of a verb that gets Ctrl-C, with all its workers, once each is told."""
+    waited_for = list(after)
     process = subprocess.Popen(
         [sys.executable, "-m", "aria_jax.cli.main", *arguments],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -78,9 +90,9 @@ def interrupted(arguments: list[str], after: str) -> tuple[int, str]:
     try:
         for line in process.stderr:
             told += line
-            if re.search(after, line):
+            if waited_for and re.search(waited_for[0], line):
                 os.killpg(process.pid, signal.SIGINT)
-                after = "never again"
+                del waited_for[0]
         return process.wait(), told
     finally:
         guard.cancel()
@@ -99,10 +111,18 @@ def many_files(midi_corpus, tmp_path) -> Path:
 def test_ctrl_c_in_training_saves_and_says_so(corpus, tmp_path):
     run = tmp_path / "run"
     arguments = ["train", "pretrain", "--data", str(corpus), "--workdir", str(run), *SMALL]
-    status, told = interrupted([*arguments, "steps=100000", "log_every=1"], after="steps, ")
+    status, told = interrupted([*arguments, "steps=100000", "log_every=1"], "steps, ")
     assert status == 130, told
     assert "saving; Ctrl-C again to stop now" in told and "Traceback" not in told
     assert [step for step in (run / "checkpoints").iterdir() if step.name.isdigit()]
+
+
+def test_a_second_ctrl_c_ends_it_at_once(corpus, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["train", "pretrain", "--data", str(corpus), "--workdir", str(run), *SMALL]
+    status, told = interrupted([*arguments, "steps=100000"], "starting from scratch", "saving;")
+    assert status == 130, told
+    assert "Traceback" not in told and "pretrain: " not in told
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
@@ -110,7 +130,7 @@ def test_ctrl_c_in_embedding_goes_on_later_and_no_worker_complains(workers, many
     out = tmp_path / "emb.parquet"
     arguments = ["embed", str(many_files), str(out), "--baseline", "pitch-class"]
     arguments += ["--workers", workers]
-    status, told = interrupted(arguments, after="embed: .*files")
+    status, told = interrupted(arguments, "embed: .*files")
     assert status == 130, told
     assert "Traceback" not in told and "KeyboardInterrupt" not in told
     assert "stopping; Ctrl-C again to stop now" in told
@@ -120,6 +140,6 @@ def test_ctrl_c_in_embedding_goes_on_later_and_no_worker_complains(workers, many
 
 def test_ctrl_c_in_building_is_one_sentence(many_files, tmp_path):
     arguments = ["data", "build", str(many_files), str(tmp_path / "data"), "--dedup", "none"]
-    status, told = interrupted(arguments, after="build: .*files")
+    status, told = interrupted(arguments, "build: .*files")
     assert status == 130, told
     assert "Traceback" not in told and "run the same command again to go on" in told
