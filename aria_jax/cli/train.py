@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from aria_jax.chips import Chip
     from aria_jax.cli.main import Parser
     from aria_jax.config import RunConfig
+    from aria_jax.train.init import InitFrom
     from aria_jax.train.plan import Plan
-    from aria_jax.train.start import Start
 
 DESCRIPTION = """\
 Train a model on token shards (made by `aria-jax data build`).
@@ -167,16 +167,16 @@ def run(args: argparse.Namespace) -> int:
 def _check_beginning(args: argparse.Namespace) -> None:
     """What the disk can tell of a wrong start."""
     from aria_jax.checkpoints import newest_record
-    from aria_jax.train.start import beginning, check_allow_change, refuse_other_beginning
+    from aria_jax.train.init import check_allow_change, check_same_init, init_of_new_run
     from data_pipeline.artifact import refuse_inside
 
     check_allow_change(_allowed(args))
     refuse_inside(args.workdir, args.data, "a corpus")
     record = newest_record(args.workdir)
     if record is None:
-        beginning(args.init_from)
+        init_of_new_run(args.init_from)
     elif args.init_from is not None:
-        refuse_other_beginning(record, record["step"], args.init_from, args.workdir)
+        check_same_init(record, record["step"], args.init_from, args.workdir)
 
 
 def _allowed(args: argparse.Namespace) -> list[str]:
@@ -243,9 +243,9 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     warnings.showwarning = lambda message, *_: console.note(f"warning: {message}")
     sinks: list[MetricSink] = []
 
-    def started(start: "Start") -> None:
+    def started(init: "InitFrom") -> None:
         if first:
-            console.note(start.sentence)
+            console.note(init.message)
             write_config(resolved, workdir)
         console.stage("compiling the training step")
 

@@ -26,9 +26,9 @@ from aria_jax.train.hooks import (
     SaveCheckpoints,
     StepMonitor,
 )
+from aria_jax.train.init import InitFrom, check_allow_change, corpus_record, resolve_init
 from aria_jax.train.plan import train_flops_per_token
 from aria_jax.train.processes import lost_contact, stop_requests
-from aria_jax.train.start import Start, check_allow_change, corpus_record, decide
 from aria_jax.train.state import first_state
 from aria_jax.train.step import TrainState, TrainStep, make_eval_step, make_train_step
 from aria_jax.train.tasks import build_task, resolve
@@ -46,13 +46,13 @@ class TrainResult:
         final_step: optimiser steps done.
         metrics: the last of each metric, "train/loss", "val/loss", …
         interrupted: a signal or `should_stop` ended it before `config.train.steps`.
-        start: how it began.
+        init: how it began.
     """
 
     final_step: int
     metrics: dict[str, float]
     interrupted: bool
-    start: Start
+    init: InitFrom
 
 
 def run(
@@ -62,7 +62,7 @@ def run(
     *,
     init_from: str | Path | None = None,
     sinks: Sequence[MetricSink] = (),
-    on_start: Callable[[Start], None] | None = None,
+    on_start: Callable[[InitFrom], None] | None = None,
     should_stop: Callable[[int], bool] | None = None,
     allow_change: Collection[str] = (),
     clock: Clock = time.perf_counter,
@@ -98,10 +98,10 @@ def run(
     record = {**model_record(config.model, tokenizer, reading), "config": to_dict(config)}
     record["corpus"] = corpus_record(data_dir)
     with _checkpoints(workdir, settings.keep_checkpoints) as checkpointer:
-        start = decide(workdir, init_from, checkpointer)
-        network, state, step = first_state(config, mesh, start, checkpointer, record, allow_change)
+        init = resolve_init(workdir, init_from, checkpointer)
+        network, state, step = first_state(config, mesh, init, checkpointer, record, allow_change)
         if on_start is not None:
-            on_start(start)
+            on_start(init)
         log, sharding = Log(sinks), batch_sharding(mesh)
         monitor = _monitor(config, mesh, log, checkpointer, clock)
         save = SaveCheckpoints(
@@ -135,7 +135,7 @@ def run(
             )
         save.save(step, state)
         checkpointer.wait()
-    return TrainResult(step, log.last, interrupted, start)
+    return TrainResult(step, log.last, interrupted, init)
 
 
 def _train(

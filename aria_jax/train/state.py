@@ -22,7 +22,7 @@ from aria_jax.models.heads import (
 from aria_jax.models.lora import LoraTraining
 from aria_jax.models.parameters import Parameters, Specs, abstract_parameters
 from aria_jax.sharding import mirrored_shardings
-from aria_jax.train.start import Start, refuse_changed_run, source_record
+from aria_jax.train.init import InitFrom, check_resumable, source_record
 from aria_jax.train.step import Build, TrainState, new_state
 from data_pipeline.errors import UserError
 
@@ -83,24 +83,24 @@ def abstract_state(config: RunConfig, network: Network, mesh: Mesh | AbstractMes
 def first_state(
     config: RunConfig,
     mesh: jax.sharding.Mesh,
-    start: Start,
+    init: InitFrom,
     checkpointer: Checkpointer,
     record: dict[str, Any],
     allow_change: Collection[str] = (),
 ) -> tuple[Network, TrainState, int]:
-    """The network, the state that `start` asks for, and the number of steps it has behind it.
+    """The network, the state that `init` asks for, and the number of steps it has behind it.
 
     Args:
         record: what the run would write into its checkpoints, held against what is there; takes
             up what the run began from, and what its adapters are adapters of.
-        allow_change: see `refuse_changed_run`.
+        allow_change: see `check_resumable`.
     """
     network = Network.of(config)
     like = abstract_state(config, network, mesh)
     lora, read = LoraTraining.of(config), partial(read_model, mesh=mesh)
-    if start.kind == "resume":
+    if init.kind == "resume":
         step, state = checkpointer.newest(
-            partial(_restored, checkpointer, like, record, Path(str(start.path)), allow_change)
+            partial(_restored, checkpointer, like, record, Path(str(init.path)), allow_change)
         )
         saved = checkpointer.record(step)
         record |= {name: saved[name] for name in ("init_from", "lora") if name in saved}
@@ -113,19 +113,19 @@ def first_state(
             )
             state = replace(state, frozen=frozen)
         return network, state, checkpointer.record(step)["position"]["step"]
-    if lora is not None and start.path is None:
+    if lora is not None and init.path is None:
         raise UserError(
             f"train.lora_rank={lora.rank} adapts weights that are there already: "
             "name them with --init-from"
         )
-    record["init_from"] = None if start.path is None else source_record(start.path)
+    record["init_from"] = None if init.path is None else source_record(init.path)
     key = jax.random.key(config.train.seed)
     params = split_model(init_sharded(config.model, config.compute, key, mesh))[1]
-    if start.path is not None:
-        source = read(start.path)
-        params = _with_weights_of(params, source, config, start.path)
+    if init.path is not None:
+        source = read(init.path)
+        params = _with_weights_of(params, source, config, init.path)
         if lora is not None:
-            record["lora"] = lora_record(lora, start.path, split_model(source)[1])
+            record["lora"] = lora_record(lora, init.path, split_model(source)[1])
     shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
 
     @partial(jax.jit, out_shardings=shardings)
@@ -144,7 +144,7 @@ def _restored(
     step: int,
 ) -> TrainState:
     """All but frozen weights, which no checkpoint holds."""
-    refuse_changed_run(checkpointer.record(step), record, path, allow_change)
+    check_resumable(checkpointer.record(step), record, path, allow_change)
     return TrainState(
         checkpointer.restore(step, "params", like.params),
         checkpointer.restore(step, "opt_state", like.opt_state),

@@ -46,7 +46,7 @@ def test_continuing_with_adapters(config, corpus, base, tmp_path, recorder, weig
     before, seen = weights(base), recorder()
     settings = config("continue", *LORA, "lora_targets=qkv,down", "steps=6")
     result = run(settings, corpus, tmp_path / "lora", init_from=base, sinks=[seen])
-    assert result.start.kind == "checkpoint"
+    assert result.init.kind == "checkpoint"
     losses = seen.losses("val")
     assert losses[6] < losses[4]
     after = weights(tmp_path / "lora")

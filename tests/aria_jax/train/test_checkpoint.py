@@ -68,7 +68,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(config, corpus, traine
         assert load_model(workdir).step == 2
     with pytest.warns(UserWarning, match="checkpoint 4 is damaged"):
         result = run(config("pretrain", "checkpoint_every=2"), corpus, workdir)
-    assert result.start.kind == "resume" and result.final_step == 4
+    assert result.init.kind == "resume" and result.final_step == 4
     # Done again, bit for bit, beside the damage, which is kept.
     ours, theirs = (split_model(load_model(d).model)[1] for d in (workdir, trained))
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)

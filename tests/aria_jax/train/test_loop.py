@@ -10,8 +10,8 @@ import pytest
 from aria_jax.checkpoints.models import load_model
 from aria_jax.config import MeshConfig
 from aria_jax.sharding import batch_sharding, iterate_rows, make_mesh
+from aria_jax.train.init import InitFrom
 from aria_jax.train.loop import replicated_work, run
-from aria_jax.train.start import Start
 from aria_jax.train.state import first_state
 from aria_jax.train.step import make_train_step
 from aria_jax.train.tasks import build_task
@@ -30,7 +30,7 @@ def test_stopped_and_resumed_equals_straight_bit_for_bit(
     )
     assert stopped.interrupted and stopped.final_step == 20
     resumed = run(settings, corpus, tmp_path / "b", sinks=[second])
-    assert resumed.start.kind == "resume" and resumed.final_step == 40
+    assert resumed.init.kind == "resume" and resumed.final_step == 40
     assert straight.losses() == {**first.losses(), **second.losses()}
     jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "a"), weights(tmp_path / "b"))
 
@@ -126,7 +126,7 @@ def test_the_moving_average_is_what_others_load(config, corpus, tmp_path, weight
     settings = config("pretrain", "ema_decay=0.5", "peak_lr=0.01", "steps=3")
     mesh = make_mesh(settings.mesh)
     task = build_task(settings, corpus, mesh=mesh)
-    network, state, _ = first_state(settings, mesh, Start("scratch", None, ""), None, {})
+    network, state, _ = first_state(settings, mesh, InitFrom("scratch", None, ""), None, {})
     step = make_train_step(settings, network.build, task.loss)
     expected = jax.tree.map(np.array, state.params)
     for number, batch in zip(range(3), task.train.iterate(), strict=False):
@@ -147,8 +147,8 @@ def test_no_step_waits_for_the_host(config, corpus):
     settings = config()
     mesh = make_mesh(settings.mesh)
     task = build_task(settings, corpus, mesh=mesh)
-    start = Start("scratch", None, "")
-    network, state, _ = first_state(settings, mesh, start, None, {})
+    init = InitFrom("scratch", None, "")
+    network, state, _ = first_state(settings, mesh, init, None, {})
     step = make_train_step(settings, network.build, task.loss)
     batches = iterate_rows(task.train, batch_sharding(mesh))
     with jax.set_mesh(mesh):

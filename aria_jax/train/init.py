@@ -1,4 +1,4 @@
-"""How a run begins: the one place where resuming, finetuning and starting afresh are told apart."""
+"""Decides between resume, warm start and random init, and what a resumed run may change."""
 
 import warnings
 from collections.abc import Collection
@@ -39,15 +39,17 @@ ALLOWABLE = {"data": "corpus", "dtype": "compute.dtype"}
 
 
 @dataclass(frozen=True)
-class Start:
-    """What was decided, and the sentence that says so."""
+class InitFrom:
+    """What was decided, and the message that says so."""
 
     kind: Literal["resume", "checkpoint", "published", "scratch"]
     path: Path | None
-    sentence: str
+    message: str
 
 
-def decide(workdir: Path, init_from: str | Path | None, checkpointer: "Checkpointer") -> Start:
+def resolve_init(
+    workdir: Path, init_from: str | Path | None, checkpointer: "Checkpointer"
+) -> InitFrom:
     """Chooses how to begin:
 
     1. the run's own workdir has a checkpoint: resume it (`init_from` was its beginning, not ours);
@@ -62,24 +64,24 @@ def decide(workdir: Path, init_from: str | Path | None, checkpointer: "Checkpoin
     if steps := checkpointer.steps():
         if init_from is not None:
             step, record = checkpointer.newest(checkpointer.record)
-            refuse_other_beginning(record, step, init_from, workdir)
-        return Start("resume", workdir, f"resuming {workdir} at step {steps[-1]}")
-    return beginning(init_from)
+            check_same_init(record, step, init_from, workdir)
+        return InitFrom("resume", workdir, f"resuming {workdir} at step {steps[-1]}")
+    return init_of_new_run(init_from)
 
 
-def beginning(init_from: str | Path | None) -> Start:
+def init_of_new_run(init_from: str | Path | None) -> InitFrom:
     """How a new run begins.
 
     Raises:
         UserError: `init_from` is neither a checkpoint nor a .safetensors file.
     """
     if init_from is None:
-        return Start("scratch", None, "starting from scratch: random weights")
+        return InitFrom("scratch", None, "starting from scratch: random weights")
     path = Path(init_from)
     if path.suffix == ".safetensors" and path.is_file():
-        return Start("published", path, f"starting from the published weights {path}")
+        return InitFrom("published", path, f"starting from the published weights {path}")
     if (path / DIRECTORY).is_dir():
-        return Start("checkpoint", path, f"starting from the weights of {path}")
+        return InitFrom("checkpoint", path, f"starting from the weights of {path}")
     raise UserError(f"--init-from {path}: neither a checkpoint nor a .safetensors file")
 
 
@@ -88,7 +90,7 @@ def source_record(init_from: str | Path) -> dict[str, str]:
     return {"path": str(Path(init_from).resolve()), "digest": model_digest(init_from)}
 
 
-def refuse_other_beginning(
+def check_same_init(
     record: dict[str, Any], step: int, init_from: str | Path, workdir: str | Path
 ) -> None:
     """Raises `UserError` unless the run in `workdir` began from `init_from`.
@@ -116,7 +118,7 @@ def corpus_record(data_dir: str | Path) -> dict[str, str]:
     return {"path": str(data_dir), "digest": json_digest(load_manifest(data_dir))}
 
 
-def refuse_changed_run(
+def check_resumable(
     saved: dict[str, Any],
     now: dict[str, Any],
     workdir: Path,

@@ -26,12 +26,12 @@ def test_own_checkpoint_first(config, corpus, tmp_path):
     run(config(), corpus, tmp_path / "run", **options, should_stop=stop_at(1))
     run(config(), corpus, other, should_stop=stop_at(2))
     result = run(config(), corpus, tmp_path / "run", **options, should_stop=stop_at(2))
-    assert result.start.kind == "resume" and result.final_step == 2
+    assert result.init.kind == "resume" and result.final_step == 2
     shutil.copytree(other, tmp_path / "copy")
     for path in (tmp_path / "copy").glob("checkpoints/2"):
         shutil.rmtree(path)
     again = run(config(), corpus, tmp_path / "run", init_from=tmp_path / "copy")
-    assert again.start.kind == "resume", "the same weights elsewhere"
+    assert again.init.kind == "resume", "the same weights elsewhere"
 
 
 def test_a_run_that_began_otherwise_is_not_silently_resumed(config, corpus, tmp_path):
@@ -56,7 +56,7 @@ def test_another_corpus_is_refused_unless_allowed(config, corpus, other_corpus, 
     work = tmp_path / "run"
     run(config("pretrain", "steps=1"), corpus, work)
     shutil.copytree(corpus, tmp_path / "moved")
-    assert run(config("pretrain", "steps=1"), tmp_path / "moved", work).start.kind == "resume"
+    assert run(config("pretrain", "steps=1"), tmp_path / "moved", work).init.kind == "resume"
     ways = r"corpus: was .*, is .*other-corpus.*another --workdir, or .*--allow-change data"
     with pytest.raises(UserError, match=ways):
         run(config("pretrain", "steps=2"), other_corpus, work)
@@ -84,7 +84,7 @@ def test_a_checkpoint_that_names_no_corpus_is_resumed_and_says_so(config, corpus
     del record["corpus"]
     path.write_text(json.dumps(record))
     with pytest.warns(UserWarning, match="do not say which corpus"):
-        assert run(config("pretrain", "steps=0"), corpus, tmp_path).start.kind == "resume"
+        assert run(config("pretrain", "steps=0"), corpus, tmp_path).init.kind == "resume"
 
 
 def test_no_run_lives_in_a_corpus(config, other_corpus):
@@ -96,7 +96,7 @@ def test_no_run_lives_in_a_corpus(config, other_corpus):
 
 
 def test_the_beginning_is_decided_without_jax():
-    code = "import sys, aria_jax.train.start; print('jax' in sys.modules)"
+    code = "import sys, aria_jax.train.init; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
@@ -106,7 +106,7 @@ def test_given_checkpoint_gives_backbone_and_new_head(config, corpus, tmp_path, 
     result = run(
         config("contrastive", "steps=0"), corpus, tmp_path / "emb", init_from=tmp_path / "lm"
     )
-    assert result.start.kind == "checkpoint"
+    assert result.init.kind == "checkpoint"
     ours, theirs = weights(tmp_path / "emb"), weights(tmp_path / "lm")
     jax.tree.map(np.testing.assert_array_equal, ours["backbone"], theirs["backbone"])
     assert ours["head"].shape == (32, 16)
@@ -118,13 +118,13 @@ def test_published_weights_are_converted(config, corpus, tmp_path, weights):
     result = run(
         config("pretrain", "steps=0"), corpus, tmp_path / "b", init_from=tmp_path / "lm.safetensors"
     )
-    assert result.start.kind == "published"
+    assert result.init.kind == "published"
     jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "b"), weights(tmp_path / "lm"))
 
 
 def test_scratch_otherwise(config, corpus, tmp_path):
     result = run(config("pretrain", "steps=0"), corpus, tmp_path)
-    assert result.start.kind == "scratch" and "scratch" in result.start.sentence
+    assert result.init.kind == "scratch" and "scratch" in result.init.message
 
 
 def test_anything_else_is_a_user_error(config, corpus, tmp_path):
@@ -154,7 +154,7 @@ def test_a_setting_that_an_older_version_did_not_know_has_its_default(config, co
     record = json.loads(path.read_text())
     del record["config"]["optimizer"]["ema_decay"]
     path.write_text(json.dumps(record))
-    assert run(config("pretrain", "steps=0"), corpus, tmp_path).start.kind == "resume"
+    assert run(config("pretrain", "steps=0"), corpus, tmp_path).init.kind == "resume"
 
 
 def test_steps_and_mesh_may_change(config, corpus, tmp_path):
