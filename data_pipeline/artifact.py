@@ -265,8 +265,12 @@ def _sync(path: Path, flags: int) -> None:
 
 
 @contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """Makes a folder and its parents; where the block fails, those it made and left empty go."""
+def new_folder(path: str | Path, *, make: bool = True) -> Iterator[Path]:
+    """Makes a folder and its parents; where the block fails, those that are new and empty go.
+
+    Args:
+        make: False leaves making them to the block.
+    """
     path = Path(path)
     made = []
     for folder in (path, *path.absolute().parents):
@@ -274,7 +278,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
             break
         made.append(folder)
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        if make:
+            path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise UserError(
             f"{path}: a file is where a folder is wanted; name another folder"
@@ -285,6 +290,8 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         for folder in made:
             try:
                 folder.rmdir()
+            except FileNotFoundError:
+                continue
             except OSError:
                 break
         raise

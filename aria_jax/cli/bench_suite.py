@@ -5,6 +5,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from aria_jax.cli.output import Writes, add_overwrite
+
 DESCRIPTION = """\
 Find every task that the labels in a folder make possible (genre, form, period, composer, pianist,
 emotion; one data set per top folder), embed all files, probe each task, and print one table of
@@ -45,7 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--workers", type=int, default=1, help="tokenising processes (1; 0: none)")
     parser.add_argument("--seed", type=int, default=0, help="of folds and bootstrap (0)")
+    add_overwrite(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
+
+
+WRITES = Writes(
+    lambda args: [Path(args.out) / "results.md"],
+    ("dir", "checkpoint", "embeddings", "metadata"),
+)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -178,5 +187,6 @@ def _embed(
             settings={**settings, "reading": source.reading, "slice_notes": args.slice_notes},
             origin=Path(args.dir).resolve(),
             workers=args.workers,
+            overwrite=args.overwrite,
             progress=progress,
         )

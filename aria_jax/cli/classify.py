@@ -6,6 +6,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from aria_jax.cli.output import Writes, add_overwrite
+
 if TYPE_CHECKING:
     from aria_jax.eval.predict import Prediction
 
@@ -38,7 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pooling", choices=("eos", "mean"), help="default: as the model was trained"
     )
     parser.add_argument("--workers", type=int, default=1, help="tokenising processes (1; 0: none)")
+    add_overwrite(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
+
+
+WRITES = Writes(lambda args: [args.out] if args.out else [], ("source", "checkpoint", "metadata"))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from aria_jax.cli.output import Writes, add_overwrite
+
 DESCRIPTION = """\
 Convert published Aria weights (.safetensors: base, gen, embedding, classifier, pedal demo; float32,
 bfloat16 or float16) to a checkpoint that --checkpoint and --init-from take, or a checkpoint back.
@@ -47,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     alone = verbs.add_parser("adapters", description="The adapters of a run as one file.")
     alone.add_argument("source", help="workdir of a run with adapters")
     alone.add_argument("out", help=".safetensors file to write")
+    for verb in (there, back, merge, alone):
+        add_overwrite(verb)
+
+
+WRITES = Writes(lambda args: [args.out], ("source", "base"))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,6 +5,8 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aria_jax.cli.output import Writes, add_overwrite
+
 if TYPE_CHECKING:
     from data_pipeline.inspection import Inspection
 
@@ -119,6 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect.add_argument("data_dir")
     inspect.add_argument("--plot", metavar="FILE.png", help="save a picture of lengths and labels")
 
+    add_overwrite(inspect)
+
     sample = verb(
         "sample",
         "Render real, labelled, public-domain scores (from the music21 package) to MIDI.\n"
@@ -127,6 +131,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sample.add_argument("out_dir", help="folder for the MIDI files and metadata.json")
     sample.add_argument("--per-composer", type=int, default=60, help="pieces at most (60)")
     sample.add_argument("--workers", type=int, default=2, help="processes (2)")
+    add_overwrite(sample)
+
+
+def _outputs(args: argparse.Namespace) -> list[Path]:
+    """What is not a corpus, which has an identity of its own."""
+    if args.verb == "sample":
+        return [Path(args.out_dir) / "metadata.json"]
+    return [Path(args.plot)] if args.verb == "inspect" and args.plot else []
+
+
+WRITES = Writes(_outputs, ("data_dir",))
 
 
 def _filter_table() -> str:

@@ -4,12 +4,16 @@ import argparse
 import io
 import json
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+
+from aria_jax.cli.output import Writes, add_overwrite, input_digest
+from data_pipeline.artifact import Identity, write_atomically
 
 DESCRIPTION = """\
 Sample corpus of real scores, tokenised, pretrained on, contrastively finetuned, embedded, probed
@@ -41,6 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--midi",
         help="labelled MIDI files to use instead of the sample corpus (with metadata.json)",
     )
+    add_overwrite(parser)
+
+
+WRITES = Writes(lambda args: [Path(args.out) / "report.html"], ("midi",))
 
 
 @dataclass(frozen=True)
@@ -122,15 +130,21 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{out} is a file; name a folder for the demo")
     if args.midi is not None:
         _check_corpus(Path(args.midi))
+    if args.overwrite:
+        for made in ("steps", "data", "pretrain", "contrastive", "untrained", "continuation"):
+            shutil.rmtree(out / made, ignore_errors=True)
+        for table in out.glob("embeddings-*.parquet*"):
+            shutil.rmtree(table) if table.is_dir() else table.unlink()
     began = time.perf_counter()
+    corpus = input_digest(args.midi) if args.midi else None
     steps = steps_before_generation(out, args.midi, args.workers)
     total = len(steps) + 1
     results = {}
     for number, step in enumerate(steps, start=1):
-        results[step.name] = _run_step(out, step, number, total)
+        results[step.name] = _run_step(out, step, number, total, corpus)
     prompt = _held_out_piece(out / "data", Path(args.midi or out / "midi"))
     steps.append(generation_step(out, prompt))
-    results["generate"] = _run_step(out, steps[-1], total, total)
+    results["generate"] = _run_step(out, steps[-1], total, total, corpus)
     page = out / "report.html"
     embeddings = read_embeddings(out / "embeddings-contrastive.parquet")
     write_demo_report(
@@ -160,15 +174,16 @@ def _check_corpus(folder: Path) -> None:
         raise no_midi_files(folder)
 
 
-def _run_step(out: Path, step: Step, number: int, total: int) -> dict:
+def _run_step(out: Path, step: Step, number: int, total: int, corpus: str | None) -> dict:
     """The step's JSON result; from its file where the same command has finished before."""
     from aria_jax.cli.main import main
     from data_pipeline.errors import UserError
 
     kept = out / "steps" / f"{step.name}.json"
+    identity = Identity("a step of the demo", 1, {"midi": corpus}, {"command": step.command})
     if kept.is_file():
         before = json.loads(kept.read_text())
-        if before["command"] == step.command:
+        if Identity.from_json(before.get("identity")) == identity:
             print(f"[{number}/{total}] {step.title}: done before", file=sys.stderr)
             return before["result"]
     print(f"[{number}/{total}] {step.title}\n  $ {step.command}", file=sys.stderr)
@@ -181,9 +196,7 @@ def _run_step(out: Path, step: Step, number: int, total: int) -> dict:
     result = json.loads(printed.splitlines()[-1])
     result["wall_s"] = round(time.perf_counter() - began, 1)
     kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(".partial")
-    partial.write_text(json.dumps({"command": step.command, "result": result}))
-    partial.replace(kept)
+    write_atomically(kept, json.dumps({"identity": identity.to_json(), "result": result}))
     return result
 
 

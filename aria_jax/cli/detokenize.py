@@ -2,6 +2,8 @@
 
 import argparse
 
+from aria_jax.cli.output import Writes, add_overwrite
+
 DESCRIPTION = """\
 Write the MIDI file that token ids stand for. Reads what `aria-jax tokenize --json` and
 `aria-jax generate --json` print, or a bare JSON list.
@@ -15,6 +17,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("ids", help='JSON file: [6, 0, ...] or {"ids": [6, 0, ...]}')
     parser.add_argument("out", help="MIDI file to write")
     parser.add_argument("--preset", default="aria", help="aria or pedal (default: aria)")
+    add_overwrite(parser)
+
+
+WRITES = Writes(lambda args: [args.out], ("ids",))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aria_jax.cli.output import Writes, add_overwrite
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -84,7 +86,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--mesh", metavar="AXIS=N,…", help="spread over devices, e.g. tensor=4")
     add("--wav", metavar="FONT.sf2", help="also render sound with this SoundFont")
+    add_overwrite(parser)
     add("--json", action="store_true", help='print {"ids": [[…]], …} of the continuations')
+
+
+def _prompt_name(args: argparse.Namespace) -> str:
+    return Path(args.prompt).stem if args.prompt else "prompt" if args.prompt_ids else "piece"
+
+
+def _outputs(args: argparse.Namespace) -> list[Path]:
+    """The page, and the files of each continuation."""
+    if not args.out:
+        return []
+    kinds = [".mid", "-continuation.mid", ".png", *([".wav"] if args.wav else [])]
+    name = _prompt_name(args)
+    names = [f"{name}-{i}{kind}" for i in range(1, args.n + 1) for kind in kinds]
+    return [Path(args.out) / file for file in (f"{name}.html", *names)]
+
+
+WRITES = Writes(
+    _outputs,
+    ("checkpoint", "prompt", "prompt_ids", "embedding", "embedding_checkpoint", "wav"),
+)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -336,7 +359,7 @@ def _save(
     from aria_jax.report.page import Provenance
     from data_pipeline.tokenizer import Tokenizer
 
-    name = Path(args.prompt).stem if args.prompt else "prompt" if args.prompt_ids else "piece"
+    name = _prompt_name(args)
     results = [
         Result(c.full, c.prompt, c.continuation, c.continuation_from_zero, _remark(c))
         for c in continuations

@@ -6,6 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aria_jax.cli.output import Writes, add_overwrite
+
 if TYPE_CHECKING:
     from aria_jax.eval.listening_test import Comparison, Trial
     from aria_jax.report.listening_page import Clip
@@ -48,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt-seconds", type=float, default=15.0, help="of each clip that are the prompt (15)"
     )
     make.add_argument("--seed", type=int, default=0, help="of the plan (0)")
+    add_overwrite(make)
     analyse = actions.add_parser("analyse", help="analyse votes")
     analyse.add_argument("key", help="key.json of the study")
     analyse.add_argument("votes", nargs="+", help="votes-*.json of the judges")
@@ -64,6 +67,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("--checkpoint", metavar="C", help="contrastive run to embed them with")
     for action in (make, analyse, counts, compare):
         action.add_argument("--json", action="store_true", help="print the result as JSON")
+
+
+WRITES = Writes(
+    lambda args: [Path(args.out) / "key.json"] if args.action == "make" else [], ("clips",)
+)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -95,8 +103,6 @@ def _make(args: argparse.Namespace) -> None:
     if not prompts:
         raise UserError(f"{args.clips}: no clip name is in the folder of every system")
     out = Path(args.out)
-    if (out / "key.json").exists():
-        raise UserError(f"{out}/key.json exists: a study is never overwritten; name a new folder")
     trials = design(
         opponents,
         prompts,

@@ -1,7 +1,8 @@
 """The `aria-jax` command: finds the verb, imports only its module, prints user errors on one line.
 
 A verb module defines `DESCRIPTION`, `add_arguments(parser)` and `run(args) -> int | None`; and
-`PARSE`, a method of ArgumentParser, where `parse_args` will not do.
+`PARSE`, a method of ArgumentParser, where `parse_args` will not do; and `WRITES`, what it makes of
+what (see `cli.output`).
 """
 
 import argparse
@@ -153,7 +154,11 @@ def _run(verb: str, argv: Sequence[str]) -> int:
     parse = getattr(module, "PARSE", Parser.parse_args)
     args = parse(parser, argv)
     args.command_line = shlex.join(["aria-jax", verb, *argv])  # reports say what made them
-    return module.run(args) or 0
+    if (writes := getattr(module, "WRITES", None)) is None:
+        return module.run(args) or 0
+    from aria_jax.cli.output import run_once
+
+    return run_once(module.run, verb, args, writes)
 
 
 def _version() -> str:

@@ -3,6 +3,8 @@
 import argparse
 from typing import Any
 
+from aria_jax.cli.output import Writes, add_overwrite
+
 DESCRIPTION = """\
 Fit a classifier on frozen embeddings and score files it has not seen. Performances of one
 composition are never on both sides where the labels name compositions. Intervals are 95 %,
@@ -48,7 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", type=int, default=0, help="of folds and bootstrap (0)")
     parser.add_argument("--plot", metavar="FILE.png", help="save the confusion matrix")
+    add_overwrite(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
+
+
+WRITES = Writes(lambda args: [args.plot] if args.plot else [], ("embeddings", "metadata"))
 
 
 def run(args: argparse.Namespace) -> None:

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from aria_jax.cli.output import Writes, add_overwrite
+
 DESCRIPTION = """\
 Embed a MIDI file as `aria-jax embed` embedded the others, and list the files (or slices) nearest
 to it by cosine similarity, each with the share of random pairs of EMB that are further apart: what
@@ -35,7 +37,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--midi", metavar="DIR", help="where the MIDI files are (default: where they were embedded)"
     )
     add_compat(parser, "default: as the files of EMB were read")
+    add_overwrite(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
+
+
+WRITES = Writes(
+    lambda args: [args.html] if args.html else [],
+    ("query", "embeddings", "checkpoint", "midi"),
+)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,0 +1,183 @@
+"""The one rule for what verbs write: the same is done, other things are not replaced unasked.
+
+A verb module says in `WRITES` which files it makes and which of its arguments are inputs. Beside
+the first of the files, .NAME.identity.json keeps what they were made of, their digests and what
+the verb printed. The same command run again prints that and does nothing more; one that would make
+something else, or replace a file that is not its own, is refused before any slow work.
+
+`data build`, `train` and `embed` keep their identities in what they make, and go by the same rule.
+"""
+
+import argparse
+import io
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.artifact import (
+    Identity,
+    There,
+    file_digest,
+    hashed,
+    json_digest,
+    look,
+    new_folder,
+    rows_digest,
+    write_atomically,
+)
+from data_pipeline.errors import UserError
+
+VERSION = 1
+_NO_SETTINGS = {"out", "overwrite", "json", "workers", "command_line"}
+"""Arguments that change nothing in what is written."""
+
+
+@dataclass(frozen=True)
+class Writes:
+    """What a verb makes of what.
+
+    Attributes:
+        outputs: arguments -> the files and folders that it will make; none where it only prints.
+        inputs: names of the arguments that name files, folders or models.
+    """
+
+    outputs: Callable[[argparse.Namespace], Sequence[str | Path]]
+    inputs: tuple[str, ...] = ()
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Adds --overwrite."""
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what is there already and is not the same"
+    )
+
+
+def run_once(
+    run: Callable[[argparse.Namespace], int | None],
+    verb: str,
+    args: argparse.Namespace,
+    writes: Writes,
+) -> int:
+    """Runs a verb unless what it would make is there; its exit status.
+
+    Raises:
+        UserError: something else is there, and --overwrite was not said.
+    """
+    outputs = [Path(output) for output in writes.outputs(args)]
+    if not outputs:
+        return run(args) or 0
+    identity = _identity(verb, args, writes)
+    record = outputs[0].parent / f".{outputs[0].name}.identity.json"
+    before = _read(record)
+    finished = _finished(record.parent, before, outputs)
+    _refuse_files_of_others(record.parent, before, outputs, args.overwrite)
+    there = look(outputs[0], identity, finished=finished, overwrite=args.overwrite)
+    if there is There.DONE:
+        print(before["printed"], end="")
+        from aria_jax.cli.console import note
+
+        note(f"{outputs[0]}: already made of the same: nothing to do")
+        return 0
+    with ExitStack() as stack:
+        for folder in {output.parent for output in outputs}:
+            stack.enter_context(new_folder(folder, make=False))
+        record.unlink(missing_ok=True)
+        if outputs[0].is_dir() and finished is not None:
+            shutil.rmtree(outputs[0])  # a model that a verb has made, not a run
+        tee = stack.enter_context(redirect_stdout(_Tee(sys.stdout)))
+        status = run(args) or 0
+        if status == 0:
+            files = {
+                str(path.relative_to(record.parent)): input_digest(path)
+                for path in outputs
+                if path.exists()
+            }
+            for name in before.get("files", {}).keys() - files.keys():
+                stale = record.parent / name
+                if stale.is_file():  # of what was overwritten
+                    stale.unlink()
+            kept = {"identity": identity.to_json(), "files": files, "printed": tee.getvalue()}
+            write_atomically(record, json.dumps(kept))
+    return status
+
+
+def _identity(verb: str, args: argparse.Namespace, writes: Writes) -> Identity:
+    values = dict(vars(args))
+    given = {name: values.pop(name) for name in writes.inputs if name in values}
+    inputs = {name.replace("_", "-"): input_digest(value) for name, value in given.items() if value}
+    # Where it lies is no setting: the outputs themselves are compared.
+    out = {str(path) for path in writes.outputs(args)}
+    settings = {
+        name: value
+        for name, value in values.items()
+        if name not in _NO_SETTINGS and str(value) not in out
+    }
+    return Identity(f"the output of aria-jax {verb}", VERSION, inputs, settings)
+
+
+def input_digest(value: Any) -> str:
+    """Of a file or folder by content; of a model by its newest checkpoint; else of the words."""
+    from aria_jax.checkpoints import model_digest, newest_step
+    from data_pipeline.shards import MANIFEST
+
+    if isinstance(value, list | tuple):
+        return json_digest([input_digest(one) for one in value])
+    path = Path(value)
+    if (path / MANIFEST).is_file():
+        return file_digest(path / MANIFEST)
+    if not path.is_dir() or newest_step(path) is not None:
+        return model_digest(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return rows_digest(
+        (str(file.relative_to(path)), digest) for file, digest in hashed(files, file_digest)
+    )
+
+
+def _read(record: Path) -> dict[str, Any]:
+    try:
+        return json.loads(record.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _finished(folder: Path, before: dict[str, Any], outputs: Sequence[Path]) -> Identity | None:
+    """What the files are made of that are all there; None where one is missing."""
+    files = before.get("files", {})
+    if not files or not all((folder / name).exists() for name in files):
+        return None
+    return Identity.from_json(before.get("identity"))
+
+
+def _refuse_files_of_others(
+    folder: Path, before: dict[str, Any], outputs: Sequence[Path], overwrite: bool
+) -> None:
+    """Raises `UserError` for a file that another wrote, or changed since."""
+    if overwrite:
+        return
+    own = {folder / name: digest for name, digest in before.get("files", {}).items()}
+    for path in outputs:
+        if path.is_dir() and not any(path.iterdir()):
+            continue
+        if path.exists() and own.get(path) != input_digest(path):
+            what = "changed since it was made" if path in own else "there already"
+            raise UserError(f"{path}: {what}; choose another output, or --overwrite to replace it")
+
+
+class _Tee(io.StringIO):
+    """Takes what is printed, and prints it."""
+
+    def __init__(self, screen: Any):
+        super().__init__()
+        self._screen = screen
+
+    def write(self, text: str) -> int:
+        self._screen.write(text)
+        return super().write(text)
+
+    def flush(self) -> None:
+        self._screen.flush()
