@@ -72,6 +72,8 @@ def run_once(
     if not outputs:
         return run(args) or 0
     identity = _identity(verb, args, writes)
+    if outputs[0].parent.is_file():
+        raise UserError(f"{outputs[0].parent} is a file; name a folder")
     record = outputs[0].parent / f".{outputs[0].name}.identity.json"
     before = _read(record)
     finished = _finished(record.parent, before, outputs)

@@ -117,7 +117,7 @@ def test_ballots_that_cannot_be_right(study, capsys):
 def test_studies_that_cannot_be_made(study, capsys, tmp_path):
     clips = tmp_path / "clips"
     status, _, err = run(capsys, "make", clips, study, "--ours", OURS, "--judges", 2)
-    assert status == 2 and "never overwritten" in err
+    assert status == 2 and "judges: 6 → 2" in err and "--overwrite" in err
     status, _, err = run(capsys, "make", clips, tmp_path / "b", "--ours", "nobody", "--judges", 2)
     assert status == 2 and "nobody" in err
     status, _, err = run(capsys, "make", study, tmp_path / "b", "--ours", OURS, "--judges", 2)
@@ -136,7 +136,8 @@ def test_a_pair_must_begin_with_the_same_prompt(study, capsys, tmp_path):
     status, _, err = run(capsys, *arguments[:2], tmp_path / "c", *arguments[3:])
     assert status == 2 and "prompt2 (oursystem and rivalone)" in err and "prompt1" not in err
     assert not (tmp_path / "c").exists()
-    status, _, err = run(capsys, *arguments, "--prompt-seconds", 60)
+    status, _, err = run(capsys, *arguments[:2], tmp_path / "c", *arguments[3:],
+                         "--prompt-seconds", 60)  # fmt: skip
     assert status == 2 and "--prompt-seconds 60" in err
 
 
