@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import jax
 import numpy as np
@@ -17,6 +18,16 @@ from data_pipeline.errors import UserError
 
 def stop_at(step):
     return lambda done: done == step
+
+
+@contextmanager
+def saved_record(workdir):
+    """The record of the run's checkpoint of step 0, to be changed as an earlier version had it."""
+    (path,) = (workdir / "checkpoints" / "0" / "record").glob("metadata")
+    record = json.loads(path.read_text())
+    record.pop("digest", None)
+    yield record
+    path.write_text(json.dumps(record))
 
 
 def test_own_checkpoint_first(config, corpus, tmp_path):
@@ -79,10 +90,8 @@ def test_another_compute_dtype_is_refused_unless_allowed(config, corpus, tmp_pat
 
 def test_a_checkpoint_that_names_no_corpus_is_resumed_and_says_so(config, corpus, tmp_path):
     run(config("pretrain", "steps=0"), corpus, tmp_path)
-    (path,) = (tmp_path / "checkpoints" / "0" / "record").glob("metadata")
-    record = json.loads(path.read_text())
-    del record["corpus"]
-    path.write_text(json.dumps(record))
+    with saved_record(tmp_path) as record:
+        del record["corpus"]
     with pytest.warns(UserWarning, match="do not say which corpus"):
         assert run(config("pretrain", "steps=0"), corpus, tmp_path).init.kind == "resume"
 
@@ -140,20 +149,16 @@ def test_a_changed_setting_is_refused_by_name(config, corpus, tmp_path):
 
 def test_another_tokenizer_is_refused_by_name(config, corpus, tmp_path):
     run(config("pretrain", "steps=0"), corpus, tmp_path)
-    (path,) = (tmp_path / "checkpoints" / "0" / "record").glob("metadata")
-    record = json.loads(path.read_text())
-    record["tokenizer"]["hash"] = "0" * 64
-    path.write_text(json.dumps(record))
+    with saved_record(tmp_path) as record:
+        record["tokenizer"]["hash"] = "0" * 64
     with pytest.raises(UserError, match=r"tokenizer\.hash: was 0000"):
         run(config("pretrain", "steps=0"), corpus, tmp_path)
 
 
 def test_a_setting_that_an_older_version_did_not_know_has_its_default(config, corpus, tmp_path):
     run(config("pretrain", "steps=0"), corpus, tmp_path)
-    (path,) = (tmp_path / "checkpoints" / "0" / "record").glob("metadata")
-    record = json.loads(path.read_text())
-    del record["config"]["optimizer"]["ema_decay"]
-    path.write_text(json.dumps(record))
+    with saved_record(tmp_path) as record:
+        del record["config"]["optimizer"]["ema_decay"]
     assert run(config("pretrain", "steps=0"), corpus, tmp_path).init.kind == "resume"
 
 
