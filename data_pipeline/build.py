@@ -26,8 +26,7 @@ from data_pipeline.artifact import (
     write_atomically,
 )
 from data_pipeline.building.journal import Journal, Listing, disk_errors_explained
-from data_pipeline.building.merge import merge
-from data_pipeline.building.plan import DEDUP, MergeSettings
+from data_pipeline.building.merge import DEDUP, MergeSettings, merge
 from data_pipeline.building.runners import RUNNERS
 from data_pipeline.building.sources import has_inner_tables, readable_root
 from data_pipeline.building.unit_worker import Job, Limits

@@ -93,7 +93,7 @@ def fingerprint(performance: Performance) -> np.ndarray:
 
     Pieces of fewer than `MIN_NOTES` notes get a fingerprint that is like no other.
     """
-    from data_pipeline._dedup_kernels import min_hashes
+    from data_pipeline._kernels import min_hashes
 
     notes = performance.notes[performance.notes["channel"] != DRUM_CHANNEL]
     if len(notes) < MIN_NOTES:

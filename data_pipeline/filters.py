@@ -124,7 +124,7 @@ def _window_counts(
         Start of each, float [K]; notes and different pitches that begin inside it, both ends
         included, int [K] each; the most notes of one pitch in a window.
     """
-    from data_pipeline._filter_kernels import window_counts
+    from data_pipeline._kernels import window_counts
 
     n_windows = max(int(np.ceil(times_s[-1] - start_s - window_s)), 0) + 2
     # Summed one by one, like the reference: the last bit decides notes on the edge.

@@ -99,7 +99,7 @@ class Performance:
 
     def between_ms(self, starts: np.ndarray | int, ends: np.ndarray) -> np.ndarray:
         """Milliseconds from `starts` to `ends` (ticks), int64, rounded half to even."""
-        from data_pipeline._time_kernels import exact_ms, reference_ms
+        from data_pipeline._kernels import exact_ms, reference_ms
 
         ends = np.ascontiguousarray(ends, np.int64)
         starts = np.ascontiguousarray(np.broadcast_to(np.asarray(starts, np.int64), ends.shape))
@@ -153,7 +153,7 @@ def note_programs(performance: Performance) -> np.ndarray:
 
 def pedalled_ends(performance: Performance) -> np.ndarray:
     """End tick of each note once the sustain pedal is folded into it, int64 [N]."""
-    from data_pipeline._time_kernels import pedalled_ends as compiled
+    from data_pipeline._kernels import pedalled_ends as compiled
 
     notes, pedals = performance.notes, performance.pedals
     if not len(notes):

@@ -248,7 +248,7 @@ class Tokenizer:
         self, performance: Performance, instruments: np.ndarray, remove_preceding_silence: bool
     ) -> np.ndarray:
         """Ids between `<S>` and `<E>`, uint16: up to three tokens an event, after its `<T>`s."""
-        from data_pipeline import _token_kernels as kernels
+        from data_pipeline import _kernels as kernels
 
         notes = performance.notes
         ticks = notes["start"]
@@ -370,7 +370,7 @@ class Tokenizer:
 
         Onsets are multiples of 10 ms and so is the shift: nothing is quantised twice.
         """
-        from data_pipeline import _token_kernels as kernels
+        from data_pipeline import _kernels as kernels
 
         ids = np.asarray(ids, np.int64)
         at, onset_ms = self.events(ids)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.build import build
-from data_pipeline.building.plan import DEDUP
+from data_pipeline.building.merge import DEDUP
 from data_pipeline.cleaning import Cleaning
 from data_pipeline.errors import UserError
 from data_pipeline.inspection import inspect

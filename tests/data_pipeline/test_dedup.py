@@ -98,7 +98,7 @@ def test_real_copies_are_found_and_other_performers_are_not(real_midi):
 
 
 def test_a_fingerprint_is_the_least_value_of_each_hash_function():
-    from data_pipeline._dedup_kernels import min_hashes
+    from data_pipeline._kernels import min_hashes
 
     rng = np.random.default_rng(0)
     shingles, factors, offsets = (rng.integers(0, 2**64, n, np.uint64) for n in (300, 96, 96))

@@ -40,7 +40,7 @@ def test_light_rejects_nothing_that_heavy_accepts(real_midi):
 
 @pytest.mark.parametrize("seed", range(5))
 def test_windows_count_what_begins_inside_them(seed):
-    from data_pipeline._filter_kernels import window_counts
+    from data_pipeline._kernels import window_counts
 
     rng = np.random.default_rng(seed)
     times = np.sort(rng.choice(np.arange(0, 60, 0.5), 80))  # ties, edges, stretches of silence

@@ -9,8 +9,7 @@ import pytest
 
 from data_pipeline.artifact import write_atomically
 from data_pipeline.building.journal import pack_unit, rejection
-from data_pipeline.building.merge import merge
-from data_pipeline.building.plan import MergeSettings, composition_key, in_validation
+from data_pipeline.building.merge import MergeSettings, composition_key, in_validation, merge
 from data_pipeline.errors import UserError
 from data_pipeline.shards import FORMAT_VERSION, MANIFEST, TokenShards, rejections
 

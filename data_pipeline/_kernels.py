@@ -1,11 +1,27 @@
-"""Times and pedal of a `Performance`, compiled."""
+"""The compiled loops of this package: times and pedal, tokens, filters, fingerprints.
+
+Imported inside the functions that need them: numba takes longer to import than all else here.
+"""
 
 import numba
 import numpy as np
 
-_DEFAULT_TEMPO = 500_000  # microseconds per beat, where a file says nothing
+from data_pipeline.midi import DRUM_CHANNEL
+from data_pipeline.vocabulary import (
+    DUR_INDEX,
+    HIGHEST_DRUM,
+    LOWEST_DRUM,
+    ONSET_INDEX,
+    SEGMENT_MS,
+    VELOCITY_INDEX,
+)
 
 _compiled = numba.njit(cache=True, nogil=True)
+_DEFAULT_TEMPO = 500_000  # microseconds per beat, where a file says nothing
+_PITCHES, _VELOCITIES = 128, 13
+
+
+# --- times and pedal of a `Performance` -----------------------------------------------------------
 
 
 @_compiled
@@ -141,4 +157,132 @@ def pedalled_ends(ends, channels, pedal_ticks, pedal_down, pedal_channels, final
                 at = np.searchsorted(presses[:n], ends[i]) - 1
                 if at >= 0 and ends[i] < releases[at]:
                     out[i] = releases[at]
+    return out
+
+
+# --- events to ids --------------------------------------------------------------------------------
+
+
+@_compiled
+def note_tokens(pitch, velocity, channel, durations_ms, instrument, first_ids, unknown_id):
+    """First and third token of notes.
+
+    Args:
+        pitch, velocity, channel: uint8 [N].
+        durations_ms: int64 [N].
+        instrument: int64 [N], index into the vocabulary's instruments; of drums ignored.
+        first_ids: the first note, drum and duration id.
+        unknown_id: stands for a drum that the vocabulary does not have.
+
+    Returns:
+        int64 [N] and int64 [N], -1 where a drum hit has no duration.
+    """
+    first_note, first_drum, first_dur = first_ids
+    heads = np.empty(len(pitch), np.int64)
+    durations = np.full(len(pitch), -1, np.int64)
+    for i in range(len(pitch)):
+        key = np.int64(pitch[i])
+        if channel[i] == DRUM_CHANNEL:
+            known = LOWEST_DRUM <= key <= HIGHEST_DRUM
+            heads[i] = first_drum + key - LOWEST_DRUM if known else unknown_id
+            continue
+        row = instrument[i] * _PITCHES + key
+        heads[i] = first_note + row * _VELOCITIES + VELOCITY_INDEX[velocity[i]]
+        duration = DUR_INDEX[min(max(durations_ms[i], 0), SEGMENT_MS)]
+        durations[i] = first_dur + max(duration, 1)  # nothing sounds for no time
+    return heads, durations
+
+
+@_compiled
+def write_events(heads, onsets_ms, durations, order, first_onset, time_id):
+    """Ids of events (first token, onset, duration) in `order`, `<T>` where a segment begins.
+
+    Args:
+        heads: int64 [N]; onsets_ms: int64 [N], below 0 only as aria-utils counts; durations:
+            int64 [N], -1 for none.
+        order: int64 [N], by onset.
+        first_onset: id of onset 0; time_id: of `<T>`.
+
+    Returns:
+        uint16 [L].
+    """
+    n_tokens = segment = 0
+    for i in order:
+        here = onsets_ms[i] // SEGMENT_MS
+        n_tokens += max(here - segment, 0) + (2 if durations[i] < 0 else 3)
+        segment = here
+    out = np.empty(n_tokens, np.uint16)
+    at = segment = 0
+    for i in order:
+        here = onsets_ms[i] // SEGMENT_MS
+        while segment < here:
+            out[at] = time_id
+            at += 1
+            segment += 1
+        segment = here  # less than it was after an onset below 0
+        out[at] = heads[i]
+        out[at + 1] = first_onset + ONSET_INDEX[onsets_ms[i] - here * SEGMENT_MS]
+        at += 2
+        if durations[i] >= 0:
+            out[at] = durations[i]
+            at += 1
+    return out
+
+
+# --- what filters count in a sliding window -------------------------------------------------------
+
+
+@_compiled
+def window_counts(times_s, pitches, starts_s, window_s):
+    """Notes that begin in each window, both ends included.
+
+    Args:
+        times_s: float64 [N], sorted; pitches: uint8 [N].
+        starts_s: float64 [K], sorted; window_s: length.
+
+    Returns:
+        Notes of each window, int64 [K]; different pitches of each, int64 [K]; the most notes of
+        one pitch in any window.
+    """
+    n_notes = np.zeros(len(starts_s), np.int64)
+    n_pitches = np.zeros(len(starts_s), np.int64)
+    counts = np.zeros(128, np.int64)
+    first = last = unique = most_of_one = 0
+    for k in range(len(starts_s)):
+        # Out before in: then no count ever exceeds what it is once the window is complete.
+        while first < last and times_s[first] < starts_s[k]:
+            counts[pitches[first]] -= 1
+            unique -= counts[pitches[first]] == 0
+            first += 1
+        while last < len(times_s) and times_s[last] <= starts_s[k] + window_s:
+            if times_s[last] >= starts_s[k]:
+                unique += counts[pitches[last]] == 0
+                counts[pitches[last]] += 1
+                most_of_one = max(most_of_one, counts[pitches[last]])
+            else:
+                first = last + 1
+            last += 1
+        n_notes[k], n_pitches[k] = last - first, unique
+    return n_notes, n_pitches, most_of_one
+
+
+# --- the fingerprint ------------------------------------------------------------------------------
+
+
+@_compiled
+def min_hashes(shingles, multipliers, offsets):
+    """The least value of each hash function, upper 32 bits of shingle * multiplier + offset.
+
+    Args:
+        shingles: uint64 [S >= 1]; multipliers, offsets: uint64 [H].
+
+    Returns:
+        uint32 [H].
+    """
+    out = np.empty(len(multipliers), np.uint32)
+    for k in range(len(multipliers)):
+        least = np.uint64(0xFFFFFFFFFFFFFFFF)
+        for shingle in shingles:
+            least = min(least, shingle * multipliers[k] + offsets[k])
+        out[k] = least >> np.uint64(32)
     return out
