@@ -279,27 +279,31 @@ def checksums(tree: Any) -> list[int]:
     leaves = jax.tree.leaves(tree)
     shardings = [leaf.sharding for leaf in leaves]
     mesh = next((s.mesh for s in shardings if isinstance(s, NamedSharding)), None)
-    everywhere = replicated(mesh) if isinstance(mesh, Mesh) else None
-    return [int(number) for number in jax.device_get(_summing(everywhere)(leaves))]
+    checksum = _checksum(replicated(mesh) if isinstance(mesh, Mesh) else None)
+    return [int(checksum(leaf)) for leaf in leaves]  # one at a time, for the memory's sake
 
 
 @cache
-def _summing(everywhere: NamedSharding | None) -> Callable[[list[jax.Array]], list[jax.Array]]:
-    def sums(leaves: list[jax.Array]) -> list[jax.Array]:
-        return [_checksum(leaf) for leaf in leaves]
+def _checksum(everywhere: NamedSharding | None) -> Callable[[jax.Array], jax.Array]:
+    """Sum modulo 2³² of each element's bits times an odd number of its place; compiled."""
 
-    return jax.jit(sums, out_shardings=everywhere)
+    def part(x: jax.Array, first: int | jax.Array = 0) -> jax.Array:
+        kind = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+        bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+        place = jnp.full(x.shape, first, jnp.uint32)
+        for axis in range(x.ndim):
+            stride = math.prod(x.shape[axis + 1 :]) % 2**32
+            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
+        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
 
+    def whole(x: jax.Array) -> jax.Array:
+        if x.ndim < 3:
+            return part(x)
+        # Layer by layer: products of all elements at once would take the memory of a copy.
+        firsts = jnp.arange(len(x), dtype=jnp.uint32) * jnp.uint32(math.prod(x.shape[1:]) % 2**32)
+        return jax.lax.map(lambda layer: part(*layer), (x, firsts)).sum(dtype=jnp.uint32)
 
-def _checksum(x: jax.Array) -> jax.Array:
-    """Sum modulo 2³² of each element's bits times an odd number of its place."""
-    kind = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-    bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
-    for axis in range(x.ndim):
-        stride = math.prod(x.shape[axis + 1 :]) % 2**32
-        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
-    return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+    return jax.jit(whole, out_shardings=everywhere)
 
 
 def _as_stored(like: Any, there: dict[str, tuple[tuple[int, ...], Any]], place: str) -> Any:

@@ -269,9 +269,12 @@ def test_a_step_that_would_be_lost_behind_a_later_one_is_an_error(workdir):
         write(workdir, 3)
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int32, jnp.int8])
-def test_checksums_see_every_element_and_no_sharding(dtype):
-    x = np.arange(48).reshape(8, 6).astype(dtype)
+@pytest.mark.parametrize(
+    "dtype, shape",
+    [(jnp.float32, (8, 6)), (jnp.bfloat16, (8, 6)), (jnp.int8, (48,)), (jnp.float32, (8, 2, 3))],
+)
+def test_checksums_see_every_element_and_no_sharding(dtype, shape):
+    x = np.arange(48).reshape(shape).astype(dtype)
     mesh = make_mesh(MeshConfig(2, 4), jax.devices()[:8])
     sums = {
         checksums(jax.device_put(x, place))[0]
