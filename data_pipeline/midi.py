@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_pipeline.artifact import write_atomically
 from data_pipeline.errors import InvalidMidi, UserError, check_file, expect
 
 if TYPE_CHECKING:
@@ -48,8 +49,7 @@ def reading_name(compat: str | None) -> str:
 
 def compat_of(reading: str) -> str | None:
     """`compat` of the word that `reading_name` gives; UserError for any other word."""
-    compat = None if reading == STANDARD else reading
-    check_compat(compat)
+    check_compat(compat := None if reading == STANDARD else reading)
     return compat
 
 
@@ -326,9 +326,9 @@ def _without_open_notes(notes: np.ndarray) -> np.ndarray:
 
 
 def write_midi(performance: Performance, path: str | Path) -> None:
-    """Writes `midi_bytes`."""
+    """Writes `midi_bytes`, all or nothing."""
     expect(performance, Performance, "write_midi: a Performance, e.g. `.full` of a continuation,")
-    Path(path).write_bytes(midi_bytes(performance))
+    write_atomically(path, midi_bytes(performance))
 
 
 def midi_bytes(performance: Performance) -> bytes:

@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from aria_jax.cli.output import Writes, add_overwrite
+from data_pipeline.artifact import write_atomically
 
 DESCRIPTION = """\
 Find every task that the labels in a folder make possible (genre, form, period, composer, pianist,
@@ -93,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     text = (
         f"{markdown_table(tasks, results)}\nMade by `{args.command_line}` ({program_version()}).\n"
     )
-    (out / "results.md").write_text(text)
+    write_atomically(out / "results.md", text)
     shown = {
         name: {task: result.summary() for task, result in row.items()}
         for name, row in results.items()

@@ -7,6 +7,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from aria_jax.cli.output import Writes, add_overwrite
+from data_pipeline.artifact import write_atomically
 
 if TYPE_CHECKING:
     from aria_jax.eval.predict import Prediction
@@ -172,4 +173,4 @@ def _write(out: Path, names: tuple[str, ...], predictions: list[Any]) -> None:
         }
         for one in predictions
     ]
-    out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_atomically(out, "".join(json.dumps(row) + "\n" for row in rows))

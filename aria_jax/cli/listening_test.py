@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aria_jax.cli.output import Writes, add_overwrite
+from data_pipeline.artifact import write_atomically
 
 if TYPE_CHECKING:
     from aria_jax.eval.listening_test import Comparison, Trial
@@ -140,7 +141,7 @@ def _make(args: argparse.Namespace) -> None:
         "made_by": args.command_line,
         "trials": [asdict(trial) for trial in trials],
     }
-    (out / "key.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
+    write_atomically(out / "key.json", json.dumps(key, indent=1) + "\n")
     result = {
         "out": str(out),
         "judges": args.judges,

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.artifact import atomic
 from data_pipeline.errors import UserError
 
 
@@ -39,9 +40,8 @@ def current_index(
     for block_NxE in blocks():
         norms = np.linalg.norm(block_NxE, axis=1, keepdims=True)
         index.add(np.ascontiguousarray(block_NxE / np.maximum(norms, 1e-12), np.float32))
-    partial = path.with_name(path.name + ".partial")
-    faiss.write_index(index, str(partial))
-    partial.replace(path)
+    with atomic(path) as partial:
+        faiss.write_index(index, str(partial))
     return index
 
 

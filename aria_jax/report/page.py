@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from urllib.parse import quote
 
+from data_pipeline.artifact import write_atomically
 from data_pipeline.errors import printable
 
 _STYLE = """
@@ -108,12 +109,12 @@ def write_page(
     """Writes the page (UTF-8); only a page that must not tell has no provenance."""
     body = "".join(f"<h2>{html.escape(s.title)}</h2>\n{s.body}\n" for s in sections)
     body += made_by.html() if made_by is not None else ""
-    Path(path).write_text(
+    write_atomically(
+        path,
         printable(
             f'<!doctype html>\n<html lang="en"><meta charset="utf-8">'
             f'<meta name="viewport" content="width=device-width">'
             f"<title>{html.escape(title)}</title><style>{_STYLE}</style>\n"
             f"<h1>{html.escape(title)}</h1>\n{intro}\n{body}</html>\n"
         ),
-        encoding="utf-8",
     )
