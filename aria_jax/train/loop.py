@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,9 +30,9 @@ from aria_jax.train.hooks import (
 from aria_jax.train.init import InitFrom, check_allow_change, corpus_record, resolve_init
 from aria_jax.train.plan import train_flops_per_token
 from aria_jax.train.processes import lost_contact, stop_requests
-from aria_jax.train.state import first_state
+from aria_jax.train.state import Network, first_state
 from aria_jax.train.step import TrainState, TrainStep, make_eval_step, make_train_step
-from aria_jax.train.tasks import build_task, resolve
+from aria_jax.train.tasks import Task, build_task, resolve
 from data_pipeline.artifact import refuse_inside
 from data_pipeline.errors import UserError
 from data_pipeline.loaders import BatchStream
@@ -104,25 +105,9 @@ def run(
             on_start(init)
         log, sharding = Log(sinks), batch_sharding(mesh)
         monitor = _monitor(config, mesh, log, checkpointer, clock)
-        save = SaveCheckpoints(
-            checkpointer,
-            lambda step: {**record, "position": position(config, task.train, step)},
-            every=settings.checkpoint_every,
-            every_minutes=settings.checkpoint_every_minutes,
-            ask_every=1 if jax.process_count() == 1 else settings.log_every,
-            clock=clock,
-        )
-        evaluate = Evaluate(
-            task,
-            make_eval_step(network.build, task.loss, task.predictions),
-            sharding,
-            log,
-            monitor,
-            KeepBest(workdir, record),
-            every=settings.eval_every,
-            last_step=settings.steps,
-            n_batches=settings.eval_batches,
-        )
+        save = _save(config, task, checkpointer, record, clock)
+        best = KeepBest(workdir, record)
+        evaluate = _evaluate(config, task, network, sharding, log, monitor, best)
         with _profile(config, workdir, step) as profile:
             state, step, interrupted = _train(
                 make_train_step(config, network.build, task.loss),
@@ -229,6 +214,41 @@ def _monitor(
         flops_per_token=train_flops_per_token(config),
         peak_flops=chip.flops * mesh.size if chip is not None else None,
         clock=clock,
+    )
+
+
+def _save(
+    config: RunConfig, task: Task, checkpointer: Checkpointer, record: dict[str, Any], clock: Clock
+) -> SaveCheckpoints:
+    return SaveCheckpoints(
+        checkpointer,
+        lambda step: {**record, "position": position(config, task.train, step)},
+        every=config.train.checkpoint_every,
+        every_minutes=config.train.checkpoint_every_minutes,
+        ask_every=1 if jax.process_count() == 1 else config.train.log_every,
+        clock=clock,
+    )
+
+
+def _evaluate(
+    config: RunConfig,
+    task: Task,
+    network: Network,
+    sharding: jax.sharding.NamedSharding,
+    log: Log,
+    monitor: StepMonitor,
+    best: KeepBest,
+) -> Evaluate:
+    return Evaluate(
+        task,
+        make_eval_step(network.build, task.loss, task.predictions),
+        sharding,
+        log,
+        monitor,
+        best,
+        every=config.train.eval_every,
+        last_step=config.train.steps,
+        n_batches=config.train.eval_batches,
     )
 
 
