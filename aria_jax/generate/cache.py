@@ -243,6 +243,8 @@ def decode_step(
         q, k, v = q[:, 0], k[:, 0], v[:, 0]
         attended = _cached_attention(q, k, v, shared, past, prompt.visible_PxT, filled)
         # What is written depends on what was read, so that the compiler writes later and in place.
+        # `optimization_barrier` would say so, but XLA's CPU backend drops it before it decides what
+        # to copy (jaxlib 0.10.2): every cache twice at every token.
         k, v = k + 0 * attended, v + 0 * attended
         x_Rx1xD = attn_out_and_mlp(block, x_Rx1xD, attended.reshape(x_Rx1xD.shape))
         layers.append(

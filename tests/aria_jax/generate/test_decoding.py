@@ -209,6 +209,23 @@ def test_mesh_equals_one_device(random_model, piano_prompt):
     np.testing.assert_array_equal(ids, expected)
 
 
+def test_a_step_writes_into_the_cache_it_was_given(tiny_model):
+    weights = decoder_weights(tiny_model)
+    _, prompt = jax.eval_shape(
+        prefill, weights, jnp.zeros(256, jnp.int32), jax.ShapeDtypeStruct((), jnp.int32)
+    )
+    own = empty_cache(weights, 2, 2048)
+    step = jax.jit(decode_step, donate_argnums=2)
+    memory = (
+        step.lower(weights, prompt, own, jnp.zeros(2, jnp.int32), jnp.int32(0))
+        .compile()
+        .memory_analysis()
+    )
+    cached = sum(leaf.nbytes for leaf in jax.tree.leaves(own))
+    assert memory.alias_size_in_bytes >= cached
+    assert memory.temp_size_in_bytes < cached / 4, "a cache is copied"
+
+
 @pytest.mark.parametrize(("precision", "tolerance"), [("bfloat16", 0.05), ("int8", 0.05)])
 def test_low_precision_is_close(tiny_model, piano_prompt, precision, tolerance):
     """Relative to the spread of the logits: bfloat16 keeps 8 bits, int8 as many per weight."""
