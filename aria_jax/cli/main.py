@@ -7,6 +7,7 @@ what (see `cli.output`).
 
 import argparse
 import importlib
+import logging
 import os
 import re
 import shlex
@@ -144,6 +145,7 @@ def _run(verb: str, argv: Sequence[str]) -> int:
     # What libraries say about themselves is no news to a user; errors still are.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    logging.getLogger("absl").setLevel(logging.ERROR)
     module = importlib.import_module(f"aria_jax.cli.{VERBS[verb][0]}")
     parser = Parser(
         prog=f"aria-jax {verb}",

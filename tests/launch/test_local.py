@@ -78,6 +78,7 @@ def children(pid):
 def test_two_processes_learn_what_one_learns_and_one_goes_on(corpus, tmp_path, alone):
     two = train(corpus, tmp_path, *TWO)
     assert two.returncode == 0, two.stderr[-2000:]
+    assert two.stdout.startswith("step 4: "), "nothing but the result: no library's chatter"
     assert losses(tmp_path).keys() == {1, 2, 3, 4}
     one = train(corpus, tmp_path, "aria_jax.cli.main", settings=["steps=6"])
     assert one.returncode == 0 and "at step 4" in one.stderr, one.stderr[-2000:]
