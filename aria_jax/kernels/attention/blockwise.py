@@ -33,17 +33,20 @@ def attend(
     k_BxLxHxK: jax.Array,
     v_BxLxHxK: jax.Array,
     segment_ids_BxL: jax.Array | None,
+    *,
     tile: int = TILE,
+    max_kv_lens: int = MAX_KV_LENS,
+    scores_at_once: int = SCORES_AT_ONCE,
 ) -> jax.Array:
     """See the package; any length, padded to a multiple of the tile."""
     batch, length, heads, width = q_BxLxHxK.shape
     tiles = -(-length // tile)
-    q_blocks_per_kv_len = -(-tiles // MAX_KV_LENS)
+    q_blocks_per_kv_len = -(-tiles // max_kv_lens)
     tiles = -(-tiles // q_blocks_per_kv_len) * q_blocks_per_kv_len
     tile = -(-length // tiles)
     padding = tiles * tile - length
     rows = batch * heads
-    rows_at_once = max(min(rows, SCORES_AT_ONCE // (tile * length)), 1)
+    rows_at_once = max(min(rows, scores_at_once // (tile * length)), 1)
     while rows % rows_at_once:
         rows_at_once -= 1
 

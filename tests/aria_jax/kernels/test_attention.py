@@ -1,6 +1,7 @@
 """Every kernel of attention against the plain one: values and gradients."""
 
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,10 @@ def values_and_gradients(q, k, v, segment_ids, implementation):
     weights = jnp.cos(jnp.arange(q.size).reshape(q.shape))
 
     def scalar(q, k, v):
-        out = attention(q, k, v, segment_ids=segment_ids, implementation=implementation)
+        if callable(implementation):
+            out = implementation(q, k, v, segment_ids)
+        else:
+            out = attention(q, k, v, segment_ids=segment_ids, implementation=implementation)
         return (out * weights).sum(), out
 
     (_, out), grads = jax.jit(jax.value_and_grad(scalar, (0, 1, 2), has_aux=True))(q, k, v)
@@ -49,18 +53,17 @@ def test_the_mask_of_two_segments():
 
 
 @pytest.mark.parametrize("segments", [False, True])
-@pytest.mark.parametrize("length, reaches", [(1, 8), (8, 8), (20, 8), (33, 8), (33, 2), (64, 4)])
-def test_blockwise(monkeypatch, length, reaches, segments):
-    monkeypatch.setattr(blockwise.attend, "__defaults__", (8,))
-    monkeypatch.setattr(blockwise, "MAX_KV_LENS", reaches)
-    check(case(3, length, segments=segments), "blockwise")
+@pytest.mark.parametrize("length, kv_lens", [(1, 8), (8, 8), (20, 8), (33, 8), (33, 2), (64, 4)])
+def test_blockwise(length, kv_lens, segments):
+    check(
+        case(3, length, segments=segments),
+        partial(blockwise.attend, tile=8, max_kv_lens=kv_lens),
+    )
 
 
 @pytest.mark.parametrize("at_once", [1, 8 * 20 * 3])
-def test_blockwise_takes_few_rows_together(monkeypatch, at_once):
-    monkeypatch.setattr(blockwise.attend, "__defaults__", (8,))
-    monkeypatch.setattr(blockwise, "SCORES_AT_ONCE", at_once)
-    check(case(3, 20, segments=True), "blockwise")
+def test_blockwise_takes_few_rows_together(at_once):
+    check(case(3, 20, segments=True), partial(blockwise.attend, tile=8, scores_at_once=at_once))
 
 
 def test_blockwise_never_holds_the_scores_of_a_head():
