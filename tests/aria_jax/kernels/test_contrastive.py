@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aria_jax.config import MeshConfig
 from aria_jax.kernels.contrastive import NEG_INF, blockwise, pallas_tpu
 from aria_jax.kernels.contrastive.pairs import PairSharding, pair_statistics
+from aria_jax.sharding import make_mesh
 
 IMPLEMENTATIONS = ("blockwise", "tpu-interpret", "gpu-interpret")
 
@@ -150,9 +152,7 @@ def test_compiles_for_a_tpu_pod_as_a_ring(tpu_topology):
     """Half a million pairs on 64 chips: kernels, no gathered batch, transfers beside kernels."""
     from aria_jax.losses.contrastive import contrastive_loss
 
-    mesh = jax.sharding.Mesh(
-        np.array(tpu_topology.devices).reshape(16, 4, 1), ("data", "fsdp", "tensor")
-    )
+    mesh = make_mesh(MeshConfig(data=16, fsdp=4), list(tpu_topology.devices))
     cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(("data", "fsdp")))
     z = jax.ShapeDtypeStruct((64 * 8192, 512), jnp.bfloat16, sharding=cut)
 
