@@ -148,7 +148,9 @@ def test_two_logical_axes_never_share_a_mesh_axis():
         assert set((rule,) if isinstance(rule, str) else rule or ()) <= set(MESH_AXES)
 
 
-@pytest.mark.parametrize("use", [batch_sharding, parameter_shardings, constrain], ids=lambda use: use.__name__)
+@pytest.mark.parametrize(
+    "use", [batch_sharding, parameter_shardings, constrain], ids=lambda use: use.__name__
+)
 def test_a_foreign_mesh_is_an_error(use):
     foreign = jax.make_mesh((4, 2), ("data", "model"), devices=jax.devices()[:8])
     with jax.set_mesh(foreign), pytest.raises(ValueError, match="make_mesh"):
