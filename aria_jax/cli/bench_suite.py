@@ -55,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 WRITES = Writes(
     lambda args: [Path(args.out) / "results.md"],
     ("dir", "checkpoint", "embeddings", "metadata"),
+    in_folder=True,
 )
 
 

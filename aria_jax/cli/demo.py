@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_overwrite(parser)
 
 
-WRITES = Writes(lambda args: [Path(args.out) / "report.html"], ("midi",))
+WRITES = Writes(lambda args: [Path(args.out) / "report.html"], ("midi",), in_folder=True)
 
 
 @dataclass(frozen=True)

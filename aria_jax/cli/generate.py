@@ -107,6 +107,7 @@ def _outputs(args: argparse.Namespace) -> list[Path]:
 WRITES = Writes(
     _outputs,
     ("checkpoint", "prompt", "prompt_ids", "embedding", "embedding_checkpoint", "wav"),
+    in_folder=True,
 )
 
 

@@ -71,7 +71,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 WRITES = Writes(
-    lambda args: [Path(args.out) / "key.json"] if args.action == "make" else [], ("clips",)
+    lambda args: [Path(args.out) / "key.json"] if args.action == "make" else [],
+    ("clips",),
+    in_folder=True,
 )
 
 

@@ -1,9 +1,10 @@
 """The one rule for what verbs write: the same is done, other things are not replaced unasked.
 
 A verb module says in `WRITES` which files it makes and which of its arguments are inputs. Beside
-the first of the files, .NAME.identity.json keeps what they were made of, their digests and what
-the verb printed. The same command run again prints that and does nothing more; one that would make
-something else, or replace a file that is not its own, is refused before any slow work.
+the file or folder that the user named, .NAME.identity.json keeps what they were made of, their
+digests and what the verb printed. The same command run again prints that and does nothing more; one
+that would make something else, or replace a file that is not its own, is refused before any slow
+work.
 
 `data build`, `train` and `embed` keep their identities in what they make, and go by the same rule.
 """
@@ -11,6 +12,7 @@ something else, or replace a file that is not its own, is refused before any slo
 import argparse
 import io
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -44,10 +46,12 @@ class Writes:
     Attributes:
         outputs: arguments -> the files and folders that it will make; none where it only prints.
         inputs: names of the arguments that name files, folders or models.
+        in_folder: the first output lies in the folder that the user named.
     """
 
     outputs: Callable[[argparse.Namespace], Sequence[str | Path]]
     inputs: tuple[str, ...] = ()
+    in_folder: bool = False
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +78,9 @@ def run_once(
     identity = _identity(verb, args, writes)
     if outputs[0].parent.is_file():
         raise UserError(f"{outputs[0].parent} is a file; name a folder")
-    record = outputs[0].parent / f".{outputs[0].name}.identity.json"
+    record = outputs[0].absolute().parent / f".{outputs[0].name}.identity.json"
+    if writes.in_folder:
+        record = record.parent.parent / f".{record.parent.name}{record.name}"
     before = _read(record)
     finished = _finished(record.parent, before, outputs)
     _refuse_files_of_others(record.parent, before, outputs, args.overwrite)
@@ -95,7 +101,7 @@ def run_once(
         status = run(args) or 0
         if status == 0:
             files = {
-                str(path.relative_to(record.parent)): input_digest(path)
+                os.path.relpath(path, record.parent): input_digest(path)
                 for path in outputs
                 if path.exists()
             }
@@ -161,8 +167,9 @@ def _refuse_files_of_others(
     """Raises `UserError` for a file that another wrote, or changed since."""
     if overwrite:
         return
-    own = {folder / name: digest for name, digest in before.get("files", {}).items()}
-    for path in outputs:
+    files = before.get("files", {})
+    own = {Path(os.path.abspath(folder / name)): digest for name, digest in files.items()}
+    for path in map(Path.absolute, outputs):
         if path.is_dir() and not any(path.iterdir()):
             continue
         if path.exists() and own.get(path) != input_digest(path):
