@@ -85,8 +85,10 @@ def run_once(
     finished = _finished(record.parent, before, outputs)
     _refuse_files_of_others(record.parent, before, outputs, args.overwrite)
     there = look(outputs[0], identity, finished=finished, overwrite=args.overwrite)
-    if there is There.DONE:
-        print(before["printed"], end="")
+    form = "json" if getattr(args, "json", False) else "text"
+    printed = before.get("printed", {}) if finished == identity else {}
+    if there is There.DONE and form in printed:
+        print(printed[form], end="")
         from aria_jax.cli.console import note
 
         note(f"{outputs[0]}: already made of the same: nothing to do")
@@ -109,7 +111,8 @@ def run_once(
                 stale = record.parent / name
                 if stale.is_file():  # of what was overwritten
                     stale.unlink()
-            kept = {"identity": identity.to_json(), "files": files, "printed": tee.getvalue()}
+            kept = {"identity": identity.to_json(), "files": files}
+            kept["printed"] = {**printed, form: tee.getvalue()}
             write_atomically(record, json.dumps(kept))
     return status
 

@@ -88,7 +88,7 @@ def test_probe_reads_files_and_slices(embedded, capsys, tmp_path):
     for name, readout in (("files", "logistic"), ("slices", "knn")):
         result = result_of(
             capsys, "probe", str(embedded / f"{name}.parquet"), *common, "--classifier", readout,
-            "--few-shot", "1,2", "--plot", str(tmp_path / "c.png"),
+            "--few-shot", "1,2", "--plot", str(tmp_path / "c.png"), "--overwrite",
         )  # fmt: skip
         assert result["n_test"] == 10 and result["accuracy"] >= 0.9
         assert [point["shots"] for point in result["few_shot"]] == [1, 2]
