@@ -22,7 +22,7 @@ _FIRST_DUR, _FIRST_ONSET = Tokenizer.first_dur_id, Tokenizer.first_onset_id
 
 
 @_compiled
-def transpose(ids, semitones):
+def transpose(ids: np.ndarray, semitones: np.ndarray) -> np.ndarray:
     out = ids.copy()
     piece = 0
     for i in range(len(ids)):
@@ -39,7 +39,7 @@ def transpose(ids, semitones):
 
 
 @_compiled
-def change_velocity(ids, steps):
+def change_velocity(ids: np.ndarray, steps: np.ndarray) -> np.ndarray:
     out = ids.copy()
     piece = 0
     for i in range(len(ids)):
@@ -53,7 +53,7 @@ def change_velocity(ids, steps):
 
 
 @_compiled
-def change_sustain(ids, factors):
+def change_sustain(ids: np.ndarray, factors: np.ndarray) -> np.ndarray:
     out = ids.copy()
     piece = 0
     for i in range(len(ids)):
@@ -67,15 +67,15 @@ def change_sustain(ids, factors):
 
 
 @_compiled
-def swell_velocity(ids, swing):
+def modulate_velocity(ids: np.ndarray, modulation: np.ndarray) -> np.ndarray:
     out = ids.copy()
     piece = 0
     for i in range(len(ids)):
         token = int(ids[i])
-        if _FIRST_NOTE <= token < _FIRST_DRUM and swing[piece, 0] > 0:
+        if _FIRST_NOTE <= token < _FIRST_DRUM and modulation[piece, 0] > 0:
             step = (token - _FIRST_NOTE) % _VELOCITIES
-            wave = np.sin(2 * np.pi * i / swing[piece, 1] + swing[piece, 2])
-            louder = step + int(np.rint(swing[piece, 0] * wave))
+            wave = np.sin(2 * np.pi * i / modulation[piece, 1] + modulation[piece, 2])
+            louder = step + int(np.rint(modulation[piece, 0] * wave))
             out[i] = token - step + min(max(louder, 1), _VELOCITIES - 1)
         elif token == _EOS:
             piece += 1
@@ -83,7 +83,9 @@ def swell_velocity(ids, swing):
 
 
 @_compiled
-def drop_notes(ids, kind, rates, draws):
+def drop_notes(
+    ids: np.ndarray, kind: np.ndarray, rates: np.ndarray, draws: np.ndarray
+) -> np.ndarray:
     out = np.full(len(ids), _PAD, np.uint16)
     written = position = piece = 0
     first = True
@@ -110,16 +112,22 @@ def drop_notes(ids, kind, rates, draws):
 
 
 @_compiled
-def _warped(ms, swing):
-    """Time under a tempo that swings: the integral of 1 + depth cos(2 pi t / period + phase)."""
-    if swing[0] == 0:
+def _warped(ms: float, modulation: np.ndarray) -> float:
+    """Time under a modulated tempo: the integral of 1 + depth cos(2 pi t / period + phase)."""
+    if modulation[0] == 0:
         return float(ms)
-    turns = 2 * np.pi / swing[1]
-    return ms + swing[0] / turns * (np.sin(turns * ms + swing[2]) - np.sin(swing[2]))
+    turns = 2 * np.pi / modulation[1]
+    return ms + modulation[0] / turns * (np.sin(turns * ms + modulation[2]) - np.sin(modulation[2]))
 
 
 @_compiled
-def change_tempo(ids, kind, factors, swing, draws):
+def change_tempo(
+    ids: np.ndarray,
+    kind: np.ndarray,
+    factors: np.ndarray,
+    modulation: np.ndarray,
+    draws: np.ndarray,
+) -> np.ndarray:
     n = len(ids)
     out = np.full(n, _PAD, np.uint16)
     begin = written = piece = 0
@@ -127,7 +135,7 @@ def change_tempo(ids, kind, factors, swing, draws):
         end = begin
         while end < n and ids[end] != _EOS:
             end += 1
-        time = (factors[piece], swing[piece])
+        time = (factors[piece], modulation[piece])
         written = _slow_piece(ids, kind, begin, end, time, draws, out, written)
         if end < n and written < n:
             out[written] = _EOS
@@ -138,7 +146,9 @@ def change_tempo(ids, kind, factors, swing, draws):
 
 
 @_compiled
-def _events(ids, kind, position, end):
+def _events(
+    ids: np.ndarray, kind: np.ndarray, position: int, end: int
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Where the events of a piece are, their onsets in steps, and the onset `<D>` follows (-1)."""
     at = np.empty(end - position, np.int64)
     onset = np.empty(end - position, np.int64)
@@ -165,10 +175,19 @@ def _events(ids, kind, position, end):
 
 
 @_compiled
-def _slow_piece(ids, kind, begin, end, time, draws, out, written):
+def _slow_piece(
+    ids: np.ndarray,
+    kind: np.ndarray,
+    begin: int,
+    end: int,
+    time: tuple[float, np.ndarray],
+    draws: np.ndarray,
+    out: np.ndarray,
+    written: int,
+) -> int:
     """Writes one piece, without its `<E>`, at `out[written:]`; returns where it ends."""
     n_out = len(out)
-    factor, swing = time
+    factor, modulation = time
     position = begin
     while position < end and (ids[position] == _BOS or kind[ids[position]] == _PREFIX):
         if written == n_out:
@@ -191,7 +210,7 @@ def _slow_piece(ids, kind, begin, end, time, draws, out, written):
             for i in range(stop - 1, first, -1):
                 j = first + int(draws[at[i]] * (i - first + 1))
                 at[i], at[j] = at[j], at[i]
-        ms = _warped(onset[first] * _STEP, swing)
+        ms = _warped(onset[first] * _STEP, modulation)
         target = int(np.rint(ms * factor / _STEP))
         segment, target_onset = divmod(target, _SEGMENT // _STEP)
         while target_segment < segment and written < n_out:
@@ -202,7 +221,7 @@ def _slow_piece(ids, kind, begin, end, time, draws, out, written):
             steps = 0.0
             if kind[ids[at[i]]] == _NOTE:
                 end_ms = (onset[first] + ids[at[i] + 2] - _FIRST_DUR) * _STEP
-                steps = (_warped(end_ms, swing) - ms) * factor / _STEP
+                steps = (_warped(end_ms, modulation) - ms) * factor / _STEP
             written = _put_event(ids, kind, at[i], target_onset, steps, out, written)
         if dim_after == onset[first] and written < n_out:
             out[written] = _DIM
@@ -214,7 +233,15 @@ def _slow_piece(ids, kind, begin, end, time, draws, out, written):
 
 
 @_compiled
-def _put_event(ids, kind, position, onset, duration, out, written):
+def _put_event(
+    ids: np.ndarray,
+    kind: np.ndarray,
+    position: int,
+    onset: int,
+    duration: float,
+    out: np.ndarray,
+    written: int,
+) -> int:
     """Writes one event, as far as there is room; onset and duration in steps."""
     length = 3 if kind[ids[position]] == _NOTE else 2
     for part in range(min(length, len(out) - written)):

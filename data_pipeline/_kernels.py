@@ -17,6 +17,7 @@ from data_pipeline.vocabulary import (
 )
 
 _compiled = numba.njit(cache=True, nogil=True)
+Int = int | np.integer
 _DEFAULT_TEMPO = 500_000  # microseconds per beat, where a file says nothing
 _PITCHES, _VELOCITIES = 128, 13
 
@@ -25,7 +26,13 @@ _PITCHES, _VELOCITIES = 128, 13
 
 
 @_compiled
-def exact_ms(starts, ends, tempo_ticks, tempi, ticks_per_beat):
+def exact_ms(
+    starts: np.ndarray,
+    ends: np.ndarray,
+    tempo_ticks: np.ndarray,
+    tempi: np.ndarray,
+    ticks_per_beat: Int,
+) -> np.ndarray:
     """Milliseconds between ticks by the standard, rounded once, half to even.
 
     Before the first tempo 120 beats per minute hold; of several at one tick the last counts.
@@ -43,7 +50,8 @@ def exact_ms(starts, ends, tempo_ticks, tempi, ticks_per_beat):
         before[i] = total
         tick, tempo = tempo_ticks[i], tempi[i]
     out = np.empty(len(starts), np.int64)
-    start_segment = segment = np.int64(-1)
+    start_segment: Int = np.int64(-1)
+    segment: Int = np.int64(-1)
     for i in range(len(starts)):
         start_tick = starts[i]
         start_segment = _segment(start_tick, start_segment, tempo_ticks)
@@ -60,7 +68,7 @@ def exact_ms(starts, ends, tempo_ticks, tempi, ticks_per_beat):
 
 
 @_compiled
-def _segment(tick, guess, tempo_ticks):
+def _segment(tick: Int, guess: Int, tempo_ticks: np.ndarray) -> Int:
     """Index of the tempo in force at `tick`, -1 before the first; found at once if near `guess`."""
     n_tempi = len(tempo_ticks)
     if (guess < 0 or tempo_ticks[guess] <= tick) and (
@@ -71,7 +79,9 @@ def _segment(tick, guess, tempo_ticks):
 
 
 @_compiled
-def _scaled(tick, segment, before, tempo_ticks, tempi):
+def _scaled(
+    tick: Int, segment: Int, before: np.ndarray, tempo_ticks: np.ndarray, tempi: np.ndarray
+) -> float:
     """Microseconds x ticks per beat from the start of the file to `tick`."""
     if segment < 0:
         return np.float64(tick) * _DEFAULT_TEMPO
@@ -79,7 +89,13 @@ def _scaled(tick, segment, before, tempo_ticks, tempi):
 
 
 @_compiled
-def reference_ms(starts, ends, tempo_ticks, tempi, ticks_per_beat):
+def reference_ms(
+    starts: np.ndarray,
+    ends: np.ndarray,
+    tempo_ticks: np.ndarray,
+    tempi: np.ndarray,
+    ticks_per_beat: Int,
+) -> np.ndarray:
     """Milliseconds between ticks as aria-utils counts them (get_duration_ms), half to even.
 
     The reference sums the tempo segments in floating point beginning one segment early where the
@@ -116,7 +132,14 @@ def reference_ms(starts, ends, tempo_ticks, tempi, ticks_per_beat):
 
 
 @_compiled
-def pedalled_ends(ends, channels, pedal_ticks, pedal_down, pedal_channels, final_tick):
+def pedalled_ends(
+    ends: np.ndarray,
+    channels: np.ndarray,
+    pedal_ticks: np.ndarray,
+    pedal_down: np.ndarray,
+    pedal_channels: np.ndarray,
+    final_tick: Int,
+) -> np.ndarray:
     """Note ends, each moved to the pedal's release where the pedal held the note.
 
     Args:
@@ -164,7 +187,15 @@ def pedalled_ends(ends, channels, pedal_ticks, pedal_down, pedal_channels, final
 
 
 @_compiled
-def note_tokens(pitch, velocity, channel, durations_ms, instrument, first_ids, unknown_id):
+def note_tokens(
+    pitch: np.ndarray,
+    velocity: np.ndarray,
+    channel: np.ndarray,
+    durations_ms: np.ndarray,
+    instrument: np.ndarray,
+    first_ids: tuple[int, int, int],
+    unknown_id: Int,
+) -> tuple[np.ndarray, np.ndarray]:
     """First and third token of notes.
 
     Args:
@@ -194,7 +225,14 @@ def note_tokens(pitch, velocity, channel, durations_ms, instrument, first_ids, u
 
 
 @_compiled
-def write_events(heads, onsets_ms, durations, order, first_onset, time_id):
+def write_events(
+    heads: np.ndarray,
+    onsets_ms: np.ndarray,
+    durations: np.ndarray,
+    order: np.ndarray,
+    first_onset: Int,
+    time_id: Int,
+) -> np.ndarray:
     """Ids of events (first token, onset, duration) in `order`, `<T>` where a segment begins.
 
     Args:
@@ -233,7 +271,9 @@ def write_events(heads, onsets_ms, durations, order, first_onset, time_id):
 
 
 @_compiled
-def window_counts(times_s, pitches, starts_s, window_s):
+def window_counts(
+    times_s: np.ndarray, pitches: np.ndarray, starts_s: np.ndarray, window_s: float
+) -> tuple[np.ndarray, np.ndarray, int]:
     """Notes that begin in each window, both ends included.
 
     Args:
@@ -270,7 +310,7 @@ def window_counts(times_s, pitches, starts_s, window_s):
 
 
 @_compiled
-def min_hashes(shingles, multipliers, offsets):
+def min_hashes(shingles: np.ndarray, multipliers: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """The least value of each hash function, upper 32 bits of shingle * multiplier + offset.
 
     Args:

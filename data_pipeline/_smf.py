@@ -42,6 +42,7 @@ CHANNEL_MODE = 128
 """Added to the controller number of a channel mode message where pedal values stand."""
 
 _compiled = numba.njit(cache=True, nogil=True)
+Int = int | np.integer
 
 # Data bytes after each status byte; -1: no such message (mido's table).
 _N_DATA = np.full(256, 2, np.int64)
@@ -156,7 +157,7 @@ def _decode_track(
 
 
 @_compiled
-def _varint(data, position, standard):
+def _varint(data: np.ndarray, position: Int, standard: bool) -> tuple[Int, Int]:
     """Value and next position of a variable-length number; value -1 when cut, -2 when absurd."""
     value = 0
     begin = position
@@ -172,14 +173,24 @@ def _varint(data, position, standard):
 
 
 @_compiled
-def _put(table, row, values):
+def _put(table: np.ndarray, row: Int, values: tuple[Int, ...]) -> None:
     # Numba's own `table[row] = values` is several times slower.
     for column in range(len(values)):
         table[row, column] = values[column]
 
 
 @_compiled
-def decode_track(data, start, end, standard, notes, pedals, tempi, programs, texts):
+def decode_track(
+    data: np.ndarray,
+    start: Int,
+    end: Int,
+    standard: bool,
+    notes: np.ndarray,
+    pedals: np.ndarray,
+    tempi: np.ndarray,
+    programs: np.ndarray,
+    texts: np.ndarray,
+) -> np.ndarray:
     """Decodes one track chunk.
 
     Args:
@@ -288,7 +299,16 @@ def decode_track(data, start, end, standard, notes, pedals, tempi, programs, tex
 
 
 @_compiled
-def _skip_message(data, position, status, tick, standard, tempi, texts, counts):
+def _skip_message(
+    data: np.ndarray,
+    position: Int,
+    status: Int,
+    tick: Int,
+    standard: bool,
+    tempi: np.ndarray,
+    texts: np.ndarray,
+    counts: np.ndarray,
+) -> tuple[Int, bool]:
     """Steps over a meta or system-exclusive message and keeps its tempo or text.
 
     Returns:
@@ -321,11 +341,13 @@ def _skip_message(data, position, status, tick, standard, tempi, texts, counts):
         if tempo or not standard:  # a beat of no time is impossible
             _put(tempi, counts[_TEMPI], (tick, tempo))
             counts[_TEMPI] += 1
-    return position + length, kind < 0 or _KNOWN_META[kind]
+    return position + length, bool(kind < 0 or _KNOWN_META[kind])
 
 
 @_compiled
-def _close(pool, row, tick, key, notes, n, keep_short):
+def _close(
+    pool: np.ndarray, row: Int, tick: Int, key: Int, notes: np.ndarray, n: Int, keep_short: bool
+) -> tuple[Int, Int, Int]:
     """Ends the open notes of one pitch and channel at `tick`.
 
     Args:
@@ -339,7 +361,8 @@ def _close(pool, row, tick, key, notes, n, keep_short):
         very tick stay open if earlier ones were ended; else they end, or are forgotten.
     """
     before, begin = n, row
-    kept_first = kept_last = -1
+    kept_first: Int = -1
+    kept_last: Int = -1
     while row >= 0:
         following = pool[row, 2]
         if pool[row, 0] != tick:

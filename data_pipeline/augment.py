@@ -19,7 +19,7 @@ _CURVE_TOKENS = (100, 800)  # a token is a third of a note
 
 
 @dataclass(frozen=True)
-class Swing:
+class SineModulation:
     """A sine wave for each piece of a window.
 
     Attributes:
@@ -43,18 +43,20 @@ def augment(
     """`ids` with each piece changed at random as `config` allows; uint16 [L] as given."""
     n = _n_pieces(ids)
     if config.note_drop:
-        rates = _sometimes(rng, config.note_drop_probability, rng.uniform(0, config.note_drop, n))
+        rates = _mask_random(rng, config.note_drop_probability, rng.uniform(0, config.note_drop, n))
         ids = drop_notes(ids, rates, rng, tokenizer)
     if config.sustain:
         change = rng.uniform(-config.sustain, config.sustain, n)
-        ids = change_sustain(ids, 1 + _sometimes(rng, config.sustain_probability, change))
+        ids = change_sustain(ids, 1 + _mask_random(rng, config.sustain_probability, change))
     if config.tempo or config.mixup or config.rubato:
         factors = rng.uniform(1 - config.tempo, 1 + config.tempo, n)
         rubato = None
         if config.rubato:
             depth = rng.uniform(0, config.rubato, n)
-            depth = _sometimes(rng, config.rubato_probability, depth)
-            rubato = Swing(depth, rng.uniform(*_RUBATO_MS, n), rng.uniform(0, 2 * np.pi, n))
+            depth = _mask_random(rng, config.rubato_probability, depth)
+            rubato = SineModulation(
+                depth, rng.uniform(*_RUBATO_MS, n), rng.uniform(0, 2 * np.pi, n)
+            )
         shuffled_by = rng if config.mixup else None
         ids = change_tempo(ids, factors, tokenizer, shuffled_by, rubato=rubato)
     n = _n_pieces(ids)  # where `<E>` was pushed out of the window, one less
@@ -64,13 +66,13 @@ def augment(
         ids = change_velocity(ids, rng.integers(-config.velocity, config.velocity + 1, n))
     if config.velocity_curve:
         height = rng.uniform(0, config.velocity_curve, n)
-        height = _sometimes(rng, config.velocity_curve_probability, height)
+        height = _mask_random(rng, config.velocity_curve_probability, height)
         period = rng.uniform(*_CURVE_TOKENS, n)
-        ids = swell_velocity(ids, Swing(height, period, rng.uniform(0, 2 * np.pi, n)))
+        ids = modulate_velocity(ids, SineModulation(height, period, rng.uniform(0, 2 * np.pi, n)))
     return ids
 
 
-def _sometimes(rng: np.random.Generator, probability: float, values: np.ndarray) -> np.ndarray:
+def _mask_random(rng: np.random.Generator, probability: float, values: np.ndarray) -> np.ndarray:
     """`values`, each set to zero unless it is drawn with `probability`."""
     return np.where(rng.random(len(values)) < probability, values, 0.0)
 
@@ -96,7 +98,7 @@ def change_tempo(
     tokenizer: Tokenizer,
     rng: np.random.Generator | None = None,
     *,
-    rubato: Swing | None = None,
+    rubato: SineModulation | None = None,
 ) -> np.ndarray:
     """All times multiplied by `factor` (one for all, or one per piece); uint16 [L].
 
@@ -105,15 +107,15 @@ def change_tempo(
         factor: above 1 is slower.
         tokenizer: whose kinds the ids have.
         rng: shuffles the events of one onset (mix-up); None keeps their order.
-        rubato: how the local tempo swings, before `factor`: depth below 1, period in ms.
+        rubato: how the local tempo is modulated, before `factor`: depth below 1, period in ms.
 
     Events cut by the window's edge are dropped, and so are `<U>` and `<P>`.
     """
     ids = np.ascontiguousarray(ids, np.uint16)
     draws = np.empty(0) if rng is None else rng.random(len(ids))
-    swing = np.zeros((_n_pieces(ids), 3)) if rubato is None else rubato.table()
+    modulation = np.zeros((_n_pieces(ids), 3)) if rubato is None else rubato.table()
     factors = _per_piece(ids, factor, np.float64)
-    return kernels.change_tempo(ids, tokenizer.kind, factors, swing, draws)
+    return kernels.change_tempo(ids, tokenizer.kind, factors, modulation, draws)
 
 
 def change_sustain(ids: np.ndarray, factor: float | np.ndarray) -> np.ndarray:
@@ -122,9 +124,9 @@ def change_sustain(ids: np.ndarray, factor: float | np.ndarray) -> np.ndarray:
     return kernels.change_sustain(ids, _per_piece(ids, factor, np.float64))
 
 
-def swell_velocity(ids: np.ndarray, swing: Swing) -> np.ndarray:
+def modulate_velocity(ids: np.ndarray, modulation: SineModulation) -> np.ndarray:
     """Velocities moved along a slow wave (depth in steps of 10, period in tokens); uint16 [L]."""
-    return kernels.swell_velocity(np.ascontiguousarray(ids, np.uint16), swing.table())
+    return kernels.modulate_velocity(np.ascontiguousarray(ids, np.uint16), modulation.table())
 
 
 def drop_notes(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from importlib import metadata as packages
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -163,7 +164,7 @@ def _render(task: tuple[str, Path]) -> str | None:
     return None
 
 
-def _notes(score) -> np.ndarray:
+def _notes(score: Any) -> np.ndarray:
     """Notes of all parts as rows (start, end, pitch), in ticks; unisons once, the longest."""
     rows: dict[tuple[int, int], int] = {}
     for element in score.flatten().notes:
@@ -176,7 +177,7 @@ def _notes(score) -> np.ndarray:
     return np.array([(start, end, pitch) for (start, pitch), end in sorted(rows.items())])
 
 
-def _marked_tempo(score) -> float | None:
+def _marked_tempo(score: Any) -> float | None:
     """The score's first metronome mark in quarters per minute, if it names a number."""
     for mark in score.flatten().getElementsByClass("MetronomeMark"):
         if mark.number:

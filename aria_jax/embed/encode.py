@@ -20,7 +20,7 @@ BATCH_TOKENS = 16_384
 CPU_BATCH_TOKENS = 4096
 """On a CPU two small batches side by side are half again as fast as a large one on all cores: they
 stay in the cores' caches, and one computes while the other waits for its last thread."""
-MOST_SIDE_BY_SIDE = 4
+MAX_SIDE_BY_SIDE = 4
 
 
 def model_encoder(
@@ -80,7 +80,7 @@ def _encoder(
     ways = 1 if mesh is None else row_shards(batch_sharding(mesh))
     batch_tokens, side_by_side = BATCH_TOKENS, 1
     if mesh is None and jax.default_backend() == "cpu":
-        batch_tokens, side_by_side = CPU_BATCH_TOKENS, min(usable_cpus(), MOST_SIDE_BY_SIDE)
+        batch_tokens, side_by_side = CPU_BATCH_TOKENS, min(usable_cpus(), MAX_SIDE_BY_SIDE)
 
     def encode_batch(batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple:
         chosen, tokens_BxL, eos_B = batch

@@ -11,7 +11,7 @@ from data_pipeline.metadata import labels_from_texts
 from data_pipeline.midi import compat_of, read_midi
 from data_pipeline.tokenizer import Tokenizer
 
-LONGEST_MS = 24 * 3_600_000
+MAX_MS = 24 * 3_600_000
 """A longer file is broken: silence costs a token every 5 s, so a few bytes can become millions."""
 # A MIDI file with a pedal press and enough notes for a fingerprint.
 _TRACK = (
@@ -58,7 +58,7 @@ class PieceMaker:
         stage = "parse"
         try:
             performance = self._read(data)
-            if performance.duration_ms > LONGEST_MS:
+            if performance.duration_ms > MAX_MS:
                 return rejection(path, stage, "too-long", int(performance.duration_ms)), b""
             stage = "filter"
             performance = self._cleaning.clean(performance)

@@ -7,13 +7,13 @@ import pytest
 
 from data_pipeline.augment import (
     AugmentConfig,
-    Swing,
+    SineModulation,
     augment,
     change_sustain,
     change_tempo,
     change_velocity,
     drop_notes,
-    swell_velocity,
+    modulate_velocity,
     transpose,
 )
 from data_pipeline.errors import UserError
@@ -129,9 +129,9 @@ def with_room(ids):
 
 def test_rubato_bends_time_smoothly_and_keeps_notes_in_order():
     ids = with_room(piece(n_notes=300, seed=7))
-    swing = Swing(*(np.array([value] * 2) for value in (0.3, 7000.0, 1.0)))
+    modulation = SineModulation(*(np.array([value] * 2) for value in (0.3, 7000.0, 1.0)))
     before = ARIA.decode(ids).notes
-    after = ARIA.decode(change_tempo(ids, 1.1, ARIA, rubato=swing)).notes
+    after = ARIA.decode(change_tempo(ids, 1.1, ARIA, rubato=modulation)).notes
 
     def warped(ms):
         turns = 2 * np.pi / 7000
@@ -143,7 +143,7 @@ def test_rubato_bends_time_smoothly_and_keeps_notes_in_order():
     lengths = np.clip(warped(before["end"]) - warped(before["start"]), 10, 5000)
     assert np.abs(after["end"] - after["start"] - lengths).max() <= 5.0001
     assert (np.diff(after["start"]) >= 0).all() and after["start"][0] == 0
-    none = Swing(np.zeros(2), np.full(2, 7000.0), np.ones(2))
+    none = SineModulation(np.zeros(2), np.full(2, 7000.0), np.ones(2))
     plain = change_tempo(ids, 1.1, ARIA)
     np.testing.assert_array_equal(change_tempo(ids, 1.1, ARIA, rubato=none), plain)
 
@@ -159,8 +159,8 @@ def test_sustain_changes_durations_only():
 
 def test_velocity_swells_and_ebbs_within_its_height():
     ids = piece(n_notes=400, seed=9)
-    swing = Swing(*(np.array([value] * 2) for value in (2.0, 400.0, 0.0)))
-    before, after = ARIA.decode(ids).notes, ARIA.decode(swell_velocity(ids, swing)).notes
+    modulation = SineModulation(*(np.array([value] * 2) for value in (2.0, 400.0, 0.0)))
+    before, after = ARIA.decode(ids).notes, ARIA.decode(modulate_velocity(ids, modulation)).notes
     np.testing.assert_array_equal(after["start"], before["start"])
     change = after["velocity"].astype(int) - before["velocity"]
     assert set(np.unique(change)) == {-20, -10, 0, 10, 20}
