@@ -5,6 +5,8 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
+from aria_jax.cli.verb import Verb
+
 if TYPE_CHECKING:
     from aria_jax.aot.report import Report
 
@@ -23,7 +25,6 @@ examples:
   aria-jax compile --preset medium --topology v6e:8x8 global_batch=256 remat=dots --json
   aria-jax compile --preset small --topology v5e:2x2 --task decode mesh.data=1 mesh.tensor=4"""
 
-PARSE = argparse.ArgumentParser.parse_intermixed_args
 TASKS = ("pretrain", "continue", "contrastive", "classify", "embed", "prefill", "decode")
 # Config of the task that has the same head.
 LIKE = {"embed": "contrastive", "prefill": "pretrain", "decode": "pretrain"}
@@ -71,6 +72,9 @@ def run(args: argparse.Namespace) -> int:
     result = {**dataclasses.asdict(report), "fits": report.fits}
     print_result(result, args.json, _text(report))
     return 0 if report.fits else 1
+
+
+COMPILE = Verb(DESCRIPTION, add_arguments, run, parse=argparse.ArgumentParser.parse_intermixed_args)
 
 
 def _mesh_settings(mesh: str | None) -> list[str]:

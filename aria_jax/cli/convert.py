@@ -3,8 +3,12 @@
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from aria_jax.cli.output import Writes, add_overwrite
+from aria_jax.cli.verb import Verb, Writes, add_overwrite
+
+if TYPE_CHECKING:
+    from aria_jax.models.heads import Model
 
 DESCRIPTION = """\
 Convert published Aria weights (.safetensors: base, gen, embedding, classifier, pedal demo; float32,
@@ -53,9 +57,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add_overwrite(verb)
 
 
-WRITES = Writes(lambda args: [args.out], ("source", "base"))
-
-
 def run(args: argparse.Namespace) -> None:
     """Converts."""
     {
@@ -64,6 +65,9 @@ def run(args: argparse.Namespace) -> None:
         "merge": _merge,
         "adapters": _adapters,
     }[args.direction](args)
+
+
+CONVERT = Verb(DESCRIPTION, add_arguments, run, Writes(lambda args: [args.out], ("source", "base")))
 
 
 def _from_safetensors(args: argparse.Namespace) -> None:
@@ -164,7 +168,7 @@ def _check_file_name(out: str) -> None:
         raise UserError(f"{out}: name a file that ends in .safetensors")
 
 
-def _report(out: str, model) -> None:
+def _report(out: str, model: "Model") -> None:
     from aria_jax.models.heads import parameter_specs
     from aria_jax.models.parameters import parameter_count
 

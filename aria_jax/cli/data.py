@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aria_jax.cli.output import Writes, add_overwrite
+from aria_jax.cli.verb import Verb, Writes, add_overwrite
 
 if TYPE_CHECKING:
     from data_pipeline.inspection import Inspection
@@ -141,9 +141,6 @@ def _outputs(args: argparse.Namespace) -> list[Path]:
     return [Path(args.plot)] if args.verb == "inspect" and args.plot else []
 
 
-WRITES = Writes(_outputs, ("data_dir",))
-
-
 def _filter_table() -> str:
     """The thresholds of the presets, a test a line."""
     from data_pipeline.filters import PRESETS
@@ -167,6 +164,9 @@ def _filter_table() -> str:
 def run(args: argparse.Namespace) -> None:
     """Runs the verb."""
     {"build": _build, "inspect": _inspect, "sample": _sample}[args.verb](args)
+
+
+DATA = Verb(DESCRIPTION, add_arguments, run, Writes(_outputs, ("data_dir",)))
 
 
 def _build(args: argparse.Namespace) -> None:
@@ -220,8 +220,11 @@ def _build(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import print_result
+    from aria_jax.report.charts import check_picture
     from data_pipeline.inspection import inspect
 
+    if args.plot:
+        check_picture(args.plot)
     found = inspect(args.data_dir)
     lines = [
         *_split_table(found.splits),
@@ -239,7 +242,7 @@ def _inspect(args: argparse.Namespace) -> None:
             *("  " + line for line in found.first_lines),
         ]
     if args.plot:
-        _plot(args.data_dir, found, Path(args.plot))
+        _plot(args, found)
     print_result(dataclasses.asdict(found), args.json, "\n".join(lines))
 
 
@@ -307,12 +310,13 @@ def _rejection_table(rejected: dict[str, int]) -> list[str]:
     return ["", f"rejected: {total:,} files (named in rejected.jsonl)", *_bars(rejected, total)]
 
 
-def _plot(data_dir: str, found: "Inspection", path: Path) -> None:
-    from aria_jax.report.charts import corpus
+def _plot(args: argparse.Namespace, found: "Inspection") -> None:
+    from aria_jax.report.charts import corpus, save_chart
     from data_pipeline.shards import TokenShards, load_manifest
 
     lengths = {
-        split: TokenShards(data_dir, split).n_notes for split in load_manifest(data_dir)["splits"]
+        split: TokenShards(args.data_dir, split).n_notes
+        for split in load_manifest(args.data_dir)["splits"]
     }
     # A label that is different for every piece, such as a title, would be a wall of bars.
     top = {
@@ -320,7 +324,7 @@ def _plot(data_dir: str, found: "Inspection", path: Path) -> None:
         for label, counts in found.labels.items()
         if len(counts) <= _MOST_VALUES
     }
-    corpus(lengths, top, "notes a piece").savefig(path, dpi=130)
+    save_chart(corpus(lengths, top, "notes a piece"), args.plot, args.command_line)
 
 
 def _sample(args: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from aria_jax.cli.output import Writes, add_overwrite, input_digest
+from aria_jax.cli.verb import Verb, Writes, add_overwrite, input_digest
 from data_pipeline.artifact import Identity, write_atomically
 
 DESCRIPTION = """\
@@ -46,9 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="labelled MIDI files to use instead of the sample corpus (with metadata.json)",
     )
     add_overwrite(parser)
-
-
-WRITES = Writes(lambda args: [Path(args.out) / "report.html"], ("midi",), in_folder=True)
 
 
 @dataclass(frozen=True)
@@ -161,6 +158,14 @@ def run(args: argparse.Namespace) -> int:
     )
     print(f"done in {time.perf_counter() - began:.0f} s\nopen {page}")
     return 0
+
+
+DEMO = Verb(
+    DESCRIPTION,
+    add_arguments,
+    run,
+    Writes(lambda args: [Path(args.out) / "report.html"], ("midi",), in_folder=True),
+)
 
 
 def _check_corpus(folder: Path) -> None:

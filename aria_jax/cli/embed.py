@@ -5,6 +5,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from aria_jax.cli.verb import Verb
+
 if TYPE_CHECKING:
     from aria_jax.embed.pieces import Source
 
@@ -153,6 +155,9 @@ def run(args: argparse.Namespace) -> None:
     if summary.n_rejected:
         text += f"; {summary.n_rejected} files rejected, see {args.out}.rejected.jsonl"
     print_result(result, args.json, text, warnings)
+
+
+EMBED = Verb(DESCRIPTION, add_arguments, run)
 
 
 def _refuse_other_output(args: argparse.Namespace) -> None:

@@ -1,18 +1,19 @@
 """`aria-jax generate`: continue a performance."""
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aria_jax.cli.output import Writes, add_overwrite
+from aria_jax.cli.verb import Verb, Writes, add_overwrite
 
 if TYPE_CHECKING:
     import numpy as np
+    from jax.sharding import Mesh
 
     from aria_jax.checkpoints.models import LoadedModel
     from aria_jax.generate.continuation import Continuation
     from aria_jax.generate.decoding import Decoding
+    from aria_jax.generate.weights import DecoderWeights
     from data_pipeline.tokenizer import Tokenizer
 
 DESCRIPTION = """\
@@ -104,13 +105,6 @@ def _outputs(args: argparse.Namespace) -> list[Path]:
     return [Path(args.out) / file for file in (f"{name}.html", *names)]
 
 
-WRITES = Writes(
-    _outputs,
-    ("checkpoint", "prompt", "prompt_ids", "embedding", "embedding_checkpoint", "wav"),
-    in_folder=True,
-)
-
-
 def run(args: argparse.Namespace) -> None:
     """Generates and saves."""
     limits = _checked_limits(args)
@@ -157,6 +151,18 @@ def run(args: argparse.Namespace) -> None:
     if files:
         lines.append(f"listen: {files[0]['page']}")
     print_result(result, args.json, "\n".join(lines))
+
+
+GENERATE = Verb(
+    DESCRIPTION,
+    add_arguments,
+    run,
+    Writes(
+        _outputs,
+        ("checkpoint", "prompt", "prompt_ids", "embedding", "embedding_checkpoint", "wav"),
+        in_folder=True,
+    ),
+)
 
 
 def _checked_limits(args: argparse.Namespace) -> dict[str, Any]:
@@ -248,7 +254,7 @@ def _settings(args: argparse.Namespace) -> "Decoding":
     )
 
 
-def _mesh(text: str | None):
+def _mesh(text: str | None) -> "Mesh | None":
     if text is None:
         return None
     from aria_jax.config import RunConfig, with_overrides
@@ -263,9 +269,13 @@ def _mesh(text: str | None):
 
 
 def _prompt(
-    args, tokenizer: "Tokenizer", model_reading: str, limits: dict[str, Any]
+    args: argparse.Namespace,
+    tokenizer: "Tokenizer",
+    model_reading: str,
+    limits: dict[str, Any],
 ) -> "np.ndarray":
     from aria_jax.cli.console import chosen_reading
+    from aria_jax.cli.tokens import read_ids
     from aria_jax.generate.continuation import prompt_of_file, unconditional_prompt
     from data_pipeline.midi import compat_of
 
@@ -273,29 +283,6 @@ def _prompt(
         compat = compat_of(chosen_reading(args.compat, model_reading, args.checkpoint))
         return prompt_of_file(args.prompt, tokenizer, compat=compat, **limits)
     return read_ids(args.prompt_ids) if args.prompt_ids else unconditional_prompt(tokenizer)
-
-
-def read_ids(path: str) -> "np.ndarray":
-    """Token ids of a JSON file, int64; what `aria-jax tokenize --json` prints, or a bare list.
-
-    Raises:
-        UserError: something else.
-    """
-    import numpy as np
-
-    from data_pipeline.errors import UserError
-
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        ids = content["ids"] if isinstance(content, dict) else content
-        if isinstance(ids, list) and len(ids) == 1 and isinstance(ids[0], list):
-            ids = ids[0]  # one continuation of `aria-jax generate --json`
-        whole = isinstance(ids, list) and all(type(i) is int for i in ids)
-    except (ValueError, KeyError, UnicodeDecodeError):
-        whole = False
-    if not whole:
-        raise UserError(f'{path}: expected token ids as JSON, [6, 0, …] or {{"ids": [6, 0, …]}}')
-    return np.array(ids, np.int64)
 
 
 def _condition(args: argparse.Namespace, emb_size: int | None) -> "np.ndarray | None":
@@ -324,7 +311,15 @@ def _condition(args: argparse.Namespace, emb_size: int | None) -> "np.ndarray | 
     return condition
 
 
-def _generate(args, weights, tokenizer, prompt, settings, condition, mesh) -> "list[Continuation]":
+def _generate(
+    args: argparse.Namespace,
+    weights: "DecoderWeights",
+    tokenizer: "Tokenizer",
+    prompt: "np.ndarray",
+    settings: "Decoding",
+    condition: "np.ndarray | None",
+    mesh: "Mesh | None",
+) -> "list[Continuation]":
     from aria_jax.cli.console import progress_bar, stage
     from aria_jax.generate.continuation import continue_prompt
 
@@ -356,7 +351,7 @@ def _save(
 ) -> list[dict[str, str]]:
     from aria_jax.models.heads import parameter_specs
     from aria_jax.models.parameters import parameter_count
-    from aria_jax.report.continuations import Result, save_continuations
+    from aria_jax.report.listening import Result, save_continuations
     from aria_jax.report.page import Provenance
     from data_pipeline.tokenizer import Tokenizer
 

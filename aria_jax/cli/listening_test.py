@@ -6,12 +6,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aria_jax.cli.output import Writes, add_overwrite
+from aria_jax.cli.verb import Verb, Writes, add_overwrite
 from data_pipeline.artifact import write_atomically
 
 if TYPE_CHECKING:
-    from aria_jax.eval.listening_test import Comparison, Trial
-    from aria_jax.report.listening_page import Clip
+    from aria_jax.eval.comparison import Comparison, Trial
+    from aria_jax.report.listening import Clip
 
 DESCRIPTION = """\
 The paper's listening test: 15 s prompts, 45 s continuations, ours against another system's in
@@ -70,16 +70,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action.add_argument("--json", action="store_true", help="print the result as JSON")
 
 
-WRITES = Writes(
-    lambda args: [Path(args.out) / "key.json"] if args.action == "make" else [],
-    ("clips",),
-    in_folder=True,
-)
-
-
 def run(args: argparse.Namespace) -> None:
     """Does what `args.action` says."""
     {"make": _make, "analyse": _analyse, "counts": _counts, "compare": _compare}[args.action](args)
+
+
+LISTENING_TEST = Verb(
+    DESCRIPTION,
+    add_arguments,
+    run,
+    Writes(
+        lambda args: [Path(args.out) / "key.json"] if args.action == "make" else [],
+        ("clips",),
+        in_folder=True,
+    ),
+)
 
 
 # --- make ----------------------------------------------------------------------------------------
@@ -89,8 +94,8 @@ def _make(args: argparse.Namespace) -> None:
     import numpy as np
 
     from aria_jax.cli.console import print_result
-    from aria_jax.eval.listening_test import design
-    from aria_jax.report.listening_page import Question, write_judge_page
+    from aria_jax.eval.comparison import design
+    from aria_jax.report.listening import Question, write_judge_page
     from data_pipeline.errors import UserError
 
     if not 0 < args.prompt_seconds < args.seconds:
@@ -161,7 +166,7 @@ def _check_pairs(
     loaded: "dict[tuple[str, str], Clip]", trials: "list[Trial]", args: argparse.Namespace
 ) -> list[str]:
     """Refuses pairs that begin differently; says which could not be compared."""
-    from aria_jax.eval.listening_test import same_prompt
+    from aria_jax.eval.comparison import same_prompt
     from data_pipeline.errors import UserError
 
     different, unchecked = [], 0
@@ -185,7 +190,7 @@ def _check_pairs(
 
 def _find_clips(folder: Path) -> dict[str, dict[str, Path]]:
     """System -> prompt -> file."""
-    from aria_jax.report.listening_page import AUDIO_SUFFIXES
+    from aria_jax.report.listening import AUDIO_SUFFIXES
     from data_pipeline.errors import UserError
 
     suffixes = (".mid", ".midi", *AUDIO_SUFFIXES)
@@ -199,7 +204,7 @@ def _find_clips(folder: Path) -> dict[str, dict[str, Path]]:
 
 
 def _load_clip(path: Path) -> "Clip":
-    from aria_jax.report.listening_page import AUDIO_SUFFIXES, Clip
+    from aria_jax.report.listening import AUDIO_SUFFIXES, Clip
     from data_pipeline.midi import read_midi, resolve_pedal
 
     if path.suffix.lower() in AUDIO_SUFFIXES:
@@ -211,7 +216,7 @@ def _load_clip(path: Path) -> "Clip":
 
 
 def _analyse(args: argparse.Namespace) -> None:
-    from aria_jax.eval.listening_test import Trial, analyse
+    from aria_jax.eval.comparison import Trial, analyse
     from data_pipeline.errors import UserError
 
     key = _read_json(args.key)
@@ -265,7 +270,7 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def _counts(args: argparse.Namespace) -> None:
-    from aria_jax.eval.listening_test import compare, fit_of_participants
+    from aria_jax.eval.comparison import compare, fit_of_participants
 
     one = compare("the opponent", args.wins, args.ties, args.losses, n_judgements=args.judgements)
     note = None if args.participants is None else fit_of_participants(one, args.participants)
@@ -300,7 +305,7 @@ def _compare(args: argparse.Namespace) -> None:
     import numpy as np
 
     from aria_jax.cli.console import print_result
-    from aria_jax.eval.music_statistics import frechet_distance, music_statistics, summarise
+    from aria_jax.eval.comparison import frechet_distance, music_statistics, summarise
 
     sets = {side: _performances(getattr(args, side)) for side in ("generated", "reference")}
     summary = {

@@ -1,8 +1,6 @@
 """The `aria-jax` command: finds the verb, imports only its module, prints user errors on one line.
 
-A verb module defines `DESCRIPTION`, `add_arguments(parser)` and `run(args) -> int | None`; and
-`PARSE`, a method of ArgumentParser, where `parse_args` will not do; and `WRITES`, what it makes of
-what (see `cli.output`).
+A module offers each of its verbs as a `cli.verb.Verb` of that name: `bench-suite` is BENCH_SUITE.
 """
 
 import argparse
@@ -13,28 +11,28 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from data_pipeline.errors import UserError, did_you_mean, printable
 
+if TYPE_CHECKING:
+    from aria_jax.cli.verb import Verb
+
 # verb -> (module under aria_jax.cli, one line for --help). Nothing here imports jax.
 VERBS = {
-    "tokenize": ("tokenize", "MIDI file to token ids"),
-    "detokenize": ("detokenize", "token ids to MIDI file"),
+    "tokenize": ("tokens", "MIDI file to token ids"),
+    "detokenize": ("tokens", "token ids to MIDI file"),
     "data": ("data", "build, inspect and sample training data"),
     "train": ("train", "pretrain, continue, contrastive, classify"),
     "compile": ("compile", "what a program takes on TPUs that are not here"),
     "generate": ("generate", "continue a performance"),
     "score": ("score", "negative log-likelihood of performances under a model"),
     "embed": ("embed", "one embedding per file, as Parquet"),
-    "classify": ("classify", "label files with a finetuned classifier"),
+    "classify": ("score", "label files with a finetuned classifier"),
     "probe": ("probe", "how much a linear classifier reads from embeddings"),
-    "retrieve": ("retrieve", "retrieval metrics of embeddings: MRR, Hit@k"),
+    "retrieve": ("search", "retrieval metrics of embeddings: MRR, Hit@k"),
     "search": ("search", "the performances nearest to a query"),
-    "bench-suite": (
-        "bench_suite",
-        "every labelled task in a folder, in one table beside the paper's",
-    ),
+    "bench-suite": ("probe", "every labelled task in a folder, in one table beside the paper's"),
     "convert": ("convert", "weights from and to published PyTorch checkpoints"),
     "listening-test": ("listening_test", "blinded A/B pages, and the analysis of their votes"),
     "demo": ("demo", "the whole story on a small corpus, ending in an HTML report"),
@@ -68,7 +66,7 @@ class Parser(argparse.ArgumentParser):
         name = option.partition("=")[0]
         return any(known.startswith(name) for known in self._options())
 
-    def parse_known_args(self, args=None, namespace=None):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As argparse does; keeps the arguments for `error`."""
         self._given = list(args or ())
         return super().parse_known_args(args, namespace)
@@ -138,29 +136,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(verb: str, argv: Sequence[str]) -> int:
-    if verb not in VERBS:
-        hint = did_you_mean(verb, VERBS) or "; `aria-jax --help` lists them"
-        raise UserError(f"unknown verb {verb!r}{hint}")
+def _run(name: str, argv: Sequence[str]) -> int:
+    if name not in VERBS:
+        hint = did_you_mean(name, VERBS) or "; `aria-jax --help` lists them"
+        raise UserError(f"unknown verb {name!r}{hint}")
     # What libraries say about themselves is no news to a user; errors still are.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     logging.getLogger("absl").setLevel(logging.ERROR)
-    module = importlib.import_module(f"aria_jax.cli.{VERBS[verb][0]}")
+    module = importlib.import_module(f"aria_jax.cli.{VERBS[name][0]}")
+    verb: Verb = getattr(module, name.replace("-", "_").upper())
     parser = Parser(
-        prog=f"aria-jax {verb}",
-        description=module.DESCRIPTION,
+        prog=f"aria-jax {name}",
+        description=verb.description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    module.add_arguments(parser)
-    parse = getattr(module, "PARSE", Parser.parse_args)
-    args = parse(parser, argv)
-    args.command_line = shlex.join(["aria-jax", verb, *argv])  # reports say what made them
-    if (writes := getattr(module, "WRITES", None)) is None:
-        return module.run(args) or 0
-    from aria_jax.cli.output import run_once
+    verb.add_arguments(parser)
+    args = verb.parse(parser, argv)
+    args.command_line = shlex.join(["aria-jax", name, *argv])  # reports say what made them
+    from aria_jax.cli.verb import run_once
 
-    return run_once(module.run, verb, args, writes)
+    return run_once(name, verb, args)
 
 
 def _version() -> str:

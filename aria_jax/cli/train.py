@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from aria_jax.cli.verb import Verb
+
 if TYPE_CHECKING:
     from aria_jax.chips import Chip
     from aria_jax.cli.main import Parser
@@ -101,9 +103,6 @@ def _refuse_dashes(option: str, behind: Sequence[str]) -> None:
     raise UserError(f"train: {option} is a setting, not an option; did you mean {name}={value}?")
 
 
-PARSE = parse
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax train`."""
     parser.add_argument("task", choices=TASKS)
@@ -162,6 +161,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.dry_run:
         _check_beginning(args)
     return _dry_run(args, preset) if args.dry_run else _train(args, preset)
+
+
+TRAIN = Verb(DESCRIPTION, add_arguments, run, parse=parse)
 
 
 def _check_beginning(args: argparse.Namespace) -> None:

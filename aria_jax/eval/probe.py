@@ -212,13 +212,21 @@ def few_shot(
 
 
 def _problem(
-    features_NxE, labels, groups, splits, judge, files, folds: int, min_per_class: int, seed: int
+    features_NxE: np.ndarray,
+    labels: Sequence[str | None],
+    groups: Sequence[str] | None,
+    splits: Sequence[str | None] | None,
+    judge: str | None,
+    files: Sequence[str] | None,
+    folds: int,
+    min_per_class: int,
+    seed: int,
 ) -> _Problem:
     """Checks the arguments and takes what can be used."""
     n = len(labels)
     names = np.array([str(i) for i in range(n)] if files is None else files, dtype=object)
-    known = Counter({name: label for name, label in zip(names, labels, strict=True)}.values())
-    known.pop(None, None)
+    label_of = {name: label for name, label in zip(names, labels, strict=True)}
+    known = Counter(label for label in label_of.values() if label is not None)
     left_out = {label: n for label, n in sorted(known.items()) if n < min_per_class}
     classes = tuple(sorted(set(known) - set(left_out)))
     if len(classes) < 2:
@@ -232,11 +240,11 @@ def _problem(
     rows = np.flatnonzero(use)
     _, file = np.unique(names[rows].astype(str), return_inverse=True)
     group = (names if groups is None else np.array(groups, dtype=object))[rows].astype(str)
-    y = np.array([classes.index(labels[i]) for i in rows])
+    y = np.array([classes.index(labels[i]) for i in rows.tolist()])
     first = np.unique(file, return_index=True)[1]
     if splits is not None:
         judge = judge or next(iter(held_out_splits(splits)), None)
-        of_file = np.array([splits[i] for i in rows[first]], dtype=object)
+        of_file = np.array(splits, dtype=object)[rows[first]]
         sides = [(np.flatnonzero(of_file == "train"), np.flatnonzero(of_file == judge))]
         if not all(map(len, sides[0])):
             raise UserError(

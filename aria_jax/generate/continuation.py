@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -164,7 +165,7 @@ def make_prompt(
 
 
 def prompt_of_file(
-    path: str | Path, tokenizer: Tokenizer, *, compat: str | None = None, **limits
+    path: str | Path, tokenizer: Tokenizer, *, compat: str | None = None, **limits: Any
 ) -> np.ndarray:
     """`make_prompt` of a MIDI file, `compat` as in `read_midi`; errors name it."""
     from data_pipeline.midi import read_midi

@@ -127,7 +127,9 @@ class Vocabulary:
         )
 
 
-def _guided(logits_RxV: jax.Array, step: jax.Array, settings: Decoding, n_branches: int):
+def _guided(
+    logits_RxV: jax.Array, step: jax.Array, settings: Decoding, n_branches: int
+) -> jax.Array:
     """[S, V]: the branches combined, guidance growing over the first steps."""
     if n_branches == 1:
         return logits_RxV

@@ -159,7 +159,9 @@ def _nll_function(
     graph, state = nnx.split(model)
 
     @jax.jit
-    def compute(state, head_DxV: jax.Array, inputs_BxL: jax.Array, targets_BxL: jax.Array):
+    def compute(
+        state: nnx.State, head_DxV: jax.Array, inputs_BxL: jax.Array, targets_BxL: jax.Array
+    ) -> jax.Array:
         hidden_BxLxD = nnx.merge(graph, state).hidden(inputs_BxL)
         hidden_TxD = hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1])
         nll_T, _ = token_nll(hidden_TxD, head_DxV, targets_BxL.reshape(-1), CHUNK_TOKENS)

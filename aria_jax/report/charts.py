@@ -1,16 +1,36 @@
-"""Charts of a run: loss curves, a confusion matrix, a map of embeddings. Each returns a figure."""
+"""Charts of runs and corpora: loss curves, a confusion matrix, a map of embeddings, lengths.
+
+Each returns a figure, which `save_chart` writes.
+"""
 
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from aria_jax.report.page import program_version
 from data_pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
+
+
+def check_picture(path: str | Path) -> None:
+    """Raises `UserError` for a name that does not end like a picture's."""
+    if Path(path).suffix.lower() not in PICTURES:
+        raise UserError(f"{path}: this will be a picture; name it …{', …'.join(PICTURES)}")
+
+
+def save_chart(figure: "Figure", path: str | Path, command: str) -> None:
+    """Writes a picture of the kind its name says, and under it the command that made it."""
+    made_by = textwrap.fill(f"{command} ({program_version()})", 120)
+    figure.text(0.01, -0.02, made_by, fontsize=6, color="#777777", va="top")
+    figure.savefig(path, dpi=130, bbox_inches="tight")
 
 
 def read_metrics(path: str | Path, name: str) -> dict[str, tuple[list[int], list[float]]]:

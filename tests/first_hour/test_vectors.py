@@ -31,6 +31,7 @@ PROBE = [
     wrong("probe {counts} --label composer", "two classes of at least 10 files"),
     wrong("probe {counts} --label composer --cv 1 --min-per-class 2", "at least 2 folds"),
     wrong("probe {midi} --label composer", ("folder", "aria-jax embed")),
+    wrong("probe {counts} --label composer --plot p.csv", ("p.csv", "picture", "….png")),
 ]
 
 RETRIEVE = [
@@ -54,6 +55,7 @@ SEARCH = [
     wrong("search {query} {counts} --checkpoint {encoder}", "another model"),
     wrong("search {query} {vectors} --checkpoint {encoder} -k 0", "-k 0"),
     wrong("search {vectors} --checkpoint {encoder}", "required: EMB"),
+    wrong("search {query} {vectors} --checkpoint {encoder} --html p.png", ("p.png", "….html")),
     wrong("search {data} {vectors} --checkpoint {encoder}", "token shards"),
 ]
 

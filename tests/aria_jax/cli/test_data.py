@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from matplotlib import rc_context
 
 from aria_jax.cli.main import main
 from data_pipeline.filters import PRESETS
@@ -40,6 +41,11 @@ def test_inspect_shows_the_label_table_and_saves_a_picture(built, tmp_path, caps
     (composer,) = (line for line in rows if line[:1] == ["composer"])
     assert split[2:] == ["train", "val", "total"] and composer[-3:] == ["10", "100.0", "%"]
     assert picture.read_bytes().startswith(b"\x89PNG")
+    with rc_context({"svg.fonttype": "none"}):
+        assert main(["data", "inspect", str(out), "--plot", str(tmp_path / "lengths.svg")]) == 0
+    assert "aria-jax data inspect" in (tmp_path / "lengths.svg").read_text()
+    assert main(["data", "inspect", str(out), "--plot", str(tmp_path / "lengths.csv")]) == 2
+    assert "lengths.csv: this will be a picture" in capsys.readouterr().err
     assert main(["data", "inspect", str(out), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert sum(s["n_tokens"] for s in found["splits"].values()) == summary["n_tokens"]

@@ -1,4 +1,4 @@
-"""Classifiers: each learns what can be learnt; the linear one by the reference's recipe."""
+"""Classifiers: each learns what can be learnt, as the reference does; labels of whole files."""
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,13 @@ from aria_jax.eval.classifiers import (
     C_GRID,
     CLASSIFIERS,
     LinearRecipe,
+    Prediction,
     _Logistic,
     linear,
     nearest,
+    score_predictions,
 )
+from aria_jax.losses.classification import file_probabilities
 
 
 def clusters(n=120, signal=4.0, seed=0):
@@ -101,3 +104,36 @@ def test_the_nearer_class_wins_a_draw():
     x = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
     predict = nearest(x, np.array([0, 0, 1, 1]), np.arange(4).astype(str), 0, neighbours=4)
     np.testing.assert_array_equal(predict(np.array([[1.0, 0.2], [0.2, 1.0]])), [0, 1])
+
+
+def test_long_slices_outweigh_short_ones_and_fillers_do_not_count():
+    probabilities = np.array([[0.9, 0.1], [0.2, 0.8], [0.0, 1.0], [1.0, 0.0]])
+    pieces, mean = file_probabilities(
+        probabilities, np.array([100, 900, 10, 500]), np.array([7, 7, 3, -1])
+    )
+    assert pieces.tolist() == [3, 7]
+    np.testing.assert_allclose(mean, [[0, 1], [0.27, 0.73]])
+
+
+def test_order_of_slices_does_not_matter():
+    rng = np.random.default_rng(0)
+    probabilities = rng.dirichlet(np.ones(4), 50)
+    n_tokens, pieces = rng.integers(1, 900, 50), rng.integers(0, 9, 50)
+    order = rng.permutation(50)
+    one = file_probabilities(probabilities, n_tokens, pieces)
+    other = file_probabilities(probabilities[order], n_tokens[order], pieces[order])
+    np.testing.assert_array_equal(one[0], other[0])
+    np.testing.assert_allclose(one[1], other[1])
+    np.testing.assert_allclose(one[1].sum(1), 1)
+
+
+def test_only_files_with_a_known_label_are_scored():
+    likely = np.array([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3]])
+    labels = ["bach", "bach", "liszt", "satie"]
+    predictions = [
+        Prediction(f"{i}.mid", str(i), likely[i], {"composer": labels[i]}) for i in range(4)
+    ]
+    scores = score_predictions(predictions, "composer", ("bach", "liszt"))
+    assert (scores.n_scored, scores.accuracy) == (3, pytest.approx(1 / 3))
+    assert scores.confusion.tolist() == [[1, 1], [1, 0]]
+    assert score_predictions(predictions, "form", ("bach", "liszt")).n_scored == 0

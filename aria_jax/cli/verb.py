@@ -1,10 +1,9 @@
-"""The one rule for what verbs write: the same is done, other things are not replaced unasked.
+"""What a verb is, and the one rule for what it writes: the same is done, other things stay.
 
-A verb module says in `WRITES` which files it makes and which of its arguments are inputs. Beside
-the file or folder that the user named, .NAME.identity.json keeps what they were made of, their
-digests and what the verb printed. The same command run again prints that and does nothing more; one
-that would make something else, or replace a file that is not its own, is refused before any slow
-work.
+A verb says in `writes` which files it makes and which of its arguments are inputs. Beside the file
+or folder that the user named, .NAME.identity.json keeps what they were made of, their digests and
+what the verb printed. The same command run again prints that and does nothing more; one that would
+make something else, or replace a file that is not its own, is refused before any slow work.
 
 `data build`, `train` and `embed` keep their identities in what they make, and go by the same rule.
 """
@@ -54,6 +53,25 @@ class Writes:
     in_folder: bool = False
 
 
+@dataclass(frozen=True)
+class Verb:
+    """A verb, as the module that does it offers it to `cli.main`.
+
+    Attributes:
+        description: what --help says of it.
+        add_arguments: adds its arguments to a parser.
+        run: does it; the exit status, None for 0.
+        writes: what it makes of what; None where it makes nothing, or what keeps its own identity.
+        parse: (parser, argv) -> arguments.
+    """
+
+    description: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+    writes: Writes | None = None
+    parse: Callable[..., argparse.Namespace] = argparse.ArgumentParser.parse_args
+
+
 def add_overwrite(parser: argparse.ArgumentParser) -> None:
     """Adds --overwrite."""
     parser.add_argument(
@@ -61,21 +79,17 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def run_once(
-    run: Callable[[argparse.Namespace], int | None],
-    verb: str,
-    args: argparse.Namespace,
-    writes: Writes,
-) -> int:
+def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
     """Runs a verb unless what it would make is there; its exit status.
 
     Raises:
         UserError: something else is there, and --overwrite was not said.
     """
-    outputs = [Path(output) for output in writes.outputs(args)]
-    if not outputs:
-        return run(args) or 0
-    identity = _identity(verb, args, writes)
+    writes = verb.writes
+    outputs = [Path(output) for output in writes.outputs(args)] if writes is not None else []
+    if writes is None or not outputs:
+        return verb.run(args) or 0
+    identity = _identity(name, args, writes)
     if outputs[0].parent.is_file():
         raise UserError(f"{outputs[0].parent} is a file; name a folder")
     record = outputs[0].absolute().parent / f".{outputs[0].name}.identity.json"
@@ -100,7 +114,7 @@ def run_once(
         if outputs[0].is_dir() and finished is not None:
             shutil.rmtree(outputs[0])  # a model that a verb has made, not a run
         tee = stack.enter_context(redirect_stdout(_Tee(sys.stdout)))
-        status = run(args) or 0
+        status = verb.run(args) or 0
         if status == 0:
             files = {
                 os.path.relpath(path, record.parent): input_digest(path)
