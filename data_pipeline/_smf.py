@@ -103,7 +103,9 @@ def decoded_tracks(
         chunk, start = data[position : position + 4], position + 8
         end = start + int.from_bytes(data[position + 4 : start], "big")
         number = f"track {len(tracks) + 1} of {max(n_declared, len(tracks) + 1)}"
-        position = end
+        position = _behind_padding(data, end) if standard else end
+        if standard and chunk == b"MThd":
+            raise InvalidMidi("two-files", f"{name}: another MIDI file begins at byte {start - 8}")
         if chunk != b"MTrk":
             unknown = standard and _is_chunk_type(chunk)
             if unknown and end <= len(data):
@@ -113,7 +115,7 @@ def decoded_tracks(
                 break
             raise InvalidMidi("no-track-header", f"{name}: {number} has no MTrk header")
         track = _decode_track(data, start, end, f"{name}: {number}", standard)
-        if standard and not (track[2] or _is_chunk_type(data[end : end + 4])):
+        if standard and not (track[2] or _is_chunk_type(data[position : position + 4])):
             with suppress(InvalidMidi):  # perhaps its length was too small
                 longer = _decode_track(data, start, len(data), name, standard)
                 track = longer if longer[2] else track
@@ -121,7 +123,7 @@ def decoded_tracks(
         tracks.append(tables)
         if standard and ended:
             if stop > end or data[stop : stop + 4] == b"MTrk":
-                position = stop  # its length was wrong
+                position = _behind_padding(data, stop)  # its length was wrong
         elif cut or end > len(data):
             missing.append(f"{number} is cut after {stop - start} of {end - start} bytes")
     if len(tracks) < n_declared:
@@ -130,6 +132,14 @@ def decoded_tracks(
         message = f"{name}: {missing[0]}; --repair (tokenize, data build) reads what is before"
         raise InvalidMidi("truncated", message)
     return kind, division, tracks, "; ".join(missing)
+
+
+def _behind_padding(data: bytes, position: int) -> int:
+    """`position`, or where a track or the end of the file follows the zeros that stand there."""
+    if data[position : position + 1] != b"\0":
+        return position
+    rest = data[position:].lstrip(b"\0")
+    return len(data) - len(rest) if rest[:4] in (b"", b"MTrk") else position
 
 
 def _is_chunk_type(chunk: bytes) -> bool:

@@ -69,30 +69,41 @@ def same_name(path: str) -> str:
 
 
 def _csv_rows(path: Path, text: str) -> Iterator[dict[str, Any]]:
-    """Only CR and LF outside quotes end a row; the delimiter is the one that names a file."""
-    header = text.split("\n", 1)[0]
+    """Only CR and LF outside quotes end a row; the delimiter is the one that names a file.
+
+    Spreadsheets write empty rows and empty fields at the end: those are left out.
+    """
+    header = text.replace("\r", "\n").split("\n", 1)[0]
     delimiter = next(
         (d for d in _DELIMITERS if any(key in _names(header, d) for key in PATH_KEYS)), ","
     )
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    # Strict: a quote that is never closed would swallow all rows behind it.
+    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        names = [name.strip() for name in reader.fieldnames or ()]
+        names = [_column(name) for name in reader.fieldnames or ()]
         if repeated := {name for name in names if name and names.count(name) > 1}:
             raise UserError(f"{path}: column {min(repeated)!r} twice; keep one")
         reader.fieldnames = names
         for row in reader:
-            if None in row:
+            if any(row.pop(None, ())):
                 raise UserError(
                     f"{path}: line {reader.line_num}: more fields than the header names; "
                     "put quotes round a field that contains the delimiter"
                 )
-            yield row
+            if any(row.values()):
+                yield row
     except csv.Error as error:
         raise UserError(f"{path}: after line {reader.line_num}: not valid CSV ({error})") from None
 
 
 def _names(header: str, delimiter: str) -> list[str]:
-    return [name.strip().strip('"') for name in header.split(delimiter)]
+    return [_column(name.strip().strip('"')) for name in header.split(delimiter)]
+
+
+def _column(name: str) -> str:
+    """A column's name; of one that names files in lower case, as those are looked for."""
+    name = name.strip()
+    return name.lower() if name.lower() in PATH_KEYS else name
 
 
 def _parsed(path: Path, text: str) -> Any:

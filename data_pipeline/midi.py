@@ -239,13 +239,13 @@ def read_midi(
         compat=compat,
         repaired=repaired,
     )
-    refuse_overlong(performance.ms(notes["start"][-1:]), name)
+    refuse_overlong(np.array([performance.duration_ms]), name)
     return performance
 
 
-def refuse_overlong(onsets_ms: np.ndarray, name: str) -> None:
-    """Raises InvalidMidi where an onset lies beyond `MAX_HOURS`."""
-    hours = onsets_ms.max(initial=0) / 3_600_000
+def refuse_overlong(times_ms: np.ndarray, name: str) -> None:
+    """Raises InvalidMidi where a time lies beyond `MAX_HOURS`."""
+    hours = times_ms.max(initial=0) / 3_600_000
     if hours > MAX_HOURS:
         raise InvalidMidi("too-long", f"{name}: lasts {hours:,.0f} hours; the limit is {MAX_HOURS}")
 

@@ -100,6 +100,21 @@ def test_a_csv_is_read_as_csv(tmp_path, delimiter, newline):
     assert labels.labels_for("b.mid")["composer"] == "bach"
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Path,Composer\na.mid,Chopin\n",
+        "path,composer\na.mid,Chopin\n,\n\n,\n",
+        "path,composer\na.mid,Chopin,,\n",
+        "path,composer,\na.mid,Chopin,\n",
+        "composer;PATH\rChopin;a.mid\r",
+    ],
+)
+def test_a_csv_as_spreadsheets_write_it(tmp_path, text):
+    labels = table(tmp_path, text, "metadata.csv")
+    assert labels.labels_for("a.mid") == {"composer": "chopin"} and len(labels) == 1
+
+
 def test_json_lines(tmp_path):
     lines = (
         '{"file_name": "a.mid", "composer": "Bach"}\n\n{"file_name": "b.mid", "title": "\u2028"}\n'
@@ -273,6 +288,7 @@ def test_unusable_metadata_is_explained(tmp_path, content, message):
         ("path,composer\na.mid,Bach, Johann\n", "line 2: more fields than the header"),
         ("composer\nBach\n", "entry 1: no file named"),
         (f"path,title\na.mid,{'x' * 200_000}\n", "after line 1: not valid CSV"),
+        ('path,title\na.mid,"x\nb.mid,y\n', "not valid CSV"),  # b.mid would be in the title
     ],
 )
 def test_unusable_csv_is_explained(tmp_path, content, message):

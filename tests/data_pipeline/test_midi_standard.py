@@ -60,6 +60,18 @@ SAYS = {
     "an unknown chunk behind all tracks": (plain + chunk(b"Tail", b"abc"), TWO),
     "an unknown chunk behind all tracks, cut": (plain + chunk(b"Tail", b"abc", more=9), TWO),
     "padding behind all tracks": (plain + b"\0" * 20, TWO),
+    "tracks padded with zeros that their length does not count": (
+        file_500(track(note(60)) + b"\0", track(), track(note(62, after=500)) + b"\0\0\0"),
+        TWO,
+    ),
+    "a track without an end, padded before another": (
+        file_500(chunk(b"MTrk", note(60)) + b"\0", track(note(62, after=500))),
+        TWO,
+    ),
+    "an unknown chunk padded to an even length": (
+        file_500(chunk(b"Junk", b"x") + b"\0", track(*two), declared=1),
+        TWO,
+    ),
     "more tracks than declared": (
         file_500(track(note(60)), track(note(62, after=500)), declared=1),
         TWO,
@@ -276,6 +288,11 @@ REFUSED = {
     "a cut undeclared track": (
         file_500(track(*two), chunk(b"MTrk", note(), more=4), declared=1),
         "truncated",
+    ),
+    "two files, one behind the other": (plain + plain, "two-files"),
+    "a note that lasts days": (
+        file_500(track(*two, b"\0\x90\x3c\x40", b"\xff\xff\xff\x7f\x80\x3c\0")),
+        "too-long",
     ),
     "a number of five bytes": (
         file_500(track(b"\x80\x80\x80\x80\x00\x90\x3c\x40")),
