@@ -85,7 +85,7 @@ compile-check: setup ## compile for TPU topologies that are not here (minutes; i
 
 compile-table: setup ## the table of docs/tpu.md (an hour)
 	@$(PIP) -e '.[aot]'
-	$(BIN)/python -m launch.aot v5p:4x4x4 v5p:4x8x8 v5e:8x8 v5e:16x16 v6e:8x8 v6e:16x16
+	$(BIN)/python -m benchmarks.compile_table v5p:4x4x4 v5p:4x8x8 v5e:8x8 v5e:16x16 v6e:8x8 v6e:16x16
 
 wheel: setup ## a wheel of this checkout in dist/, which launch.cluster's scripts install
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .

@@ -1,7 +1,7 @@
 """Compiles several settings for TPU topologies and prints one table row each.
 
-    python -m launch.aot v5p:4x4x4 v5e:8x8 -- --preset medium remat=full
-    python -m launch.aot v5p:4x4x4 --each remat=full,dots --each global_batch=256,512
+    python -m benchmarks.compile_table v5p:4x4x4 v5e:8x8 -- --preset medium remat=full
+    python -m benchmarks.compile_table v5p:4x4x4 --each remat=full,dots --each global_batch=256,512
 
 Each combination is one `aria-jax compile … --json` in a process of its own, so that a compiler
 that runs out of memory ends that row only. What is compiled and how is in `aria_jax.aot`.
@@ -55,7 +55,7 @@ def row(topology: str, settings: Sequence[str], arguments: Sequence[str]) -> lis
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints a Markdown table."""
     parser = argparse.ArgumentParser(
-        prog="python -m launch.aot",
+        prog="python -m benchmarks.compile_table",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
