@@ -60,7 +60,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     "Training": {
         "train": _API,
         "contrastive_loss": "aria_jax.losses.contrastive",
-        "next_token_loss": "aria_jax.losses.language_model",
+        "next_token_loss": "aria_jax.losses.cross_entropy",
         "build_model": "aria_jax.models.heads",
         "Model": "aria_jax.models.heads",
         "make_mesh": "aria_jax.sharding",

@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from aria_jax.chips import chip_of
 from aria_jax.config import ComputeConfig, MeshConfig, with_overrides
 from aria_jax.generate.decoding import Decoding, decode
 from aria_jax.generate.weights import decoder_weights
 from aria_jax.models.heads import build_model
-from aria_jax.presets import for_task
+from aria_jax.presets import chip_of, for_task
 from aria_jax.train.loop import run
 from aria_jax.train.plan import train_flops_per_token
 from benchmarks.bench_train import corpus

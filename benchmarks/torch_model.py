@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 from aria_jax.config import ModelConfig
-from aria_jax.kernels.attention.plain import ROPE_BASE
+from aria_jax.kernels.attention import ROPE_BASE
 from aria_jax.models.transformer import EPSILON
 
 

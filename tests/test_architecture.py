@@ -14,17 +14,15 @@ PACKAGES = ("aria_jax", "data_pipeline", "launch")
 # module only. `config`, `presets` and `sharding` are vocabulary, open to all of aria_jax.
 COMMON = {
     "data_pipeline",
-    "aria_jax.chips",
+    "aria_jax.presets",
     "aria_jax.config",
     "aria_jax.config_file",
-    "aria_jax.presets",
     "aria_jax.sharding",
     "aria_jax.make_callable",
 }
 ALLOWED = {
     "data_pipeline": set(),
     "launch": {"data_pipeline", "aria_jax"},
-    "aria_jax.chips": set(),
     "aria_jax.config": {"data_pipeline.errors", "data_pipeline.settings"},
     # What `import aria_jax` offers: on top of everything but the command line.
     "aria_jax.api": COMMON

@@ -2,7 +2,7 @@
 
 import pytest
 
-from aria_jax.aot.topology import prepare
+from aria_jax.aot import prepare
 
 
 def described(name: str, **options):

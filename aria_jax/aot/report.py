@@ -6,7 +6,7 @@ Three kinds of figures, never mixed up (`Report.sources` says which is which):
   layers. Their difference is one layer, and `n_layers` of those and the rest of the first program
   are the whole, since the compiler counts the body of a loop once, whatever its trip count.
   The packed attention kernel is among them by its own cost estimate, which counts what the matrix
-  unit works through (`kernels.attention.packed`).
+  unit works through (`kernels.packed_attention`).
 - formula: FLOPs of the splash attention kernel, which carries no cost estimate, and of all chunks
   of the vocabulary loss but the first, since they are a loop too.
 - assumption: the share of the peak that the splash kernel reaches, and data sheet speeds.
@@ -30,21 +30,23 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from aria_jax.aot.formulas import (
+from aria_jax.aot import wrong_topology
+from aria_jax.aot.costs import (
     attention_efficiency,
     attention_flops,
     cached_flops,
+    collectives,
+    cycles,
+    kernel_flops,
+    moved_bytes,
     needed_flops,
     packed_attention_flops,
     uncounted_loss_flops,
     uses_splash,
 )
-from aria_jax.aot.hlo import collectives, cycles, kernel_flops, moved_bytes
 from aria_jax.aot.programs import TRAINING, Program, Task, program, with_layers
-from aria_jax.aot.topology import wrong_topology
-from aria_jax.chips import CHIPS, Chip
 from aria_jax.config import RunConfig
-from aria_jax.presets import TOKENS_AT_ONCE
+from aria_jax.presets import CHIPS, TOKENS_AT_ONCE, Chip
 from aria_jax.sharding import make_mesh
 from data_pipeline.errors import UserError
 

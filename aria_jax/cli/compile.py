@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report; 1 where the program does not fit into the chips' memory."""
-    from aria_jax.aot.topology import accelerator_run, prepare
+    from aria_jax.aot import accelerator_run, prepare
     from aria_jax.config import with_overrides
 
     settings = [*_mesh_settings(args.mesh), *args.settings]

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from aria_jax.cli.verb import Verb
 
 if TYPE_CHECKING:
-    from aria_jax.chips import Chip
     from aria_jax.cli.main import Parser
     from aria_jax.config import RunConfig
+    from aria_jax.presets import Chip
     from aria_jax.train.init import InitFrom
     from aria_jax.train.plan import Plan
 
@@ -211,8 +211,7 @@ def _on_chips(
     args: argparse.Namespace, preset: "RunConfig", chip: "Chip | None", n: int
 ) -> "RunConfig":
     """The run as it is best computed on so many chips, but for what the user says."""
-    from aria_jax.chips import CHIPS
-    from aria_jax.presets import TOKENS_AT_ONCE, for_hardware
+    from aria_jax.presets import CHIPS, TOKENS_AT_ONCE, for_hardware
 
     family = next((name for name in TOKENS_AT_ONCE if CHIPS[name] == chip), None)
     if family is not None:
@@ -227,8 +226,8 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     import jax
 
     from aria_jax.checkpoints import newest_step
-    from aria_jax.chips import chip_of
     from aria_jax.config_file import write_config
+    from aria_jax.presets import chip_of
     from aria_jax.train.hooks import JsonlSink, MetricSink, TensorBoardSink
     from aria_jax.train.loop import run as train
     from aria_jax.train.processes import join_processes, leave_at_once, lost_contact
@@ -328,8 +327,8 @@ def _dry_run(args: argparse.Namespace, preset: "RunConfig") -> int:
     """Prints the plan; 1 where the memory of a device does not suffice."""
     import jax
 
-    from aria_jax.chips import CHIPS, chip_of
     from aria_jax.cli.console import print_result
+    from aria_jax.presets import CHIPS, chip_of
     from aria_jax.train.plan import plan
     from aria_jax.train.tasks import build_task, resolve
     from data_pipeline.errors import UserError

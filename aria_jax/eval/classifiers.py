@@ -15,7 +15,7 @@ import numpy as np
 
 from aria_jax.embed.encode import Encode
 from aria_jax.embed.pieces import Piece, Rejection, Source
-from aria_jax.losses.classification import file_probabilities
+from aria_jax.losses.cross_entropy import file_probabilities
 from data_pipeline.pool import map_in_order
 from data_pipeline.shards import TokenShards
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from aria_jax.losses.language_model import CHUNK_TOKENS, token_nll
+from aria_jax.losses.cross_entropy import CHUNK_TOKENS, token_nll
 from aria_jax.models.heads import Model
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizer import Kind, Tokenizer

@@ -14,8 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from aria_jax.kernels.contrastive import NEG_INF, PADDING_ID, merge_lse
-from aria_jax.kernels.contrastive.pairs import Implementation, PairSharding, pair_statistics
+from aria_jax.kernels.contrastive import (
+    NEG_INF,
+    PADDING_ID,
+    Implementation,
+    PairSharding,
+    merge_lse,
+    pair_statistics,
+)
 from aria_jax.sharding import named_sharding
 from data_pipeline.errors import UserError, expect_array
 
@@ -109,7 +115,14 @@ def _placement(mesh: Mesh | None, implementation: Implementation, ring: bool) ->
     return PairSharding(implementation, mesh, axes, ring)
 
 
-def _negatives(unit1, unit2, ids, scale, variant: Variant, placement: PairSharding):
+def _negatives(
+    unit1: jax.Array,
+    unit2: jax.Array,
+    ids: jax.Array,
+    scale: jax.Array,
+    variant: Variant,
+    placement: PairSharding,
+) -> tuple[list[jax.Array], list[jax.Array]]:
     """Log-sum-exp over the negatives of each anchor of both views, and the hardest of them."""
     across = pair_statistics(unit1, unit2, ids, ids, scale, placement)
     per_view = [(across.row_lse, across.row_max), (across.column_lse, across.column_max)]
@@ -143,7 +156,12 @@ def _uniformity(unit_RxE: jax.Array, valid_R: jax.Array) -> jax.Array:
     return jnp.log(jnp.sum(pairs * potential) / jnp.maximum(pairs.sum(), 1) + 1e-12)
 
 
-def _check(z1_BxE, z2_BxE, temperature, composition) -> None:
+def _check(
+    z1_BxE: jax.Array,
+    z2_BxE: jax.Array,
+    temperature: float | jax.Array,
+    composition: jax.Array | None,
+) -> None:
     """Raises `UserError` for what is no pair of views; looks at shapes only, so also in a trace."""
     expect_array(z1_BxE, "contrastive_loss: the first view", "pairs", "width")
     expect_array(z2_BxE, "contrastive_loss: the second view", "pairs", "width")
@@ -193,7 +211,7 @@ def grad_cache(
     embeddings = jax.lax.map(lambda batch: embed(params, batch), micro_batches)
     value, (own, cotangents) = jax.value_and_grad(loss, (0, 1), has_aux=True)(params, embeddings)
 
-    def replay(total: Tree, part: tuple[Tree, jax.Array]):
+    def replay(total: Tree, part: tuple[Tree, jax.Array]) -> tuple[Tree, None]:
         batch, cotangent = part
         _, pull_back = jax.vjp(lambda p: embed(p, batch), params)
         return jax.tree.map(jnp.add, total, pull_back(cotangent)[0]), None

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,9 @@ class Model(nnx.Module):
         d = config.d_model
         self.backbone = Transformer(config, compute, rngs=rngs)
 
-        def linear(n_in: int, n_out: int, axes: tuple[str | None, ...], published: str):
+        def linear(
+            n_in: int, n_out: int, axes: tuple[str | None, ...], published: str
+        ) -> nnx.Param:
             value = uniform_init(rngs.params(), (n_in, n_out), n_in)
             return parameter(value, axes, published=published, linear=True)
 
@@ -85,12 +88,12 @@ class Model(nnx.Module):
         )
         return hidden if prefix is None or pool_at_B is not None else hidden[:, 1:]
 
-    def __call__(self, tokens_BxL: jax.Array, **inputs) -> jax.Array:
+    def __call__(self, tokens_BxL: jax.Array, **inputs: Any) -> jax.Array:
         """Head outputs at every position, float32; `inputs` as for `hidden`."""
         return self._read(self.hidden(tokens_BxL, **inputs))
 
     def pooled(
-        self, tokens_BxL: jax.Array, eos_B: jax.Array, pooling: str = "eos", **inputs
+        self, tokens_BxL: jax.Array, eos_B: jax.Array, pooling: str = "eos", **inputs: Any
     ) -> jax.Array:
         """Head output of each sequence, float32 [B, E or C].
 

@@ -7,8 +7,9 @@ layer's weights (`project_qkv`, `attn_out_and_mlp`); the KV-cache decoder uses t
 Sizes: B batch, L length, D d_model, H heads, K head width, F feed-forward, V vocabulary, N layers.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +52,9 @@ class Blocks(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         n, d, f = config.n_layers, config.d_model, config.d_model * config.ff_mult
 
-        def linear(shape: tuple[int, ...], axes: tuple[str | None, ...], name: str, **kwargs):
+        def linear(
+            shape: tuple[int, ...], axes: tuple[str | None, ...], name: str, **kwargs: Any
+        ) -> nnx.Param:
             value = uniform_init(rngs.params(), (n, *shape), shape[0])
             published = f"model.encode_layers.{{}}.{name}.weight"
             return parameter(value, ("layer", *axes), published=published, linear=True, **kwargs)
@@ -158,7 +161,11 @@ class Transformer(nnx.Module):
 
 
 def run_layers(
-    layer, x_BxLxD: jax.Array, stacked: tuple, compute: ComputeConfig, last_layer=None
+    layer: Callable[[jax.Array, Any], jax.Array],
+    x_BxLxD: jax.Array,
+    stacked: tuple,
+    compute: ComputeConfig,
+    last_layer: Callable[[jax.Array, Any], jax.Array] | None = None,
 ) -> jax.Array:
     """The output of all layers; `stacked` has one slice of every leaf for each.
 
@@ -228,7 +235,7 @@ def last_layer_at(
     return constrain(out, "batch", None, None)
 
 
-def _rematerialised(layer, policy: str, *, prevent_cse: bool):
+def _rematerialised(layer: Callable, policy: str, *, prevent_cse: bool) -> Callable:
     """`layer` with the backward pass of that policy (see `ComputeConfig.remat`)."""
     if policy == "none":
         return layer

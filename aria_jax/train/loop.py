@@ -13,8 +13,8 @@ import numpy as np
 
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.models import model_record
-from aria_jax.chips import chip_of
 from aria_jax.config import RunConfig, to_dict
+from aria_jax.presets import chip_of
 from aria_jax.sharding import batch_sharding, iterate_rows, make_mesh
 from aria_jax.train.hooks import (
     Clock,

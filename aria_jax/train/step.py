@@ -1,4 +1,6 @@
-"""The compiled training and evaluation steps: pure functions of state, batch and step number."""
+"""The optimiser, one for every task, and the compiled training and evaluation steps: pure functions
+of state, batch and step number.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -8,12 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from aria_jax.config import RunConfig
+from aria_jax.config import OptimizerConfig, RunConfig
 from aria_jax.losses.contrastive import grad_cache
 from aria_jax.models.heads import Model
 from aria_jax.models.parameters import Parameters
 from aria_jax.sharding import constrain
-from aria_jax.train.optimizer import build_optimizer, learning_rate, updates_done
 from aria_jax.train.tasks import (
     Aux,
     Batch,
@@ -25,6 +26,56 @@ from aria_jax.train.tasks import (
 )
 
 Metrics = dict[str, jax.Array]
+
+WARMUP_START = 1e-6  # of the peak; PyTorch's LinearLR cannot start from 0
+
+
+def learning_rate(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then decay to `end_ratio` of the peak at the end.
+
+    "linear" is the reference's (training/train.py get_optim); "wsd" stays at the peak and falls
+    linearly over the last `decay_fraction` of the run (Hu et al. 2024, MiniCPM), so that a longer
+    run can branch off before the fall.
+    """
+    peak, end, warmup = config.peak_lr, config.end_ratio, config.warmup_steps
+    start = warmup
+    if config.schedule == "wsd":
+        start = max(warmup, round(total_steps * (1 - config.decay_fraction)))
+    left = max(total_steps - start, 1)
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        # Sums of positive terms: the first learning rates are exact in float32 too.
+        rising = WARMUP_START * (1 - step / max(warmup, 1)) + step / max(warmup, 1)
+        done = jnp.clip((step - start) / left, 0, 1)
+        falling = {
+            "linear": (1 - done) + end * done,
+            "wsd": (1 - done) + end * done,
+            "cosine": end + (1 - end) * (1 + jnp.cos(jnp.pi * done)) / 2,
+            "constant": jnp.ones_like(done),
+        }[config.schedule]
+        return peak * jnp.where(step < warmup, rising, falling)
+
+    return schedule
+
+
+def build_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Global-norm clipping (unless `clip_norm` is None) and AdamW with decay on every parameter."""
+    adamw = optax.adamw(
+        learning_rate(config, total_steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+    if config.clip_norm is None:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def updates_done(opt_state: optax.OptState) -> jax.Array:
+    """How many updates a state of `build_optimizer` has seen: the schedule's clock, int32."""
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
 
 
 @jax.tree_util.register_dataclass
@@ -75,7 +126,7 @@ def make_train_step(config: RunConfig, build: Build, loss: LossFunction) -> Trai
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     schedule = learning_rate(config.optimizer, config.train.steps)
 
-    def train_step(state: TrainState, batch: Batch, step: jax.Array):
+    def train_step(state: TrainState, batch: Batch, step: jax.Array) -> tuple[TrainState, Metrics]:
         def merge(params: Parameters) -> Model:
             return build(params, state.frozen)
 
@@ -102,10 +153,12 @@ def make_train_step(config: RunConfig, build: Build, loss: LossFunction) -> Trai
     return jax.jit(train_step, donate_argnums=0)
 
 
-Gradients = Callable[
-    [Parameters, Batch, jax.Array | None], tuple[tuple[Metrics, Metrics], Parameters]
-]
-"""(params, batch, key) -> ((means times weight, counts), gradient times weight).
+WeightedLoss = tuple[jax.Array, tuple[Metrics, Metrics]]
+"""Loss times weight, and (means times weight, counts)."""
+PartGradients = tuple[tuple[Metrics, Metrics], Parameters]
+"""((means times weight, counts), gradient times weight)."""
+Gradients = Callable[[Parameters, Batch, jax.Array | None], PartGradients]
+"""(params, batch, key) -> what they give.
 
 Dividing by the sum of weights makes both right, whatever the parts of a batch held.
 """
@@ -118,12 +171,12 @@ def weighted_gradients(
     if parts > 1 and isinstance(loss, BatchLoss):
         return _cached(parts, merge, loss)
 
-    def weighted_loss(params: Parameters, batch: Batch, key: jax.Array | None):
+    def weighted_loss(params: Parameters, batch: Batch, key: jax.Array | None) -> WeightedLoss:
         return _weighted(*loss(merge(params), batch, key))
 
     grad = jax.value_and_grad(weighted_loss, has_aux=True)
 
-    def one_part(params: Parameters, batch: Batch, key: jax.Array | None):
+    def one_part(params: Parameters, batch: Batch, key: jax.Array | None) -> PartGradients:
         (_, aux), grads = grad(params, batch, key)
         return aux, grads
 
@@ -133,10 +186,10 @@ def weighted_gradients(
 def _accumulated(parts: int, one_part: Gradients) -> Gradients:
     """Sums over parts."""
 
-    def gradients(params: Parameters, batch: Batch, key: jax.Array | None):
+    def gradients(params: Parameters, batch: Batch, key: jax.Array | None) -> PartGradients:
         rows = split_microbatches(batch, parts)
 
-        def add(total, part):
+        def add(total: PartGradients, part: tuple[Batch, jax.Array]) -> tuple[Any, None]:
             rows, i = part
             part_key = None if key is None else jax.random.fold_in(key, i)
             return jax.tree.map(jnp.add, total, one_part(params, rows, part_key)), None
@@ -154,8 +207,8 @@ def _cached(parts: int, merge: Callable[[Parameters], Model], loss: BatchLoss) -
     def embed(params: Parameters, part: tuple[Batch, jax.Array | None]) -> jax.Array:
         return loss.embed(merge(params), *part)
 
-    def gradients(params: Parameters, batch: Batch, key: jax.Array | None):
-        def compare(params: Parameters, z: jax.Array):
+    def gradients(params: Parameters, batch: Batch, key: jax.Array | None) -> PartGradients:
+        def compare(params: Parameters, z: jax.Array) -> WeightedLoss:
             return _weighted(*loss.compare(merge(params), join_microbatches(z), batch))
 
         keys = None if key is None else jax.random.split(key, parts)
@@ -167,7 +220,7 @@ def _cached(parts: int, merge: Callable[[Parameters], Model], loss: BatchLoss) -
     return gradients
 
 
-def _weighted(value: jax.Array, aux: Aux):
+def _weighted(value: jax.Array, aux: Aux) -> WeightedLoss:
     """Loss times its weight, and ({name: mean times weight}, {name: count})."""
     weight = aux["weight"]
     counts = {"n_tokens": aux["n_tokens"], "weight": weight}

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from aria_jax.config import SLICE_NOTES, RunConfig
-from aria_jax.losses.classification import classification_loss, file_probabilities
 from aria_jax.losses.contrastive import contrastive_loss
-from aria_jax.losses.language_model import next_token_loss
+from aria_jax.losses.cross_entropy import classification_loss, file_probabilities, next_token_loss
 from aria_jax.models.heads import Model
 from data_pipeline import loaders
 from data_pipeline.errors import UserError
@@ -211,7 +210,7 @@ def _slice_notes(config: RunConfig) -> dict[str, int]:
 def _language_model(config: RunConfig) -> LossFunction:
     packed = config.data.packing == "best-fit"
 
-    def loss(model: Model, batch: Batch, key: jax.Array | None):
+    def loss(model: Model, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Aux]:
         hidden = model.hidden(
             batch["inputs"],
             positions=batch["positions"] if packed else None,
@@ -277,7 +276,7 @@ def _temperature(config: RunConfig, model: Model) -> jax.Array:
 
 
 def _classify(config: RunConfig) -> LossFunction:
-    def loss(model: Model, batch: Batch, key: jax.Array | None):
+    def loss(model: Model, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Aux]:
         logits = model.pooled(batch["tokens"], batch["eos"], config.train.pooling, dropout_key=key)
         used_B = (batch["piece"] >= 0).astype(jnp.float32)
         value, aux = classification_loss(logits, batch["label"], used_B)

@@ -44,7 +44,7 @@ def test_there_are_about_forty_names_all_of_them_documented():
 def test_a_room_stays_a_room_when_its_modules_are_imported():
     code = (
         "import aria_jax\nfrom aria_jax import embed\nimport aria_jax.generate.sampler as sampler\n"
-        "import aria_jax.train.optimizer, aria_jax.embed.pieces\n"
+        "import aria_jax.train.step, aria_jax.embed.pieces\n"
         "assert callable(aria_jax.generate) and callable(aria_jax.train) and embed.pieces\n"
         "assert aria_jax.generate.sampler is sampler"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from aria_jax.aot.topology import accelerator_run
+from aria_jax.aot import accelerator_run
 from aria_jax.config import with_overrides
 from aria_jax.presets import for_task
 from launch import cluster, local

@@ -6,19 +6,18 @@ import json
 import jax
 import pytest
 
-from aria_jax.aot.formulas import (
+from aria_jax.aot import accelerator_run, chip_count
+from aria_jax.aot.costs import (
     ATTENTION_EFFICIENCY,
     attention_efficiency,
     uncounted_loss_flops,
 )
 from aria_jax.aot.programs import Program, with_layers
 from aria_jax.aot.report import Cost
-from aria_jax.aot.topology import accelerator_run, chip_count
-from aria_jax.chips import CHIPS
 from aria_jax.cli.main import main
 from aria_jax.config import DataConfig, MeshConfig, with_overrides
-from aria_jax.losses.language_model import CHUNK_TOKENS
-from aria_jax.presets import TOKENS_AT_ONCE, for_hardware, for_task
+from aria_jax.losses.cross_entropy import CHUNK_TOKENS
+from aria_jax.presets import CHIPS, TOKENS_AT_ONCE, for_hardware, for_task
 from aria_jax.sharding import make_mesh
 from data_pipeline.errors import UserError
 

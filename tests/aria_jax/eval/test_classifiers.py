@@ -21,7 +21,7 @@ from aria_jax.eval.classifiers import (
     nearest,
     score_predictions,
 )
-from aria_jax.losses.classification import file_probabilities
+from aria_jax.losses.cross_entropy import file_probabilities
 
 
 def clusters(n=120, signal=4.0, seed=0):

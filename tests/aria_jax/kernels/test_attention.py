@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from aria_jax.config import MeshConfig
-from aria_jax.kernels.attention import attention, blockwise, choice
-from aria_jax.kernels.attention.plain import causal_mask
+from aria_jax.kernels import attention as kernels
+from aria_jax.kernels.attention import attention, blockwise, causal_mask
 from aria_jax.sharding import make_mesh
 
 
@@ -57,13 +57,13 @@ def test_the_mask_of_two_segments():
 def test_blockwise(length, kv_lens, segments):
     check(
         case(3, length, segments=segments),
-        partial(blockwise.attend, tile=8, max_kv_lens=kv_lens),
+        partial(blockwise, tile=8, max_kv_lens=kv_lens),
     )
 
 
 @pytest.mark.parametrize("at_once", [1, 8 * 20 * 3])
 def test_blockwise_takes_few_rows_together(at_once):
-    check(case(3, 20, segments=True), partial(blockwise.attend, tile=8, scores_at_once=at_once))
+    check(case(3, 20, segments=True), partial(blockwise, tile=8, scores_at_once=at_once))
 
 
 def test_blockwise_never_holds_the_scores_of_a_head():
@@ -119,9 +119,9 @@ def test_cut_over_a_mesh(implementation, sizes):
     ],
 )
 def test_automatic_choice(monkeypatch, platform, dtype, length, segments, expected):
-    monkeypatch.setattr(choice, "platform", lambda: platform)
+    monkeypatch.setattr(kernels, "platform", lambda: platform)
     q, _, _, ids = case(1, length, segments=segments, dtype=dtype)
-    assert choice.automatic(q, ids) == expected
+    assert kernels.automatic(q, ids) == expected
 
 
 @pytest.mark.parametrize("segments", [False, True])

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from aria_jax.config import MeshConfig
-from aria_jax.kernels.contrastive import NEG_INF, blockwise, pallas_tpu
-from aria_jax.kernels.contrastive.pairs import PairSharding, pair_statistics
+from aria_jax.kernels import contrastive, contrastive_tpu
+from aria_jax.kernels.contrastive import NEG_INF, PairSharding, pair_statistics
 from aria_jax.sharding import make_mesh
 
 IMPLEMENTATIONS = ("blockwise", "tpu-interpret", "gpu-interpret")
@@ -16,11 +16,9 @@ IMPLEMENTATIONS = ("blockwise", "tpu-interpret", "gpu-interpret")
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
     """Several tiles in each direction without large arrays."""
-    monkeypatch.setattr(pallas_tpu, "TILE_ROWS", 128)
-    monkeypatch.setattr(pallas_tpu, "TILE_COLUMNS", 128)
-    defaults = (60 * 7,)  # seven rows at a time
-    monkeypatch.setattr(blockwise.forward, "__defaults__", defaults)
-    monkeypatch.setattr(blockwise.backward, "__defaults__", defaults)
+    monkeypatch.setattr(contrastive_tpu, "TILE_ROWS", 128)
+    monkeypatch.setattr(contrastive_tpu, "TILE_COLUMNS", 128)
+    monkeypatch.setattr(contrastive, "LOGITS_AT_ONCE", 60 * 7)  # seven rows
 
 
 def case(n, m, dtype=jnp.float32, n_compositions=10_000):

@@ -6,14 +6,10 @@ import numpy as np
 import pytest
 
 from aria_jax.config import MeshConfig
-from aria_jax.kernels.attention import (
-    apply_rope,
-    choice,
-    packed,
-    rope_tables,
-    rotary_attention,
-    splash,
-)
+from aria_jax.kernels import attention as kernels
+from aria_jax.kernels import packed_attention as packed
+from aria_jax.kernels import splash_attention
+from aria_jax.kernels.attention import apply_rope, rope_tables, rotary_attention
 from aria_jax.sharding import make_mesh
 
 
@@ -125,10 +121,10 @@ def test_packed_refuses_what_it_does_not_suit():
 def test_what_is_chosen_on_a_tpu(monkeypatch, heads, sizes, expected):
     """Packed on whole sequences and whole blocks of heads, splash otherwise."""
     chosen = []
-    monkeypatch.setattr(choice, "platform", lambda: "tpu")
+    monkeypatch.setattr(kernels, "platform", lambda: "tpu")
     monkeypatch.setattr(packed, "fits_chip", lambda: True)
-    monkeypatch.setattr(choice, "_packed", lambda q, *_: chosen.append("packed") or q)
-    monkeypatch.setattr(splash, "attend", lambda q, *_: chosen.append("splash") or q)
+    monkeypatch.setattr(kernels, "_packed", lambda q, *_: chosen.append("packed") or q)
+    monkeypatch.setattr(splash_attention, "attend", lambda q, *_: chosen.append("splash") or q)
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
     with jax.set_mesh(mesh):
         rotary_attention(**case(2, 128, heads, 64))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from aria_jax.config import ComputeConfig, MeshConfig
-from aria_jax.losses.language_model import next_token_loss
+from aria_jax.losses.cross_entropy import next_token_loss
 from aria_jax.models.heads import abstract_model, parameter_specs, split_model
 from aria_jax.models.parameters import abstract_parameters
 from aria_jax.presets import MODELS

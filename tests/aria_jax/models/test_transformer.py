@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from aria_jax.config import ComputeConfig, ModelConfig
-from aria_jax.losses.language_model import next_token_loss
+from aria_jax.losses.cross_entropy import next_token_loss
 from aria_jax.models.heads import build_model, split_model
 from aria_jax.models.transformer import (
     LayerWeights,

@@ -5,10 +5,9 @@ import dataclasses
 import jax
 import pytest
 
-from aria_jax.chips import CHIPS, chip_of
 from aria_jax.config import MeshConfig, with_overrides
 from aria_jax.models.heads import abstract_model, split_model
-from aria_jax.presets import for_task
+from aria_jax.presets import CHIPS, chip_of, for_task
 from aria_jax.train.plan import forward_flops_per_token, plan
 from data_pipeline.errors import UserError
 

@@ -1,6 +1,6 @@
 """What the text of a compiled program says is found, sized and counted once."""
 
-from aria_jax.aot.hlo import collectives, cycles, kernel_flops, moved_bytes
+from aria_jax.aot.costs import collectives, cycles, kernel_flops, moved_bytes
 
 TEXT = """\
   %ag = bf16[8,128]{1,0} all-gather(bf16[1,128]{1,0} %x), replica_groups={{0,1}}, dimensions={0}

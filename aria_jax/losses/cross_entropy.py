@@ -1,9 +1,9 @@
-"""Next-token cross-entropy that never holds the logits of the whole batch.
+"""Cross-entropy: of next tokens, without the logits of the whole batch; of classes; of files.
 
-Output matrix and softmax are one operation, done for a chunk of tokens at a time. When gradients
-are asked for, each chunk's are computed beside its loss, while its logits exist: nothing is
-computed twice, and the backward pass only scales (the idea of Liger kernels' fused linear
-cross-entropy, Hsu et al. 2024, arXiv 2410.10989).
+For next tokens, output matrix and softmax are one operation, done for a chunk of tokens at a time.
+When gradients are asked for, each chunk's are computed beside its loss, while its logits exist:
+nothing is computed twice, and the backward pass only scales (the idea of Liger kernels' fused
+linear cross-entropy, Hsu et al. 2024, arXiv 2410.10989).
 
 On a mesh every device takes its tokens and its part of the vocabulary, which is padded until it
 divides; padded columns have no probability.
@@ -13,10 +13,11 @@ Sizes: B batch, L length, T tokens (B × L), D d_model, V vocabulary, C tokens o
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from aria_jax.sharding import LOGICAL_RULES, active_mesh, divisible_spec
@@ -75,7 +76,7 @@ def token_nll(
 ) -> tuple[jax.Array, jax.Array]:
     """Negative log-likelihood and log-normaliser of each token, float32 [T] both."""
 
-    def chunk(inputs):
+    def chunk(inputs: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden_CxD, targets_C = inputs
         found = _statistics(_head_logits(hidden_CxD, head), targets_C)
         return found.log_z - found.chosen, found.log_z
@@ -140,13 +141,27 @@ def _chunked(x: jax.Array, chunk_tokens: int) -> jax.Array:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _weighted(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, z_loss, chunk_tokens):
+def _weighted(
+    hidden_BxLxD: jax.Array,
+    head_DxV: jax.Array,
+    targets_BxL: jax.Array,
+    weights_BxL: jax.Array,
+    z_loss: float,
+    chunk_tokens: int,
+) -> tuple[jax.Array, jax.Array]:
     """Weighted sums over tokens: of the loss, and of whether the target has the largest logit."""
     arguments = (hidden_BxLxD, head_DxV, targets_BxL, weights_BxL)
     return _over_devices(*arguments, z_loss=z_loss, chunk_tokens=chunk_tokens, gradients=False)[:2]
 
 
-def _forward(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, z_loss, chunk_tokens):
+def _forward(
+    hidden_BxLxD: jax.Array,
+    head_DxV: jax.Array,
+    targets_BxL: jax.Array,
+    weights_BxL: jax.Array,
+    z_loss: float,
+    chunk_tokens: int,
+) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     arguments = (hidden_BxLxD, head_DxV, targets_BxL, weights_BxL)
     loss, accuracy, d_hidden, d_head = _over_devices(
         *arguments, z_loss=z_loss, chunk_tokens=chunk_tokens, gradients=True
@@ -154,7 +169,12 @@ def _forward(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, z_loss, chunk_tok
     return (loss, accuracy), (d_hidden, d_head.astype(head_DxV.dtype))
 
 
-def _backward(z_loss, chunk_tokens, residuals, cotangents):
+def _backward(
+    z_loss: float,
+    chunk_tokens: int,
+    residuals: tuple[jax.Array, jax.Array],
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[jax.Array, jax.Array, None, None]:
     d_hidden, d_head = residuals
     d_loss = cotangents[0]
     return (d_hidden * d_loss).astype(d_hidden.dtype), d_head * d_loss, None, None
@@ -163,7 +183,13 @@ def _backward(z_loss, chunk_tokens, residuals, cotangents):
 _weighted.defvjp(_forward, _backward)
 
 
-def _over_devices(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, **options):
+def _over_devices(
+    hidden_BxLxD: jax.Array,
+    head_DxV: jax.Array,
+    targets_BxL: jax.Array,
+    weights_BxL: jax.Array,
+    **options: Any,
+) -> tuple[Any, ...]:
     """`_on_one_device` on every device's tokens and vocabulary, summed."""
     vocab_size = head_DxV.shape[1]
     head_DxV = head_DxV.astype(hidden_BxLxD.dtype)
@@ -199,24 +225,24 @@ def _over_devices(hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, **options):
 
 
 def _on_one_device(
-    hidden_BxLxD,
-    head_DxV,
-    targets_BxL,
-    weights_BxL,
+    hidden_BxLxD: jax.Array,
+    head_DxV: jax.Array,
+    targets_BxL: jax.Array,
+    weights_BxL: jax.Array,
     *,
     part: _Part,
     over: tuple[str, ...],
     z_loss: float,
     chunk_tokens: int,
     gradients: bool,
-):
+) -> tuple[Any, ...]:
     """(loss, accuracy), and with `gradients` (..., d_hidden, d_head); `over` are the axes that the
     tokens are cut over.
     """
     d, width = head_DxV.shape
     ids_V = part.ids(width)
 
-    def chunk(d_head_DxV, inputs):
+    def chunk(d_head_DxV: Any, inputs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         hidden_CxD, targets_C, weights_C = inputs
         logits = _head_logits(hidden_CxD, head_DxV)
         if part.axis is not None:
@@ -246,3 +272,42 @@ def _on_one_device(
     if part.axis is not None:
         d_hidden = jax.lax.psum(d_hidden, part.axis)
     return loss, accuracy, d_hidden, jax.lax.psum(d_head_DxV, over)
+
+
+def classification_loss(
+    logits_BxC: jax.Array, labels_B: jax.Array, mask_B: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy in nats, and {"accuracy": share with the largest logit}; float32 scalars.
+
+    Args:
+        labels_B: int class ids.
+        mask_B: bool; rows of False count for nothing (the padding of a last batch).
+    """
+    logits_BxC = logits_BxC.astype(jnp.float32)
+    weights_B = jnp.ones(len(labels_B)) if mask_B is None else mask_B.astype(jnp.float32)
+    weights_B = weights_B / jnp.maximum(weights_B.sum(), 1)
+    chosen_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BxC), labels_B[:, None], axis=-1)[:, 0]
+    correct_B = logits_BxC.argmax(-1) == labels_B
+    return -(chosen_B @ weights_B), {"accuracy": correct_B @ weights_B}
+
+
+def file_probabilities(
+    probabilities_SxC: np.ndarray, n_tokens_S: np.ndarray, piece_S: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the slices of each file, weighted by their tokens (reference:
+    classifier_finetune.py val_loop).
+
+    Args:
+        probabilities_SxC: of each slice.
+        n_tokens_S: tokens of each slice, padding not counted.
+        piece_S: file of each slice; negative in padding rows, which are left out.
+
+    Returns:
+        Files in ascending order, int [F], and their probabilities, float64 [F, C].
+    """
+    used = (piece_S >= 0) & (n_tokens_S > 0)
+    pieces, of_slice = np.unique(piece_S[used], return_inverse=True)
+    weights = n_tokens_S[used].astype(np.float64)
+    total = np.zeros((len(pieces), probabilities_SxC.shape[1]))
+    np.add.at(total, of_slice, weights[:, None] * probabilities_SxC[used])
+    return pieces, total / np.bincount(of_slice, weights, len(pieces))[:, None]

@@ -16,8 +16,9 @@ Sizes: B batch, L length, D columns of all heads, K head width, C = 128 columns 
 heads in it, N = D/C blocks, T tile.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from aria_jax.kernels.attention.blockwise import RESIDUALS
+from aria_jax.kernels.attention import ATTENTION_RESIDUALS
 from aria_jax.sharding import platform
 
 LANES = 128
@@ -115,7 +116,15 @@ def attend(
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attend(q, k, v, rope, segments, d_head, tile):
+def _attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rope: Rotation,
+    segments: jax.Array | None,
+    d_head: int,
+    tile: int,
+) -> jax.Array:
     return _forward(q, k, v, rope, segments, d_head, tile)[0]
 
 
@@ -166,16 +175,17 @@ def _dot_f32(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array
 
 
 def _forward_kernel(
-    i_of, j_of, q, k, v, cos_q, sin_q, cos_k, sin_k, segments_q, segments_k,
-    out, lse, q_heads, largest, total, *, d_head: int,
-):  # fmt: skip
+    i_of: Any, j_of: Any, q: Any, k: Any, v: Any, cos_q: Any, sin_q: Any, cos_k: Any, sin_k: Any,
+    segments_q: Any, segments_k: Any, out: Any, lse: Any, q_heads: Any, largest: Any, total: Any,
+    *, d_head: int,
+) -> None:  # fmt: skip
     step = pl.program_id(2)
     i, j = i_of[step], j_of[step]
     tile, heads = q.shape[1], LANES // d_head
     sub = min(tile, SUBTILE)
 
     @pl.when(j == 0)
-    def _():
+    def _() -> None:
         rotated = _rotated(q[0], cos_q[0], sin_q[0], d_head) * (d_head**-0.5 * LOG2_E)
         for head in range(heads):
             q_heads[head] = _of_head(rotated.astype(q.dtype), head, d_head)
@@ -210,12 +220,12 @@ def _forward_kernel(
     for diagonal in (False, True):
 
         @pl.when(i == j if diagonal else i > j)
-        def _(diagonal=diagonal):
+        def _(diagonal: bool = diagonal) -> None:
             for start in range(0, tile, sub):
                 attend_to(start, diagonal)
 
     @pl.when(i == j)
-    def _():
+    def _() -> None:
         # The sum of weights stands in the columns of the other heads.
         sums = [pltpu.roll(total[head], d_head, 1) for head in range(heads)]
         sum_ = _by_head(sums, d_head)
@@ -225,7 +235,15 @@ def _forward_kernel(
             lse[0, 0, head] = logs[head * d_head]
 
 
-def _forward(q, k, v, rope, segments, d_head, tile):
+def _forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    rope: Rotation,
+    segments: jax.Array | None,
+    d_head: int,
+    tile: int,
+) -> tuple[jax.Array, tuple[Any, ...]]:
     batch, length, columns = q.shape
     heads = LANES // d_head
     segmented = [] if segments is None else [segments, segments]
@@ -257,7 +275,7 @@ def _forward(q, k, v, rope, segments, d_head, tile):
         ),
         name="rotary_attention",
     )(q, k, v, rope.cos, rope.sin, rope.cos, rope.sin, *segmented)
-    out, lse = checkpoint_name(out, RESIDUALS), checkpoint_name(lse, RESIDUALS)
+    out, lse = checkpoint_name(out, ATTENTION_RESIDUALS), checkpoint_name(lse, ATTENTION_RESIDUALS)
     return out, (q, k, v, rope, segments, out, lse)
 
 
@@ -293,8 +311,17 @@ class _Blocks(NamedTuple):
         )
 
 
-def _call(kernel, q, tile: int, pairs: list[tuple[int, int]], *, in_specs, out_specs,
-          scratch_shapes, **settings):  # fmt: skip
+def _call(
+    kernel: Callable[..., None],
+    q: jax.Array,
+    tile: int,
+    pairs: list[tuple[int, int]],
+    *,
+    in_specs: list[pl.BlockSpec],
+    out_specs: list[pl.BlockSpec],
+    scratch_shapes: list[Any],
+    **settings: Any,
+) -> Callable[..., Any]:
     """A kernel over every pair of a tile of queries and one of keys that it sees, in this order."""
     i_of, j_of = np.array(pairs, np.int32).T
     grid = pltpu.PrefetchScalarGridSpec(
@@ -317,7 +344,7 @@ def _call(kernel, q, tile: int, pairs: list[tuple[int, int]], *, in_specs, out_s
     return partial(call, jnp.asarray(i_of), jnp.asarray(j_of))
 
 
-def _without_segments(kernel, at: int, *refs) -> None:
+def _without_segments(kernel: Callable[..., None], at: int, *refs: Any) -> None:
     """Calls a kernel that takes segments with none."""
     kernel(*refs[:at], None, None, *refs[at:])
 
@@ -353,9 +380,11 @@ def _cost(
 
 
 def _backward_kernel(
-    i_of, j_of, q, k, v, out, d_out, lse, cos_q, sin_q, cos_k, sin_k, segments_q, segments_k,
-    d_q, d_k, d_v, q_rot, delta, q_total, k_heads, v_heads, k_total, v_total, *, d_head: int,
-):  # fmt: skip
+    i_of: Any, j_of: Any, q: Any, k: Any, v: Any, out: Any, d_out: Any, lse: Any,
+    cos_q: Any, sin_q: Any, cos_k: Any, sin_k: Any, segments_q: Any, segments_k: Any,
+    d_q: Any, d_k: Any, d_v: Any, q_rot: Any, delta: Any, q_total: Any,
+    k_heads: Any, v_heads: Any, k_total: Any, v_total: Any, *, d_head: int,
+) -> None:  # fmt: skip
     step = pl.program_id(2)
     i, j = i_of[step], j_of[step]
     tile, heads = q.shape[1], LANES // d_head
@@ -363,7 +392,7 @@ def _backward_kernel(
     scale = d_head**-0.5
 
     @pl.when(j == 0)
-    def _():  # once for every tile of queries
+    def _() -> None:  # once for every tile of queries
         rotated = _rotated(q[0], cos_q[0], sin_q[0], d_head) * (scale * LOG2_E)
         q_rot[i] = rotated.astype(q.dtype)
         q_total[i] = jnp.zeros(q_total.shape[1:], jnp.float32)
@@ -374,7 +403,7 @@ def _backward_kernel(
         delta[i] = _dot_f32(mine, both, (1, 1))
 
     @pl.when(i == j)
-    def _():  # once for every tile of keys
+    def _() -> None:  # once for every tile of keys
         rotated = _rotated(k[0], cos_k[0], sin_k[0], d_head).astype(k.dtype)
         for head in range(heads):
             k_heads[head] = _of_head(rotated, head, d_head)
@@ -414,25 +443,27 @@ def _backward_kernel(
     for diagonal in (False, True):
 
         @pl.when(i == j if diagonal else i > j)
-        def _(diagonal=diagonal):
+        def _(diagonal: bool = diagonal) -> None:
             for start in range(0, tile, sub):
                 attended_from(start, diagonal)
 
     @pl.when(i == j)
-    def _():  # no later tile of keys is visible from these queries
+    def _() -> None:  # no later tile of keys is visible from these queries
         rows = pl.ds(pl.multiple_of(i * tile, tile), tile)
         d_q[0, rows] = _rotated_back(q_total[i] * scale, cos_q[0], sin_q[0], d_head).astype(
             d_q.dtype
         )
 
     @pl.when(i == q_rot.shape[0] - 1)
-    def _():
+    def _() -> None:
         k_grad = k_total[...] * (1 / LOG2_E)
         d_k[0] = _rotated_back(k_grad, cos_k[0], sin_k[0], d_head).astype(d_k.dtype)
         d_v[0] = v_total[...].astype(d_v.dtype)
 
 
-def _backward(d_head, tile, residuals, d_out):
+def _backward(
+    d_head: int, tile: int, residuals: tuple[Any, ...], d_out: jax.Array
+) -> tuple[Any, ...]:
     q, k, v, rope, segments, out, lse = residuals
     _, length, _ = q.shape
     tiles, heads = length // tile, LANES // d_head

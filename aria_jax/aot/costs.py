@@ -1,16 +1,36 @@
-"""What the compiler does not count, by formula: loops after their first turn, the splash kernel,
-the pass that fills a gradient cache; and what the mathematics needs.
+"""What a compiled program costs.
+
+Its text says: collectives, cycles, FLOPs of kernels. What the compiler does not count comes by
+formula: loops after their first turn, the splash kernel, the pass that fills a gradient cache; and
+what the mathematics needs.
 """
+
+import re
 
 import jax
 from jax.sharding import Mesh
 
 from aria_jax.aot.programs import Program, Task
-from aria_jax.chips import Chip
 from aria_jax.config import RunConfig
-from aria_jax.losses.language_model import CHUNK_TOKENS
+from aria_jax.losses.cross_entropy import CHUNK_TOKENS
+from aria_jax.presets import Chip
 from aria_jax.train.plan import forward_flops_per_token
 
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
+_OPERATION = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN = 2**63 - 1
+"""Cycles of an operation that the TPU compiler has no estimate for."""
+_KERNEL = re.compile(r'"cost_estimate":\{[^}]*"flops":"(\d+)"')
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
 ATTENTION_EFFICIENCY = 0.7
 """Assumed share of the time that splash attention keeps the matrix units busy."""
 BACKWARD_ATTENTION = 2.5
@@ -44,14 +64,14 @@ def packed_attention_flops(flops: float, d_head: int, chip: Chip) -> float:
     """FLOPs of the packed kernel's forward pass by its cost estimate, which counts the zeros of the
     other heads and idle matrix units, given those that attention needs.
     """
-    from aria_jax.kernels.attention.packed import MXU_UTILISATION
+    from aria_jax.kernels.packed_attention import MXU_UTILISATION
 
     return flops * chip.matrix_unit / d_head / MXU_UTILISATION["forward"]
 
 
 def uses_splash(config: RunConfig, task: Task, mesh: Mesh) -> bool:
     """Whether attention is the splash kernel there."""
-    from aria_jax.kernels.attention.choice import MIN_SPLASH_LENGTH, suits_packed
+    from aria_jax.kernels.attention import MIN_SPLASH_LENGTH, suits_packed
 
     if task in ("prefill", "decode") or config.data.seq_len < MIN_SPLASH_LENGTH:
         return False
@@ -84,3 +104,49 @@ def attention_efficiency(d_head: int, chip: Chip) -> float:
     that many columns: heads narrower than the matrix unit leave the rest of it idle.
     """
     return ATTENTION_EFFICIENCY * min(d_head / chip.matrix_unit, 1.0)
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Number and bytes of each kind of collective in HLO text; bytes per device and call.
+
+    A collective counts the larger of what it takes and what it gives; asynchronous ones count
+    once, at their start. Each operation counts once, also within a loop.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for line in text.splitlines():
+        if (match := _OPERATION.search(line)) is None:
+            continue
+        shapes, kind, started = match.groups()
+        given = _SHAPE.findall(shapes)
+        if started and kind != "all-reduce":  # gives operands, results and scalars of its own
+            given = [shape for shape in given if shape[1]]
+            given = given[len(given) // 2 :]
+        taken = _SHAPE.findall(line[match.end() :].partition(")")[0])
+        size = max(sum(_size(*shape) for shape in part) for part in (given, taken))
+        number, total = found.get(kind, (0, 0))
+        found[kind] = (number + 1, total + size)
+    return found
+
+
+def moved_bytes(found: dict[str, tuple[int, int]]) -> float:
+    """What a device sends for such collectives: sums are reduced and handed round."""
+    return sum(size * (2 if kind == "all-reduce" else 1) for kind, (_, size) in found.items())
+
+
+def cycles(text: str) -> int:
+    """Sum of what a TPU's compiler estimates for each operation; the body of a loop counts once."""
+    return sum(n for n in map(int, _CYCLES.findall(text)) if n < _UNKNOWN)
+
+
+def kernel_flops(text: str) -> float:
+    """Sum of the cost estimates that kernels brought along."""
+    return float(sum(map(int, _KERNEL.findall(text))))
+
+
+def _size(kind: str, dimensions: str) -> int:
+    """Bytes of an array such as bf16[8,128]."""
+    bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind) or 0)
+    size = bits
+    for dimension in filter(None, dimensions.split(",")):
+        size *= int(dimension)
+    return size // 8

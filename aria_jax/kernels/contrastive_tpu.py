@@ -7,6 +7,7 @@ column). Vectors of row values travel lane-major, [1, rows], and are turned insi
 """
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ from aria_jax.kernels.contrastive import (
 TILE_ROWS = TILE_COLUMNS = 512
 LANES = 128
 
+Side = tuple[jax.Array, ...]
+"""Vectors, ids, log-sum-exps and cotangents of the rows or of the columns."""
+
 
 def forward(
     x_NxE: jax.Array,
@@ -34,7 +38,7 @@ def forward(
     *,
     interpret: bool = False,
 ) -> Statistics:
-    """See the package."""
+    """See `contrastive`."""
     n, m = len(x_NxE), len(y_MxE)
     x, y, x_ids, y_ids, tn, tm = _tiled(x_NxE, y_MxE, x_ids_N, y_ids_M)
     rows, columns, width = len(x) // tn, len(y) // tm, x.shape[1]
@@ -75,19 +79,20 @@ def forward(
 
 
 def _forward_kernel(
-    scale, x, y, x_ids, y_ids, row_max, row_total, column_max, column_total, max_now, total_now,
+    scale: Any, x: Any, y: Any, x_ids: Any, y_ids: Any,
+    row_max: Any, row_total: Any, column_max: Any, column_total: Any, max_now: Any, total_now: Any,
     *, columns: int,
-):  # fmt: skip
+) -> None:  # fmt: skip
     i, j = pl.program_id(0), pl.program_id(1)
     logits, counts = _tile_logits(scale, x, y, x_ids, y_ids)
 
     @pl.when(j == 0)
-    def _():
+    def _() -> None:
         max_now[...] = jnp.full(max_now.shape, NEG_INF, jnp.float32)
         total_now[...] = jnp.zeros(total_now.shape, jnp.float32)
 
     @pl.when(i == 0)
-    def _():
+    def _() -> None:
         column_max[j] = jnp.full(column_max.shape[1:], NEG_INF, jnp.float32)
         column_total[j] = jnp.zeros(column_total.shape[1:], jnp.float32)
 
@@ -101,7 +106,7 @@ def _forward_kernel(
     column_max[j] = new_max
 
     @pl.when(j == columns - 1)
-    def _():
+    def _() -> None:
         row_max[0] = max_now[...].T
         row_total[0] = total_now[...].T
 
@@ -119,14 +124,14 @@ def backward(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See the package. One kernel, run once for each side: a side's sum needs its tiles in turn."""
+    """See `contrastive`; one kernel, run for each side: a side's sum needs its tiles in turn."""
     rows = x_NxE, x_ids_N, row_lse_N, row_cotangent_N
     columns = y_MxE, y_ids_M, column_lse_M, column_cotangent_M
     weighted = partial(_weighted_sum, scale=scale, interpret=interpret)
     return weighted(rows, columns), weighted(columns, rows)
 
 
-def _weighted_sum(rows, columns, *, scale: jax.Array, interpret: bool) -> jax.Array:
+def _weighted_sum(rows: Side, columns: Side, *, scale: jax.Array, interpret: bool) -> jax.Array:
     """W y for the weights W of the tiles; a side is (vectors, ids, lse, cotangent)."""
     (x, x_ids, *of_x), (y, y_ids, *of_y) = rows, columns
     n, e = x.shape
@@ -161,12 +166,13 @@ def _weighted_sum(rows, columns, *, scale: jax.Array, interpret: bool) -> jax.Ar
 
 
 def _backward_kernel(
-    scale, x, y, x_ids, row_lse, row_cotangent, y_ids, column_lse, column_cotangent, out
-):
+    scale: Any, x: Any, y: Any, x_ids: Any, row_lse: Any, row_cotangent: Any,
+    y_ids: Any, column_lse: Any, column_cotangent: Any, out: Any,
+) -> None:  # fmt: skip
     logits, counts = _tile_logits(scale, x, y, x_ids, y_ids)
 
     @pl.when(pl.program_id(1) == 0)
-    def _():
+    def _() -> None:
         out[...] = jnp.zeros(out.shape, jnp.float32)
 
     weights = row_cotangent[0].T * jnp.exp(logits - row_lse[0].T)
@@ -175,7 +181,7 @@ def _backward_kernel(
     out[...] += _dot_f32(weights, y[...], (((1,), (0,)), ((), ())))
 
 
-def _tile_logits(scale, x, y, x_ids, y_ids):
+def _tile_logits(scale: Any, x: Any, y: Any, x_ids: Any, y_ids: Any) -> tuple[jax.Array, jax.Array]:
     """Logits of a tile, `NEG_INF` for the pairs that do not count; and which do."""
     logits = scale[0] * _dot_f32(x[...], y[...], (((1,), (1,)), ((), ())))
     rows, columns = x_ids[0].T, y_ids[0]
@@ -183,7 +189,7 @@ def _tile_logits(scale, x, y, x_ids, y_ids):
     return jnp.where(counts, logits, NEG_INF), counts
 
 
-def _dot_f32(a: jax.Array, b: jax.Array, dimensions) -> jax.Array:
+def _dot_f32(a: jax.Array, b: jax.Array, dimensions: jax.lax.DotDimensionNumbers) -> jax.Array:
     # One bfloat16 pass would leave float32 inputs with three digits.
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
@@ -201,7 +207,9 @@ def _cost(x: jax.Array, y: jax.Array, products: int) -> pl.CostEstimate:
     )
 
 
-def _tiled(x, y, x_ids, y_ids):
+def _tiled(
+    x: jax.Array, y: jax.Array, x_ids: jax.Array, y_ids: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, int, int]:
     """Both sides padded to whole tiles and lanes, and the tile sizes."""
     width = x.shape[1] + -x.shape[1] % LANES
     tn, tm = (

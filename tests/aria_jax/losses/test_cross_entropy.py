@@ -1,4 +1,4 @@
-"""The chunked loss against the plain one: value, gradients, memory."""
+"""The chunked loss against the plain one: value, gradients, memory; and that of classes."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aria_jax.config import MeshConfig
-from aria_jax.losses.language_model import next_token_loss, token_nll
+from aria_jax.losses.cross_entropy import classification_loss, next_token_loss, token_nll
 from aria_jax.sharding import make_mesh
 
 
@@ -122,3 +122,23 @@ def test_a_fully_masked_batch_is_zero_not_nan():
     )
     assert loss == 0 and aux["n_tokens"] == 0
     assert all(np.all(np.asarray(g) == 0) for g in grads)
+
+
+def test_that_of_classes_equals_the_definition():
+    logits = jnp.array([[2.0, 0.0, -1.0], [0.0, 1.0, 0.5]])
+    loss, aux = classification_loss(logits, jnp.array([0, 2]))
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    assert loss == pytest.approx(-(np.log(p[0, 0]) + np.log(p[1, 2])) / 2, rel=1e-6)
+    assert aux["accuracy"] == 0.5
+
+
+def test_masked_rows_of_classes_count_for_nothing():
+    logits = jax.random.normal(jax.random.key(0), (5, 4))
+    labels = jnp.array([0, 3, 1, 0, 0])
+    mask = jnp.array([True, True, True, False, False])
+    masked, aux = classification_loss(logits, labels, mask)
+    expected, expected_aux = classification_loss(logits[:3], labels[:3])
+    assert masked == pytest.approx(float(expected), rel=1e-6)
+    assert aux["accuracy"] == pytest.approx(float(expected_aux["accuracy"]))
+    grad = jax.grad(lambda logits: classification_loss(logits, labels, mask)[0])(logits)
+    assert np.all(np.asarray(grad[3:]) == 0)

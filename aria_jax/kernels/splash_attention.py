@@ -5,6 +5,9 @@ sequence axis on the mesh each device has the queries of its part and the keys a
 Elsewhere than on a TPU the kernel is interpreted, slowly.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import (
@@ -15,7 +18,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
-from aria_jax.kernels.attention.blockwise import RESIDUALS
+from aria_jax.kernels.attention import ATTENTION_RESIDUALS
 from aria_jax.sharding import LOGICAL_RULES, divisible_spec, platform
 
 BLOCKS = (1024, 512, 256, 128)
@@ -29,7 +32,7 @@ def attend(
     segment_ids_BxL: jax.Array | None,
     mesh: AbstractMesh | None = None,
 ) -> jax.Array:
-    """See the package; any length, padded to a multiple of the tile.
+    """As `attention`; any length, padded to a multiple of the tile.
 
     Args:
         mesh: what batch, heads and queries are cut over; None on one device.
@@ -92,14 +95,21 @@ def _kernel(heads: int, length: int, block: int, parts: int) -> kernels.SplashAt
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=parts,
-        residual_checkpoint_name=RESIDUALS,
+        residual_checkpoint_name=ATTENTION_RESIDUALS,
         interpret=platform() != "tpu",
     )
 
 
-def _on_one_device(kernel, q, k, v, query_segments, key_segments) -> jax.Array:
+def _on_one_device(
+    kernel: Callable[..., Any],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_segments: jax.Array | None,
+    key_segments: jax.Array | None,
+) -> jax.Array:
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    if query_segments is None:
+    if query_segments is None or key_segments is None:
         out = jax.vmap(kernel)(q, k, v)
     else:
         out = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(query_segments, key_segments))

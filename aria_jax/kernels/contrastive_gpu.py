@@ -5,7 +5,9 @@ passes over all columns. Each kernel serves one side only, so both run twice, wi
 exchanged: column sums of a row-wise pass would need atomics, and be different every time.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,9 @@ TILE_ROWS = 64
 TILE_COLUMNS = 32
 _WARPS, _STAGES = 8, 2
 
+Side = tuple[jax.Array, ...]
+"""Vectors, ids, log-sum-exps and cotangents of the rows or of the columns."""
+
 
 def forward(
     x_NxE: jax.Array,
@@ -34,7 +39,7 @@ def forward(
     *,
     interpret: bool = False,
 ) -> Statistics:
-    """See the package."""
+    """See `contrastive`."""
     rows, columns = (x_NxE, x_ids_N), (y_MxE, y_ids_M)
     one_side = partial(_row_statistics, scale=scale, interpret=interpret)
     return Statistics(*one_side(rows, columns), *one_side(columns, rows))
@@ -53,14 +58,16 @@ def backward(
     *,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """See the package."""
+    """See `contrastive`."""
     rows = x_NxE, x_ids_N, row_lse_N, row_cotangent_N
     columns = y_MxE, y_ids_M, column_lse_M, column_cotangent_M
     one_side = partial(_weighted_sum, scale=scale, interpret=interpret)
     return one_side(rows, columns), one_side(columns, rows)
 
 
-def _row_statistics(rows, columns, *, scale: jax.Array, interpret: bool):
+def _row_statistics(
+    rows: Side, columns: Side, *, scale: jax.Array, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
     """Log-sum-exp and maximum of each row."""
     n = len(rows[0])
     rows, columns = _tiled(rows, TILE_ROWS), _tiled(columns, TILE_COLUMNS)
@@ -72,8 +79,10 @@ def _row_statistics(rows, columns, *, scale: jax.Array, interpret: bool):
     return log_of_sum(maximum, total)[:n], maximum[:n]
 
 
-def _statistics_kernel(scale, x, x_ids, y, y_ids, maximum, total):
-    def pass_tile(j, carry):
+def _statistics_kernel(
+    scale: Any, x: Any, x_ids: Any, y: Any, y_ids: Any, maximum: Any, total: Any
+) -> None:
+    def pass_tile(j: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         max_now, total_now = carry
         columns = pl.ds(j * TILE_COLUMNS, TILE_COLUMNS)
         y_tile = plgpu.load(y.at[columns, :])
@@ -88,7 +97,7 @@ def _statistics_kernel(scale, x, x_ids, y, y_ids, maximum, total):
     maximum[...], total[...] = jax.lax.fori_loop(0, y.shape[0] // TILE_COLUMNS, pass_tile, empty)
 
 
-def _weighted_sum(rows, columns, *, scale: jax.Array, interpret: bool) -> jax.Array:
+def _weighted_sum(rows: Side, columns: Side, *, scale: jax.Array, interpret: bool) -> jax.Array:
     """W y for the weights W of the tiles; a side is (vectors, ids, lse, cotangent)."""
     n, e = rows[0].shape
     rows, columns = _tiled(rows, TILE_ROWS), _tiled(columns, TILE_COLUMNS)
@@ -99,9 +108,10 @@ def _weighted_sum(rows, columns, *, scale: jax.Array, interpret: bool) -> jax.Ar
 
 
 def _gradient_kernel(
-    scale, x, x_ids, row_lse, row_cotangent, y, y_ids, column_lse, column_cotangent, out
-):
-    def pass_tile(j, sum_now):
+    scale: Any, x: Any, x_ids: Any, row_lse: Any, row_cotangent: Any,
+    y: Any, y_ids: Any, column_lse: Any, column_cotangent: Any, out: Any,
+) -> None:  # fmt: skip
+    def pass_tile(j: Any, sum_now: jax.Array) -> jax.Array:
         columns = pl.ds(j * TILE_COLUMNS, TILE_COLUMNS)
         y_tile = plgpu.load(y.at[columns, :])
         logits, counts = _tile_logits(
@@ -120,7 +130,15 @@ def _gradient_kernel(
     out[...] = jax.lax.fori_loop(0, y.shape[0] // TILE_COLUMNS, pass_tile, start)
 
 
-def _call(kernel, rows, columns, scale, out_specs, out_shape, interpret):
+def _call(
+    kernel: Callable[..., None],
+    rows: Side,
+    columns: Side,
+    scale: jax.Array,
+    out_specs: list[pl.BlockSpec],
+    out_shape: list[jax.ShapeDtypeStruct],
+    interpret: bool,
+) -> list[jax.Array]:
     width = rows[0].shape[1]
     of_row = [pl.BlockSpec((TILE_ROWS, width), lambda i: (i, 0))]
     of_row += [pl.BlockSpec((TILE_ROWS,), lambda i: (i,))] * (len(rows) - 1)
@@ -137,7 +155,9 @@ def _call(kernel, rows, columns, scale, out_specs, out_shape, interpret):
     )(jnp.reshape(scale, (1,)).astype(jnp.float32), *rows, *columns)
 
 
-def _tile_logits(scale, x, y, x_ids, y_ids):
+def _tile_logits(
+    scale: Any, x: jax.Array, y: jax.Array, x_ids: jax.Array, y_ids: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Logits of a tile, `NEG_INF` for the pairs that do not count; and which do."""
     logits = scale[0] * _dot_f32(x, y.T)
     rows, columns = x_ids[:, None], y_ids[None, :]
@@ -151,7 +171,7 @@ def _dot_f32(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _tiled(side, tile: int):
+def _tiled(side: Side, tile: int) -> Side:
     """A side padded to whole tiles; Triton's blocks are powers of two wide, at least 16."""
     x, ids, *vectors = side
     width = max(16, 1 << (x.shape[1] - 1).bit_length())

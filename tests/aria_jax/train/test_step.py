@@ -10,9 +10,9 @@ import pytest
 
 from aria_jax.checkpoints.safetensors import import_model
 from aria_jax.config import OptimizerConfig
-from aria_jax.losses.language_model import next_token_loss
+from aria_jax.losses.cross_entropy import next_token_loss
 from aria_jax.models.heads import split_model
-from aria_jax.train.optimizer import build_optimizer, learning_rate, updates_done
+from aria_jax.train.step import build_optimizer, learning_rate, updates_done
 
 REFERENCE = OptimizerConfig(peak_lr=3e-4, warmup_steps=10, clip_norm=None)
 
