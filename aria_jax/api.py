@@ -78,9 +78,9 @@ def embed(
     Raises:
         UserError: no embedding head, no such file, nothing to embed.
     """
+    from aria_jax.embed.encode import performance_encoder
     from aria_jax.embed.export import embed_pieces
     from aria_jax.embed.pieces import Piece, open_source
-    from aria_jax.embed.single import performance_encoder
 
     encoder = performance_encoder(
         _model(model, "embed"), slice_notes=slice_notes, max_tokens=max_tokens

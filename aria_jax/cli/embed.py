@@ -217,7 +217,7 @@ def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from data_pipeline.tokenizer import Tokenizer
 
     if args.baseline:
-        from aria_jax.embed.baselines import baseline_encoder
+        from aria_jax.embed.encode import baseline_encoder
 
         settings = {
             "tokenizer": "aria",

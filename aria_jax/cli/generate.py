@@ -297,7 +297,7 @@ def _condition(args: argparse.Namespace, emb_size: int | None) -> "np.ndarray | 
             "model.emb_size); leave --embedding out"
         )
     from aria_jax.cli.console import chosen_reading
-    from aria_jax.embed.single import performance_encoder
+    from aria_jax.embed.encode import performance_encoder
     from data_pipeline.midi import compat_of, read_midi
 
     encoder = performance_encoder(args.embedding_checkpoint)

@@ -329,7 +329,7 @@ def _compare(args: argparse.Namespace) -> None:
         ]
         lines.append(f"{name.replace('_', ' '):<26} {cells[0]:<20} {cells[1]}")
     if args.checkpoint:
-        from aria_jax.embed.single import performance_encoder
+        from aria_jax.embed.encode import performance_encoder
         from data_pipeline.midi import compat_of
 
         embed = performance_encoder(args.checkpoint)

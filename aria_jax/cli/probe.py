@@ -284,7 +284,7 @@ def _named(text: str) -> tuple[str, Path]:
 
 
 def _baseline(name: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    from aria_jax.embed.baselines import baseline_encoder
+    from aria_jax.embed.encode import baseline_encoder
     from data_pipeline.midi import STANDARD
     from data_pipeline.tokenizer import Tokenizer
 

@@ -48,8 +48,8 @@ def _search(args: argparse.Namespace) -> None:
     import numpy as np
 
     from aria_jax.cli.console import check_suffix, chosen_reading, print_result
+    from aria_jax.embed.encode import performance_encoder
     from aria_jax.embed.search import random_similarities, search
-    from aria_jax.embed.single import performance_encoder
     from aria_jax.embed.table import read_settings
     from data_pipeline.errors import UserError, check_file
     from data_pipeline.midi import compat_of, read_midi

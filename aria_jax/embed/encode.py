@@ -1,16 +1,26 @@
-"""Slices to vectors, in batches of like length."""
+"""Slices to vectors, in batches of like length: by a model, or by counting to hold it against.
+
+And whole performances in memory, embedded as `aria-jax embed` embeds their files.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
 
+from aria_jax.checkpoints.models import LoadedModel, load_model
+from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
+from aria_jax.embed.pieces import Slicing, midi_slices
 from aria_jax.models.heads import Model, head_width
 from aria_jax.sharding import batch_sharding, put_batch, replicated, row_shards, usable_cpus
 from data_pipeline.errors import UserError
+from data_pipeline.midi import Performance
+from data_pipeline.tokenizer import SEGMENT_MS, Kind, Tokenizer
 
 Encode = Callable[[Sequence[np.ndarray]], np.ndarray]
 """Slices of token ids -> float32 [number of slices, E]."""
@@ -74,7 +84,7 @@ def _encoder(
     graph, state = nnx.split(model)
 
     @partial(jax.jit, out_shardings=None if mesh is None else replicated(mesh))
-    def embed(state, tokens_BxL: jax.Array, eos_B: jax.Array) -> jax.Array:
+    def embed(state: nnx.State, tokens_BxL: jax.Array, eos_B: jax.Array) -> jax.Array:
         return read(nnx.merge(graph, state).pooled(tokens_BxL, eos_B, pooling))
 
     ways = 1 if mesh is None else row_shards(batch_sharding(mesh))
@@ -127,3 +137,97 @@ def like_length(
             eos[row] = lengths[i] - 1
         yield chosen, tokens, eos
         at += rows
+
+
+def pitch_class_histogram(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Share of each of the 12 pitch classes among the notes, float32 [12]."""
+    pitches = tokenizer.pitch[ids]
+    counts = np.bincount(pitches[pitches >= 0] % 12, minlength=12)
+    return (counts / max(counts.sum(), 1)).astype(np.float32)
+
+
+def note_statistics(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Handcrafted statistics, float32 [24]: pitch classes, and mean and spread of pitch, velocity,
+    duration, time between onsets, notes at once, and notes a second.
+    """
+    at, onset_ms = tokenizer.events(ids)
+    at, onset_ms = (
+        at[tokenizer.kind[ids[at]] == Kind.NOTE],
+        onset_ms[tokenizer.kind[ids[at]] == Kind.NOTE],
+    )
+    if len(at) < 2:
+        return np.zeros(24, np.float32)
+    # In slices that begin after the last change of tempo the clock of the aria-utils reading can
+    # start below 0 (its get_duration_ms); the first `<T>` is then missing.
+    gaps = np.maximum(np.diff(onset_ms), 0)
+    chords = np.unique(onset_ms, return_counts=True)[1]
+    seconds = max(gaps.sum() / 1000, SEGMENT_MS / 1e6)
+    values = (
+        tokenizer.pitch[ids[at]],
+        tokenizer.velocity[ids[at]],
+        np.log1p(tokenizer.dur_ms[ids[at + 2]]),
+        np.log1p(gaps),
+        chords,
+    )
+    moments = [moment for value in values for moment in (np.mean(value), np.std(value))]
+    rates = [len(at) / seconds, np.mean(gaps == 0)]
+    return np.concatenate([pitch_class_histogram(ids, tokenizer), moments, rates]).astype(
+        np.float32
+    )
+
+
+BASELINES = {"pitch-class": pitch_class_histogram, "statistics": note_statistics}
+
+
+def baseline_encoder(name: str, tokenizer: Tokenizer) -> Encode:
+    """An encoder of slices that counts instead of computing a network."""
+
+    def encode(slices: Sequence[np.ndarray]) -> np.ndarray:
+        return np.stack([BASELINES[name](ids.astype(np.int64), tokenizer) for ids in slices])
+
+    return encode
+
+
+@dataclass(frozen=True)
+class PerformanceEncoder:
+    """From a performance to its embedding, float32 [E]: the mean over its slices.
+
+    Attributes:
+        slicing: also says how the files of the model's corpus were read.
+        fingerprint: of the model, as embeddings files have it.
+    """
+
+    encode: Encode
+    slicing: Slicing
+    fingerprint: str
+
+    def __call__(self, performance: Performance) -> np.ndarray:
+        """Raises `InvalidMidi` where there is nothing to embed."""
+        return self.encode(midi_slices(performance, self.slicing)).mean(axis=0)
+
+
+def performance_encoder(
+    checkpoint: LoadedModel | str | Path,
+    *,
+    slice_notes: int = SLICE_NOTES,
+    max_tokens: int = SLICE_TOKENS,
+    pooling: str | None = None,
+) -> PerformanceEncoder:
+    """The encoder of a trained model.
+
+    Args:
+        pooling: "eos" or "mean"; None as it was trained.
+
+    Raises:
+        UserError: no checkpoint with an embedding head there.
+    """
+    loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_model(checkpoint)
+    slicing = Slicing(
+        loaded.tokenizer,
+        slice_notes,
+        min(max_tokens, loaded.config.max_seq_len),
+        loaded.reading,
+    )
+    pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
+    encode = model_encoder(loaded.model, pad_id, pooling or loaded.pooling)
+    return PerformanceEncoder(encode, slicing, loaded.fingerprint)

@@ -32,6 +32,7 @@ from aria_jax.embed.table import (
     Embeddings,
     KnownVectors,
     join_embeddings,
+    open_parquet,
     read_identity,
     write_embeddings,
 )
@@ -347,12 +348,10 @@ class _Parts:
 
     def count(self) -> tuple[int, int]:
         """Rows and rejected files of a finished export."""
-        import pyarrow.parquet as pq
-
         n_rejected = 0
         if self._rejected.is_file():
             n_rejected = len(self._rejected.read_text().splitlines())
-        return pq.ParquetFile(self._out).metadata.num_rows, n_rejected
+        return open_parquet(self._out).metadata.num_rows, n_rejected
 
     def _path(self, part: int, suffix: str) -> Path:
         return self._folder / f"part-{part:05d}.{suffix}"

@@ -1,14 +1,24 @@
-"""The rows of an embeddings file nearest to a query: exact, streaming, whatever its size."""
+"""The rows of an embeddings file nearest to a query: exact, streaming, whatever its size.
 
-from collections.abc import Iterator
+For many searches in one large file a vector index lies beside it (extra `search`). It is flat:
+exact, the unit vectors themselves, mapped into memory instead of decoded. It is EMB.faiss, and is
+made again where EMB is newer.
+"""
+
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aria_jax.embed.index import current_index, nearest_in
+from aria_jax.embed.table import open_parquet
+from data_pipeline.artifact import atomic
 from data_pipeline.errors import UserError, check_file
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 ROWS = 65_536
 """Rows compared at a time: 128 MiB at 512 numbers each."""
@@ -39,7 +49,7 @@ def search(
     Memory: one block of rows. A million rows of 512 numbers are read and compared in seconds.
 
     Args:
-        index: search in EMB.faiss, made once: no row is decoded again (see `embed.index`).
+        index: search in EMB.faiss, made once: no row is decoded again.
 
     Raises:
         UserError: not an embeddings file of `aria-jax embed`, or of another width; an index is
@@ -77,14 +87,13 @@ def random_similarities(embeddings: str | Path, n: int = 10_000, seed: int = 0) 
     return np.sort(np.einsum("ne,ne->n", x_NxE[first], x_NxE[second]))
 
 
-def _open(embeddings: str | Path):
+def _open(embeddings: str | Path) -> "ParquetFile":
     """The Parquet file, whose columns are checked."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     check_file(embeddings, "an embeddings file of `aria-jax embed`")
     try:
-        file = pq.ParquetFile(embeddings, memory_map=True)
+        file = open_parquet(embeddings)
     except pa.ArrowInvalid as error:
         raise UserError(f"{embeddings}: not a Parquet file ({error})") from None
     if missing := {"embedding", "path", "sha256", "labels"} - set(file.schema_arrow.names):
@@ -115,7 +124,7 @@ def nearest(
     return best_rows, best
 
 
-def _blocks(file, width: int, name: str | Path) -> Iterator[np.ndarray]:
+def _blocks(file: "ParquetFile", width: int, name: str | Path) -> Iterator[np.ndarray]:
     for batch in file.iter_batches(ROWS, columns=["embedding"]):
         column = batch.column(0)
         found = getattr(column.type, "list_size", None)
@@ -124,7 +133,7 @@ def _blocks(file, width: int, name: str | Path) -> Iterator[np.ndarray]:
         yield column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
 
 
-def _hits(file, rows: np.ndarray, scores: np.ndarray) -> list[Hit]:
+def _hits(file: "ParquetFile", rows: np.ndarray, scores: np.ndarray) -> list[Hit]:
     """Reads only the row groups that hold a winner."""
     sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
     ends = np.cumsum(sizes)
@@ -139,3 +148,57 @@ def _hits(file, rows: np.ndarray, scores: np.ndarray) -> list[Hit]:
         Hit(float(score), row["path"], row["sha256"], dict(row["labels"] or ()))
         for row, score in ((found[int(r)], s) for r, s in zip(rows, scores, strict=True))
     ]
+
+
+def index_path(embeddings: Path) -> Path:
+    """Where the index of an embeddings file lies."""
+    return embeddings.with_name(embeddings.name + ".faiss")
+
+
+def current_index(
+    embeddings: Path, n_rows: int, width: int, blocks: Callable[[], Iterator[np.ndarray]]
+) -> Any:
+    """The index of `embeddings`, made first where there is none or an older one.
+
+    Args:
+        blocks: yields all rows, float32 [n, width] at a time.
+
+    Raises:
+        UserError: faiss is not installed, or cannot open a file of such a name.
+    """
+    faiss = _faiss()
+    path = index_path(embeddings)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{embeddings}: faiss opens only names that are UTF-8; search without --index"
+        ) from None
+    if path.is_file() and path.stat().st_mtime_ns >= embeddings.stat().st_mtime_ns:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        if (index.ntotal, index.d) == (n_rows, width):
+            return index
+    index = faiss.IndexFlatIP(width)
+    for block_NxE in blocks():
+        norms = np.linalg.norm(block_NxE, axis=1, keepdims=True)
+        index.add(np.ascontiguousarray(block_NxE / np.maximum(norms, 1e-12), np.float32))
+    with atomic(path) as partial:
+        faiss.write_index(index, str(partial))
+    return index
+
+
+def nearest_in(index: Any, query_E: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers and cosine similarities of the k rows nearest to a unit vector, best first."""
+    scores, rows = index.search(np.asarray(query_E, np.float32)[None], min(k, index.ntotal))
+    order = np.lexsort((rows[0], -scores[0]))
+    return rows[0][order], scores[0][order]
+
+
+def _faiss() -> Any:
+    try:
+        import faiss
+    except ImportError:
+        raise UserError(
+            "an index needs faiss: pip install 'aria-jax[search]', or search without --index"
+        ) from None
+    return faiss

@@ -5,6 +5,7 @@ columns, or NPZ with an array "embedding" [N, E] and any arrays of N. Columns of
 """
 
 import json
+import mmap
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -12,13 +13,16 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from data_pipeline.artifact import Identity, atomic
 from data_pipeline.errors import UserError, check_file
 from data_pipeline.shards import READING_BEFORE
+
+if TYPE_CHECKING:
+    from pyarrow.parquet import ParquetFile
 
 _COLUMNS = ("path", "sha256", "embedding", "n_slices", "n_notes", "duration_ms", "labels")
 _SETTINGS = b"export_settings"
@@ -83,8 +87,23 @@ def write_embeddings(table: Embeddings, out: str | Path) -> None:
     content = pa.table(columns).replace_schema_metadata({_FINGERPRINT: table.fingerprint})
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(out) as partial:
-        pq.write_table(content, partial)
+    with atomic(out) as partial, open(partial, "wb") as stream:
+        pq.write_table(content, stream)
+
+
+def open_parquet(path: str | Path) -> "ParquetFile":
+    """Opens a Parquet file, mapped into memory; pyarrow itself opens only names that are UTF-8.
+
+    Raises:
+        ArrowInvalid: it is not one.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+    return pq.ParquetFile(pa.BufferReader(pa.py_buffer(content)))
 
 
 def join_embeddings(parts: Sequence[Path], out: Path, identity: Identity, origin: str) -> None:
@@ -97,13 +116,14 @@ def join_embeddings(parts: Sequence[Path], out: Path, identity: Identity, origin
         _IDENTITY: json.dumps(identity.to_json()),
         _ORIGIN: os.fsencode(origin),
     }
-    schema = pq.read_schema(parts[0]).with_metadata(metadata)
+    schema = open_parquet(parts[0]).schema_arrow.with_metadata(metadata)
     with (
         atomic(out, beside=parts[0].parent) as partial,
-        pq.ParquetWriter(partial, schema) as writer,
+        open(partial, "wb") as stream,
+        pq.ParquetWriter(stream, schema) as writer,
     ):
         for part in parts:
-            writer.write_table(pq.read_table(part).replace_schema_metadata(metadata))
+            writer.write_table(open_parquet(part).read().replace_schema_metadata(metadata))
 
 
 class KnownVectors:
@@ -120,9 +140,7 @@ class KnownVectors:
         self._group: Callable[[int], np.ndarray] = lambda _: np.empty((0, 0), np.float32)
         if path is None:
             return
-        import pyarrow.parquet as pq
-
-        file = pq.ParquetFile(path, memory_map=True)
+        file = open_parquet(path)
         for group in range(file.num_row_groups):
             names = file.read_row_group(group, columns=["sha256", "path"]).to_pydict()
             files = [_SLICE.sub("", row) for row in names["path"]]
@@ -166,12 +184,11 @@ def read_origin(path: Path) -> str:
 
 def _metadata(path: Path) -> dict[bytes, bytes]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     if not path.is_file():
         return {}
     try:
-        return pq.read_schema(path).metadata or {}
+        return open_parquet(path).schema_arrow.metadata or {}
     except pa.ArrowInvalid:
         return {}
 
@@ -235,10 +252,9 @@ def with_metadata(table: Embeddings, metadata: str | Path) -> Embeddings:
 
 def _read_parquet(path: Path) -> tuple[dict[str, Any], str]:
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        content = pq.read_table(path)
+        content = open_parquet(path).read()
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: not a Parquet file ({error})") from None
     columns: dict[str, Any] = {}

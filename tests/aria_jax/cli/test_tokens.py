@@ -35,9 +35,12 @@ def test_names_need_not_be_utf8(piece, tmp_path, capsys, verb):
     file.write_bytes(gzip.compress(piece.read_bytes()))
     arguments = {
         "tokenize": [file],
-        "embed": [folder, tmp_path / "x.parquet", "--baseline", "pitch-class", "--workers", "0"],
+        "embed": [
+            folder, tmp_path / "out\udce9" / "x.parquet",
+            "--baseline", "pitch-class", "--workers", "0",
+        ],
         "data build": [folder, tmp_path / "out\udce9"],
-    }[verb]
+    }[verb]  # fmt: skip
     for options in ([], ["--json"]):
         assert main([*verb.split(), *map(str, arguments), *options]) == 0
         capsys.readouterr().out.encode()

@@ -17,8 +17,7 @@ from flax import nnx
 
 from aria_jax.checkpoints.safetensors import import_model
 from aria_jax.config import ComputeConfig, MeshConfig, ModelConfig
-from aria_jax.embed.baselines import BASELINES, baseline_encoder
-from aria_jax.embed.encode import like_length, model_encoder
+from aria_jax.embed.encode import BASELINES, baseline_encoder, like_length, model_encoder
 from aria_jax.embed.export import embed_pieces, export
 from aria_jax.embed.pieces import Piece, Slicing, midi_slices, open_source
 from aria_jax.embed.table import read_embeddings

@@ -8,7 +8,8 @@ import pytest
 
 from aria_jax.embed import search as module
 from aria_jax.embed.search import nearest, search
-from aria_jax.embed.table import Embeddings, join_embeddings, write_embeddings
+from aria_jax.embed.table import Embeddings, join_embeddings, read_embeddings, write_embeddings
+from data_pipeline.artifact import Identity
 from data_pipeline.errors import UserError
 
 
@@ -45,7 +46,9 @@ def test_finds_the_best_of_several_row_groups(vectors, tmp_path, monkeypatch, k)
     for start in range(0, 500, 120):
         parts.append(tmp_path / f"{start}.parquet")
         write_embeddings(table(vectors[start : start + 120], start), parts[-1])
-    join_embeddings(parts, tmp_path / "e.parquet", {"fingerprint": "f"}, "")
+    join_embeddings(
+        parts, tmp_path / "e.parquet", Identity("embeddings", 1, {"model": "f"}, {}), ""
+    )
     assert pq.ParquetFile(tmp_path / "e.parquet").num_row_groups == 5
     query = np.random.default_rng(1).normal(size=16)
     hits = search(query, tmp_path / "e.parquet", k)
@@ -69,6 +72,16 @@ def test_an_index_finds_the_same(vectors, tmp_path, k):
     write_embeddings(table(vectors[::-1], 7), path)  # another file: the index is made again
     found, plain = search(query, path, k, index=True), search(query, path, k)
     assert [hit.path for hit in found] == [hit.path for hit in plain]
+
+
+def test_names_need_not_be_utf8(vectors, tmp_path):
+    path = tmp_path / "Caf\udce9" / "e.parquet"
+    write_embeddings(table(vectors), path)
+    np.testing.assert_array_equal(read_embeddings(path).embedding, vectors.astype(np.float32))
+    assert search(vectors[5], path, 1)[0].path == "5.mid"
+    pytest.importorskip("faiss", reason="needs the extra `search`")
+    with pytest.raises(UserError, match="without --index"):
+        search(vectors[5], path, 1, index=True)
 
 
 def test_an_index_without_faiss_is_explained(vectors, tmp_path, monkeypatch):
