@@ -125,7 +125,8 @@ def decoded_tracks(
             if stop > end or data[stop : stop + 4] == b"MTrk":
                 position = _behind_padding(data, stop)  # its length was wrong
         elif cut or end > len(data):
-            missing.append(f"{number} is cut after {stop - start} of {end - start} bytes")
+            where = f"after {len(data) - start} of" if end > len(data) else "in the last event of"
+            missing.append(f"{number} is cut {where} {end - start} bytes")
     if len(tracks) < n_declared:
         missing.append(f"track {len(tracks) + 1} of {n_declared} is missing")
     if missing and not repair:

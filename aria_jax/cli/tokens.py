@@ -57,7 +57,7 @@ def _tokenize(args: argparse.Namespace) -> None:
     ids = tokenizer.encode(performance).tolist()
     result = {
         "ids": ids,
-        "n_notes": len(performance.notes),
+        "n_notes": tokenizer.n_notes(ids),
         "preset": args.preset,
         "reading": reading_name(performance.compat),
         "repaired": performance.repaired,

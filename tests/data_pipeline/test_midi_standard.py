@@ -490,6 +490,8 @@ def test_a_cut_file_gives_what_is_whole_before_the_break():
             )
     assert "track 2 of 2 is cut after" in read_midi(whole[:-20], repair=True).repaired
     assert "track 2 of 2 is missing" in read_midi(whole[:-48], repair=True).repaired
+    past_the_end = file_500(track(note(60), b"\0\xf0\x7f\1"))
+    assert "cut in the last event of 17 bytes" in read_midi(past_the_end, repair=True).repaired
 
 
 def test_a_note_that_sounds_at_the_break_ends_there():

@@ -58,6 +58,16 @@ def test_solo_piano_leaves_other_instruments_out(tmp_path, capsys):
         assert json.loads(capsys.readouterr().out)["n_notes"] == n
 
 
+def test_only_notes_with_tokens_are_counted(tmp_path, capsys):
+    """As `data build` and `embed` count them: not the bells', nor a drum of no pitch we have."""
+    notes = np.array([(60, 64, 0, 0, 100), (62, 64, 1, 0, 100), (5, 64, 9, 0, 100)], NOTE)
+    write_midi(
+        Performance(500, notes, programs=np.array([(0, 14, 1)], PROGRAM)), tmp_path / "x.mid"
+    )
+    assert main(["tokenize", str(tmp_path / "x.mid"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["n_notes"] == 1
+
+
 def test_a_reading_is_chosen_and_told(tmp_path, capsys):
     notes = np.array([(60, 64, 0, 0, 100), (62, 64, 0, 1000, 1100)], NOTE)
     programs = np.array([(0, 0, 0), (500, 40, 0)], PROGRAM)  # a piano, then a violin
