@@ -1,9 +1,15 @@
-"""The programs that run on accelerators, as shapes: what training, embedding and decoding compile.
+"""The programs that run on accelerators, as shapes: what training, embedding and decoding compile;
+and what each costs.
 
 They are the very functions that run later, on shape structs with shardings: no array is made.
+
+The text of a compiled one says: collectives, cycles, FLOPs of kernels. What the compiler does not
+count comes by formula: loops after their first turn, the splash kernel, the pass that fills a
+gradient cache; and what the mathematics needs.
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,10 +20,13 @@ from jax.sharding import Mesh, NamedSharding
 from aria_jax.config import RunConfig
 from aria_jax.generate.cache import LayerCache, PromptCache, cache_sharding, decode_step, prefill
 from aria_jax.generate.weights import abstract_decoder_weights
+from aria_jax.losses.cross_entropy import CHUNK_TOKENS
 from aria_jax.models.heads import abstract_model, parameter_specs, split_model
 from aria_jax.models.parameters import Parameters, abstract_parameters
+from aria_jax.presets import Chip
 from aria_jax.sharding import batch_sharding, replicated
 from aria_jax.train.loop import check_batch
+from aria_jax.train.plan import forward_flops_per_token
 from aria_jax.train.state import Network, abstract_state
 from aria_jax.train.step import make_train_step
 from aria_jax.train.tasks import batch_shapes, loss_function
@@ -25,6 +34,26 @@ from data_pipeline.errors import UserError
 
 Task = Literal["pretrain", "continue", "contrastive", "classify", "embed", "prefill", "decode"]
 TRAINING = ("pretrain", "continue", "contrastive", "classify")
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
+_OPERATION = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
+_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+_UNKNOWN = 2**63 - 1
+"""Cycles of an operation that the TPU compiler has no estimate for."""
+_KERNEL = re.compile(r'"cost_estimate":\{[^}]*"flops":"(\d+)"')
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
+ATTENTION_EFFICIENCY = 0.7
+"""Assumed share of the time that splash attention keeps the matrix units busy."""
+BACKWARD_ATTENTION = 2.5
+"""FLOPs of the flash backward pass over the forward's: five matrix products instead of two."""
 
 
 @dataclass(frozen=True)
@@ -137,3 +166,118 @@ def _decoding(config: RunConfig, mesh: Mesh) -> Program:
     arguments = (weights, prompt, caches(rows), token, number)
     # The generated cache is updated in place, as the sampling loop does.
     return Program(jax.jit(decode_step, donate_argnums=2), arguments, rows, training=False)
+
+
+def flops_per_token(config: RunConfig) -> dict[str, float]:
+    """Of the forward pass, by part."""
+    return forward_flops_per_token(config.model, config.data.seq_len, config.train.pooling)
+
+
+def uncounted_loss_flops(config: RunConfig, task: Task, made: Program, mesh: Mesh) -> float:
+    """Of the chunks after the first of the vocabulary loss; per chip and call."""
+    if task not in ("pretrain", "continue"):
+        return 0.0
+    ways = mesh.size // mesh.shape["tensor"]
+    chunks = -(-made.tokens // (config.train.grad_accumulation * ways * CHUNK_TOKENS))
+    head = 3 * flops_per_token(config)["head"]
+    return head * made.tokens / mesh.size * (1 - 1 / max(chunks, 1))
+
+
+def attention_flops(config: RunConfig, made: Program, mesh: Mesh) -> float:
+    """Of the splash kernel, which the compiler does not count; per chip and call."""
+    forward = flops_per_token(config)["attention"]
+    again = 1.0 if config.compute.remat in ("full", "offload") else 0.0
+    passes = 1.0 + again + BACKWARD_ATTENTION if made.training else 1.0
+    return forward * passes * made.tokens / mesh.size
+
+
+def packed_attention_flops(flops: float, d_head: int, chip: Chip) -> float:
+    """FLOPs of the packed kernel's forward pass by its cost estimate, which counts the zeros of the
+    other heads and idle matrix units, given those that attention needs.
+    """
+    from aria_jax.kernels.packed_attention import MXU_UTILISATION
+
+    return flops * chip.matrix_unit / d_head / MXU_UTILISATION["forward"]
+
+
+def uses_splash(config: RunConfig, task: Task, mesh: Mesh) -> bool:
+    """Whether attention is the splash kernel there."""
+    from aria_jax.kernels.attention import MIN_SPLASH_LENGTH, suits_packed
+
+    if task in ("prefill", "decode") or config.data.seq_len < MIN_SPLASH_LENGTH:
+        return False
+    shape = config.data.global_batch, config.data.seq_len, config.model.d_model
+    with jax.set_mesh(mesh):
+        packed = suits_packed(shape, config.model.n_heads)
+    chosen = config.compute.attention
+    return chosen == "splash" or (chosen == "auto" and not packed)
+
+
+def cached_flops(config: RunConfig, task: Task, made: Program, mesh: Mesh) -> dict[str, float]:
+    """Of gradient caching, which embeds a contrastive batch once more before it goes through the
+    parts; per chip and call.
+    """
+    again = task == "contrastive" and config.train.grad_accumulation > 1
+    parts = flops_per_token(config)
+    return {name: again * flops * made.tokens / mesh.size for name, flops in parts.items()}
+
+
+def needed_flops(config: RunConfig, made: Program) -> float:
+    """What the mathematics of one call needs, over all chips."""
+    parts = flops_per_token(config)
+    return (3 if made.training else 1) * sum(parts.values()) * made.tokens
+
+
+def attention_efficiency(d_head: int, chip: Chip) -> float:
+    """Assumed share of the peak that splash attention reaches on the scores it must compute.
+
+    Products of queries and keys sum over the width of a head, those of weights and values have
+    that many columns: heads narrower than the matrix unit leave the rest of it idle.
+    """
+    return ATTENTION_EFFICIENCY * min(d_head / chip.matrix_unit, 1.0)
+
+
+def collectives(text: str) -> dict[str, tuple[int, int]]:
+    """Number and bytes of each kind of collective in HLO text; bytes per device and call.
+
+    A collective counts the larger of what it takes and what it gives; asynchronous ones count
+    once, at their start. Each operation counts once, also within a loop.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    for line in text.splitlines():
+        if (match := _OPERATION.search(line)) is None:
+            continue
+        shapes, kind, started = match.groups()
+        given = _SHAPE.findall(shapes)
+        if started and kind != "all-reduce":  # gives operands, results and scalars of its own
+            given = [shape for shape in given if shape[1]]
+            given = given[len(given) // 2 :]
+        taken = _SHAPE.findall(line[match.end() :].partition(")")[0])
+        size = max(sum(_size(*shape) for shape in part) for part in (given, taken))
+        number, total = found.get(kind, (0, 0))
+        found[kind] = (number + 1, total + size)
+    return found
+
+
+def moved_bytes(found: dict[str, tuple[int, int]]) -> float:
+    """What a device sends for such collectives: sums are reduced and handed round."""
+    return sum(size * (2 if kind == "all-reduce" else 1) for kind, (_, size) in found.items())
+
+
+def cycles(text: str) -> int:
+    """Sum of what a TPU's compiler estimates for each operation; the body of a loop counts once."""
+    return sum(n for n in map(int, _CYCLES.findall(text)) if n < _UNKNOWN)
+
+
+def kernel_flops(text: str) -> float:
+    """Sum of the cost estimates that kernels brought along."""
+    return float(sum(map(int, _KERNEL.findall(text))))
+
+
+def _size(kind: str, dimensions: str) -> int:
+    """Bytes of an array such as bf16[8,128]."""
+    bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind) or 0)
+    size = bits
+    for dimension in filter(None, dimensions.split(",")):
+        size *= int(dimension)
+    return size // 8

@@ -31,7 +31,10 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from aria_jax.aot import wrong_topology
-from aria_jax.aot.costs import (
+from aria_jax.aot.programs import (
+    TRAINING,
+    Program,
+    Task,
     attention_efficiency,
     attention_flops,
     cached_flops,
@@ -41,10 +44,11 @@ from aria_jax.aot.costs import (
     moved_bytes,
     needed_flops,
     packed_attention_flops,
+    program,
     uncounted_loss_flops,
     uses_splash,
+    with_layers,
 )
-from aria_jax.aot.programs import TRAINING, Program, Task, program, with_layers
 from aria_jax.config import RunConfig
 from aria_jax.presets import CHIPS, TOKENS_AT_ONCE, Chip
 from aria_jax.sharding import make_mesh

@@ -7,12 +7,13 @@ import jax
 import pytest
 
 from aria_jax.aot import accelerator_run, chip_count
-from aria_jax.aot.costs import (
+from aria_jax.aot.programs import (
     ATTENTION_EFFICIENCY,
+    Program,
     attention_efficiency,
     uncounted_loss_flops,
+    with_layers,
 )
-from aria_jax.aot.programs import Program, with_layers
 from aria_jax.aot.report import Cost
 from aria_jax.cli.main import main
 from aria_jax.config import DataConfig, MeshConfig, with_overrides
