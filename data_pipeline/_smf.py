@@ -60,8 +60,9 @@ def unwrapped(data: bytes, name: str) -> bytes:
     if data[:4] == b"RIFF" and data[8:12] == b"RMID":
         position = 12
         while data[position : position + 4] != b"data" and position + 8 <= len(data):
-            position += 8 + int.from_bytes(data[position + 4 : position + 8], "little")
-            position += position % 2 and data[position : position + 1] == b"\0"  # padding
+            size = int.from_bytes(data[position + 4 : position + 8], "little")
+            position += 8 + size
+            position += size % 2 and data[position : position + 1] == b"\0"  # padding
         size = int.from_bytes(data[position + 4 : position + 8], "little")
         data = data[position + 8 : position + 8 + size]
     if data[:4] != b"MThd":
@@ -115,15 +116,17 @@ def decoded_tracks(
                 break
             raise InvalidMidi("no-track-header", f"{name}: {number} has no MTrk header")
         track = _decode_track(data, start, end, f"{name}: {number}", standard)
-        if standard and not (track[2] or _is_chunk_type(data[position : position + 4])):
+        follows = end if track[3] else position  # what seems padding may be the event's last byte
+        if standard and not (track[2] or _is_chunk_type(data[follows : follows + 4])):
             with suppress(InvalidMidi):  # perhaps its length was too small
                 longer = _decode_track(data, start, len(data), name, standard)
                 track = longer if longer[2] else track
         tables, stop, ended, cut = track
         tracks.append(tables)
         if standard and ended:
-            if stop > end or data[stop : stop + 4] == b"MTrk":
-                position = _behind_padding(data, stop)  # its length was wrong
+            behind = _behind_padding(data, stop)
+            if stop > end or data[behind : behind + 4] == b"MTrk":
+                position = behind  # its length was wrong
         elif cut or end > len(data):
             where = f"after {len(data) - start} of" if end > len(data) else "in the last event of"
             missing.append(f"{number} is cut {where} {end - start} bytes")

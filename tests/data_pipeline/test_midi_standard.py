@@ -101,6 +101,14 @@ SAYS = {
         file_500(chunk(b"MTrk", note(60) + EOT, more=-6), track(note(62, after=500))),
         TWO,
     ),
+    "a track that declares a byte too little, before another": (
+        file_500(chunk(b"MTrk", note(60) + EOT, more=-1), track(note(62, after=500))),
+        TWO,
+    ),
+    "a padded track that declares too much, before another": (
+        file_500(chunk(b"MTrk", note(60) + EOT + b"\0", more=6), track(note(62, after=500))),
+        TWO,
+    ),
     "a track without an end before padding": (
         file_500(chunk(b"MTrk", b"".join(two))) + b"\0" * 9,
         TWO,
@@ -132,6 +140,10 @@ SAYS = {
     ),
     "RIFF whose odd chunk has no padding": (
         riff(riff_chunk(b"DISP", b"odd", pad=False), riff_chunk(b"data", plain)),
+        TWO,
+    ),
+    "RIFF with an odd chunk without padding before one with it": (
+        riff(riff_chunk(b"DISP", b"odd", pad=False), odd_info, riff_chunk(b"data", plain)),
         TWO,
     ),
     "RIFF with a long chunk that mentions MThd": (
