@@ -158,8 +158,7 @@ def run(args: argparse.Namespace) -> int:
     load_manifest(args.data)
     if Path(args.workdir).is_file():
         raise UserError(f"--workdir {args.workdir} is a file; name a folder for the run")
-    if not args.dry_run:
-        _check_beginning(args)
+    _check_beginning(args)
     return _dry_run(args, preset) if args.dry_run else _train(args, preset)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from aria_jax.checkpoints import DIRECTORY, model_digest
+from aria_jax.checkpoints import DIRECTORY, model_digest, newest_step
 from aria_jax.config import RunConfig, from_dict, to_dict
 from data_pipeline.artifact import json_digest
 from data_pipeline.errors import UserError
@@ -73,16 +73,30 @@ def init_of_new_run(init_from: str | Path | None) -> InitFrom:
     """How a new run begins.
 
     Raises:
-        UserError: `init_from` is neither a checkpoint nor a .safetensors file.
+        UserError: `init_from` is neither a checkpoint nor a .safetensors file, or holds nothing.
     """
     if init_from is None:
         return InitFrom("scratch", None, "starting from scratch: random weights")
     path = Path(init_from)
     if path.suffix == ".safetensors" and path.is_file():
+        _check_safetensors(path)
         return InitFrom("published", path, f"starting from the published weights {path}")
     if (path / DIRECTORY).is_dir():
+        if newest_step(path) is None:
+            raise UserError(f"--init-from {path}: no complete checkpoint in {path / DIRECTORY}")
         return InitFrom("checkpoint", path, f"starting from the weights of {path}")
     raise UserError(f"--init-from {path}: neither a checkpoint nor a .safetensors file")
+
+
+def _check_safetensors(path: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="np") as file:
+            if not file.keys():
+                raise UserError(f"--init-from {path}: holds no weights")
+    except SafetensorError as error:
+        raise UserError(f"--init-from {path}: not a readable safetensors file ({error})") from None
 
 
 def source_record(init_from: str | Path) -> dict[str, str]:

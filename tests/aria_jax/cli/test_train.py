@@ -1,6 +1,9 @@
 """`aria-jax train` as a user sees it."""
 
 import json
+import struct
+import subprocess
+import sys
 
 import pytest
 import yaml
@@ -67,6 +70,30 @@ def test_a_run_writes_its_settings_and_takes_them_back(corpus, tmp_path, capsys)
     ]
     assert losses[0] == losses[1]
     assert yaml.safe_load((tmp_path / "b" / "config.yaml").read_text()) == values
+
+
+def test_a_bad_beginning_is_found_before_jax_is_imported(corpus, tmp_path):
+    (tmp_path / "killed" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "page.safetensors").write_text("<html>not found</html>")
+    (tmp_path / "empty.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    code = (
+        "import sys\nfrom aria_jax.cli.main import main\n"
+        "task = ['train', 'pretrain', '--data', sys.argv[1], '--workdir', sys.argv[2]]\n"
+        "for path in sys.argv[3:]:\n"
+        "    for options in ([], ['--dry-run']):\n"
+        "        assert main([*task, *options, '--init-from', path]) == 2, path\n"
+        "sys.exit('jax' in sys.modules)"
+    )
+    bad = ("killed", "page.safetensors", "empty.safetensors", "nothing")
+    paths = [str(tmp_path / name) for name in ("run", *bad)]
+    command = [sys.executable, "-c", code, str(corpus), *paths]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stderr.splitlines()
+    expected = ("no complete checkpoint", "not a readable", "holds no weights", "neither a")
+    assert len(lines) == 8 and not (tmp_path / "run").exists()
+    for at, (name, message) in enumerate(zip(bad, expected, strict=True)):
+        assert all(name in line and message in line for line in lines[2 * at : 2 * at + 2])
 
 
 def test_the_command_line_goes_before_the_file(corpus, tmp_path, capsys):
