@@ -7,6 +7,7 @@ import shutil
 from urllib.parse import unquote
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from flax import nnx
 
@@ -18,8 +19,9 @@ from aria_jax.embed.export import export
 from aria_jax.embed.pieces import Slicing, midi_slices
 from aria_jax.embed.table import read_embeddings
 from aria_jax.models.heads import build_model
-from data_pipeline.midi import read_midi
+from data_pipeline.midi import PROGRAM, read_midi, write_midi
 from data_pipeline.tokenizer import Tokenizer
+from tests.corpora import random_performance
 
 SMALL = ["--slice-notes", "100", "--max-tokens", "512", "--workers", "0"]
 
@@ -161,6 +163,35 @@ def test_a_page_without_the_midi_files_says_how_to_name_their_folder(
     assert main(arguments) == 0
     assert "2 of 2" in (said := capsys.readouterr().err) and "--midi DIR" in said
     assert page.read_text().count('class="player"') == 1 and "--midi DIR" in page.read_text()
+
+
+def test_every_verb_counts_and_slices_only_notes_with_tokens(tmp_path, checkpoint, capsys):
+    """A music box has none: where it begins, ends or interrupts a piece, no slice is left empty."""
+    folder, bells = tmp_path / "midi", {"first": (0, 120), "middle": (100, 250), "last": (300, 320)}
+    folder.mkdir()
+    for seed, (name, (start, stop)) in enumerate(bells.items()):
+        performance = random_performance(np.random.default_rng(seed), 320)
+        performance.notes["channel"][start:stop] = 1
+        programs = np.array([(0, 0, 0), (0, 10, 1)], PROGRAM)
+        write_midi(dataclasses.replace(performance, programs=programs), folder / f"{name}.mid")
+    args = ["--checkpoint", checkpoint, *SMALL]
+    options = ["--filters", "none", "--val-fraction", "0", "--workers", "1"]
+    result_of(capsys, "data", "build", str(folder), str(tmp_path / "data"), *options)
+    rows = []
+    for source in ("midi", "data"):
+        out = tmp_path / f"{source}.parquet"
+        assert result_of(capsys, "embed", str(tmp_path / source), str(out), *args)["n_files"] == 3
+        table = pq.read_table(out, columns=["path", "n_notes", "n_slices"])
+        rows.append(sorted(tuple(row.values()) for row in table.to_pylist()))
+    expected = []
+    for path in sorted(folder.iterdir()):
+        n_piano = int((read_midi(path).notes["channel"] == 0).sum())
+        expected.append((path.name, n_piano, -(-n_piano // 100)))
+    assert rows[0] == rows[1] == expected
+    for name in bells:
+        found = ["search", str(folder / f"{name}.mid"), str(out.with_name("midi.parquet"))]
+        hits = result_of(capsys, *found, "--checkpoint", checkpoint, "-k", "1")["hits"]
+        assert hits[0]["score"] == pytest.approx(1, abs=1e-4)
 
 
 def test_search_refuses_another_models_embeddings(embedded, midi_corpus, tmp_path, capsys):
