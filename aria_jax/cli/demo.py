@@ -120,7 +120,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs what is not done yet, then writes the report."""
     from aria_jax.embed.table import read_embeddings
     from aria_jax.report.demo import DemoResults, write_demo_report
-    from data_pipeline.errors import UserError
+    from data_pipeline.errors import UserError, printable
 
     out = Path(args.out)
     if out.is_file():
@@ -156,7 +156,7 @@ def run(args: argparse.Namespace) -> int:
             made_by=args.command_line,
         ),
     )
-    print(f"done in {time.perf_counter() - began:.0f} s\nopen {page}")
+    print(printable(f"done in {time.perf_counter() - began:.0f} s\nopen {page}"))
     return 0
 
 

@@ -31,7 +31,7 @@ from data_pipeline.artifact import (
     rows_digest,
     write_atomically,
 )
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, printable
 
 VERSION = 1
 _NO_SETTINGS = {"out", "overwrite", "json", "workers", "command_line"}
@@ -195,15 +195,15 @@ def _refuse_files_of_others(
 
 
 class _Tee(io.StringIO):
-    """Takes what is printed, and prints it."""
+    """Takes what is printed, and prints it; names that are not UTF-8 as `printable`."""
 
     def __init__(self, screen: Any):
         super().__init__()
         self._screen = screen
 
     def write(self, text: str) -> int:
-        self._screen.write(text)
-        return super().write(text)
+        self._screen.write(printable(text))
+        return super().write(printable(text))
 
     def flush(self) -> None:
         self._screen.flush()

@@ -26,22 +26,25 @@ def test_one_line_and_json_hold_the_same_ids(piece, capsys):
     assert result["n_notes"] == 320
 
 
-@pytest.mark.parametrize("verb", ["tokenize", "embed", "data build"])
+@pytest.mark.parametrize("verb", ["tokenize", "detokenize", "embed", "data build"])
 def test_names_need_not_be_utf8(piece, tmp_path, capsys, verb):
     """And files may be compressed."""
     folder = tmp_path / "Caf\udce9"
     folder.mkdir()
     file = folder / "Pr\udce9lude.mid.gz"
     file.write_bytes(gzip.compress(piece.read_bytes()))
+    ids = Tokenizer.preset("aria").encode(read_midi(piece)).tolist()
+    (folder / "ids\udce9.json").write_text(json.dumps(ids))
     arguments = {
         "tokenize": [file],
+        "detokenize": [folder / "ids\udce9.json", folder / "out\udce9.mid"],
         "embed": [
             folder, tmp_path / "out\udce9" / "x.parquet",
             "--baseline", "pitch-class", "--workers", "0",
         ],
         "data build": [folder, tmp_path / "out\udce9"],
     }[verb]  # fmt: skip
-    for options in ([], ["--json"]):
+    for options in ([], ["--json"][: verb != "detokenize"]):
         assert main([*verb.split(), *map(str, arguments), *options]) == 0
         capsys.readouterr().out.encode()
     missing = [*verb.split(), str(tmp_path / "\udce9.mid"), *map(str, arguments[1:])]
