@@ -23,7 +23,7 @@ from aria_jax.config import MeshConfig, RunConfig
 from aria_jax.presets import for_task
 from aria_jax.sharding import batch_sharding, make_mesh
 from aria_jax.train.init import InitFrom
-from aria_jax.train.state import first_state
+from aria_jax.train.state import first_state, shardings_of
 from aria_jax.train.step import make_train_step
 from aria_jax.train.tasks import build_task, loss_function
 from tests.corpora import random_performance, write_corpus
@@ -33,7 +33,8 @@ def our_steps(config: RunConfig, batches: Iterator[dict]) -> Callable[[int], flo
     """n -> seconds for n steps of the training loop's own compiled step."""
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     network, state, _ = first_state(config, mesh, InitFrom("scratch", None, ""), None, {})
-    step = make_train_step(config, network.build, loss_function(config, mesh))
+    loss = loss_function(config, mesh)
+    step = make_train_step(config, network.build, loss, shardings_of(state))
     sharding = batch_sharding(mesh)
     held = {"state": state, "number": 0}
 

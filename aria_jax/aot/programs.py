@@ -27,7 +27,7 @@ from aria_jax.presets import Chip
 from aria_jax.sharding import batch_sharding, replicated
 from aria_jax.train.loop import check_batch
 from aria_jax.train.plan import forward_flops_per_token
-from aria_jax.train.state import Network, abstract_state
+from aria_jax.train.state import Network, abstract_state, shardings_of
 from aria_jax.train.step import make_train_step
 from aria_jax.train.tasks import batch_shapes, loss_function
 from data_pipeline.errors import UserError
@@ -112,7 +112,8 @@ def _training(config: RunConfig, mesh: Mesh) -> Program:
     shapes = batch_shapes(config)
     batch = {name: _on(mesh, shape, batch_sharding(mesh)) for name, shape in shapes.items()}
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
-    step = make_train_step(config, network.build, loss_function(config, mesh))
+    loss = loss_function(config, mesh)
+    step = make_train_step(config, network.build, loss, shardings_of(state))
     views = 2 if config.task == "contrastive" else 1
     tokens = views * config.data.global_batch * config.data.seq_len
     return Program(step, (state, batch, number), tokens, training=True)

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import math
+import os
 import shutil
 import sys
 import warnings
@@ -128,7 +130,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on although the corpus or the compute dtype is not what the run began with",
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print what the run would take, and stop"
+        "--dry-run",
+        action="store_true",
+        help="print what the run would take, and stop; time is by formula, on a CPU by a step "
+        "that is run and timed",
     )
     parser.add_argument(
         "--on", metavar="CHIP:COUNT", help="devices to plan for, e.g. v5p:64 (default: those here)"
@@ -169,10 +174,11 @@ def _check_beginning(args: argparse.Namespace) -> None:
     """What the disk can tell of a wrong start."""
     from aria_jax.checkpoints import newest_record
     from aria_jax.train.init import check_allow_change, check_same_init, init_of_new_run
-    from data_pipeline.artifact import refuse_inside
+    from data_pipeline.artifact import refuse_inside, refuse_occupied
 
     check_allow_change(_allowed(args))
     refuse_inside(args.workdir, args.data, "a corpus")
+    refuse_occupied(args.workdir, "a training run")
     record = newest_record(args.workdir)
     if record is None:
         init_of_new_run(args.init_from)
@@ -324,11 +330,14 @@ class ProgressSink:
 
 def _dry_run(args: argparse.Namespace, preset: "RunConfig") -> int:
     """Prints the plan; 1 where the memory of a device does not suffice."""
+    from aria_jax.cli.console import print_result, stage
+
+    stage("loading jax")
     import jax
 
     from aria_jax.cli.console import print_result
     from aria_jax.presets import CHIPS, chip_of
-    from aria_jax.train.plan import plan
+    from aria_jax.train.plan import plan, plan_text
     from aria_jax.train.tasks import build_task, resolve
     from data_pipeline.errors import UserError
 
@@ -350,33 +359,27 @@ def _dry_run(args: argparse.Namespace, preset: "RunConfig") -> int:
         chip=chip,
         assumed_mfu=args.assumed_mfu,
     )
+    basis = f"at {made.assumed_mfu:.0%} MFU (assumed)"
+    if chip is None:
+        made, basis = _timed(config, args.data, made)
     result = {**dataclasses.asdict(made), "fits": made.fits}
-    print_result(result, args.json, _plan_text(config, made))
+    print_result(result, args.json, plan_text(config, made, basis))
     return 1 if made.fits is False else 0
 
 
-def _plan_text(config: "RunConfig", made: "Plan") -> str:
-    gib, total = 2**30, sum(made.memory.values())
-    mesh = " × ".join(f"{axis} {size}" for axis, size in made.mesh.items())
-    compute, accumulation = config.compute, config.train.grad_accumulation
-    parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in made.memory.items())
-    room = "" if made.hbm is None else f" of {made.hbm / gib:.0f} GiB"
-    verdict = {None: "", True: ": fits", False: ": DOES NOT FIT"}[made.fits]
-    lines = [
-        f"task         {config.task}, {config.train.steps:,} steps",
-        f"model        {made.parameters:,} parameters",
-        f"compute      {made.flops_per_token / 1e9:.3g} GFLOPs a token, forward and backward",
-        f"batch        {made.tokens_per_step:,} tokens a step",
-        f"data         {made.tokens:,} tokens, {made.epochs:.2f} epochs",
-        f"mesh         {mesh}",
-        f"computed in  {compute.dtype}, remat {compute.remat}, {accumulation} parts a step",
-        f"memory       {total / gib:.2f} GiB a device{room}{verdict} "
-        f"({parts}; activations by formula: `aria-jax compile` asks the compiler)",
-    ]
-    if made.hours is None:
-        lines.append("time         unknown: no data sheet for these devices (see --on)")
-    else:
-        short = made.hours < 1
-        time = f"{made.hours * 60:.1f} minutes" if short else f"{made.hours:,.1f} hours"
-        lines.append(f"time         {time} at {made.assumed_mfu:.0%} MFU (assumed)")
-    return "\n".join(lines)
+def _timed(config: "RunConfig", data: str, made: "Plan") -> tuple["Plan", str]:
+    """The plan with the time that a step takes here; and what that is based on, or why not."""
+    from aria_jax.cli.console import stage
+    from aria_jax.train.loop import time_step
+
+    needed = sum(made.memory.values()) * math.prod(made.mesh.values())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        return made, f"this machine's {memory / 2**30:.0f} GiB do not hold a step (see --on)"
+    stage("compiling a step and timing the next")
+    seconds, rows = time_step(config, data)
+    made = dataclasses.replace(
+        made, step_seconds=seconds, hours=seconds * config.train.steps / 3600
+    )
+    part = "" if rows == config.data.global_batch else f" on {rows} of its rows"
+    return made, f"at {seconds:.3g} s a step, measured here just now{part}"

@@ -72,6 +72,8 @@ def parameter(
         raise ValueError(f"a parameter of shape {value.shape} needs {value.ndim} axes, not {axes}")
     if unknown := [axis for axis in axes if axis not in LOGICAL_RULES]:
         raise ValueError(f"unknown logical axes {unknown}: sharding.LOGICAL_RULES lacks them")
+    # Of a type that arithmetic does not change, or whatever takes it would be compiled twice.
+    value = value.astype(value.dtype)
     return nnx.Param(value, spec=ParameterSpec(value.shape, axes, published, linear, parts))
 
 

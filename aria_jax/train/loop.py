@@ -13,7 +13,7 @@ import numpy as np
 
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.models import model_record
-from aria_jax.config import RunConfig, to_dict
+from aria_jax.config import RunConfig, to_dict, with_overrides
 from aria_jax.presets import chip_of
 from aria_jax.sharding import batch_sharding, iterate_rows, make_mesh
 from aria_jax.train.hooks import (
@@ -28,15 +28,18 @@ from aria_jax.train.hooks import (
     StepMonitor,
 )
 from aria_jax.train.init import InitFrom, check_allow_change, corpus_record, resolve_init
-from aria_jax.train.plan import train_flops_per_token
+from aria_jax.train.plan import tokens_per_step, train_flops_per_token
 from aria_jax.train.processes import lost_contact, stop_requests
-from aria_jax.train.state import Network, first_state
+from aria_jax.train.state import Network, first_state, random_state, shardings_of
 from aria_jax.train.step import TrainState, TrainStep, make_eval_step, make_train_step
 from aria_jax.train.tasks import Task, build_task, resolve
-from data_pipeline.artifact import refuse_inside
+from data_pipeline.artifact import refuse_inside, refuse_occupied
 from data_pipeline.errors import UserError
 from data_pipeline.loaders import BatchStream
 from data_pipeline.shards import load_manifest, reading_of
+
+TIMED_FLOPS = 1e12
+"""Of a step that is timed whole; ten seconds or so of two cores."""
 
 
 @dataclass
@@ -88,6 +91,7 @@ def run(
     """
     check_allow_change(allow_change)
     refuse_inside(workdir, data_dir, "a corpus")
+    refuse_occupied(workdir, "a training run")
     config = resolve(config.validate(), data_dir)
     mesh, settings, workdir = make_mesh(config.mesh), config.train, Path(workdir)
     check_batch(config, mesh)
@@ -110,7 +114,7 @@ def run(
         evaluate = _evaluate(config, task, network, sharding, log, monitor, best)
         with _profile(config, workdir, step) as profile:
             state, step, interrupted = _train(
-                make_train_step(config, network.build, task.loss),
+                make_train_step(config, network.build, task.loss, shardings_of(state)),
                 iterate_rows(task.train, sharding, step),
                 (state, step),
                 last_step=settings.steps,
@@ -147,6 +151,37 @@ def _train(
         for hook in hooks:
             hook.finish()
     return state, step, stopped and step < last_step
+
+
+def time_step(config: RunConfig, data_dir: str | Path) -> tuple[float, int]:
+    """What a step takes on the devices here: (seconds, rows that were timed); writes nothing.
+
+    Random weights, real rows. The first step compiles and is not counted. Where a whole batch
+    would take long, a small one is timed and counted by its rows.
+
+    Args:
+        config: resolved against the data.
+    """
+    data, mesh = config.data, make_mesh(config.mesh)
+    check_batch(config, mesh)
+    timed = config
+    if tokens_per_step(config) * train_flops_per_token(config) > TIMED_FLOPS:
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        rows = min(data.global_batch, 2 * ways * config.contrastive.composer_group)
+        settings = [f"data.global_batch={rows}", "train.grad_accumulation=1"]
+        timed = with_overrides(config, settings)
+    task = build_task(timed, data_dir, mesh=mesh)
+    network, state = random_state(timed, mesh)
+    train_step = make_train_step(timed, network.build, task.loss, shardings_of(state))
+    batches = iterate_rows(task.train, batch_sharding(mesh), 0)
+    seconds = 0.0
+    with jax.set_mesh(mesh):
+        for number in range(2):
+            began = time.perf_counter()
+            state, metrics = train_step(state, next(batches), jax.device_put(np.int32(number)))
+            jax.block_until_ready((state, metrics))
+            seconds = time.perf_counter() - began
+    return seconds * data.global_batch / timed.data.global_batch, timed.data.global_batch
 
 
 def position(config: RunConfig, stream: BatchStream, step: int) -> dict[str, int]:

@@ -34,8 +34,9 @@ class Plan:
         mesh: devices per axis.
         memory: bytes per device by part; all but "activations" are exact, that one is a formula.
         hbm: bytes a device has; None where that is not known.
-        assumed_mfu, hours: time for all steps at that share of the chips' peak; None without a
-            data sheet.
+        assumed_mfu: share of the chips' peak FLOP/s to plan with.
+        hours: for all steps; None with neither a data sheet nor a measured step.
+        step_seconds: of one step, measured; None where time goes by formula.
     """
 
     parameters: int
@@ -48,6 +49,7 @@ class Plan:
     hbm: float | None
     assumed_mfu: float
     hours: float | None
+    step_seconds: float | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -91,6 +93,34 @@ def plan(
         if chip is None
         else tokens * flops / (chip.flops * n_devices * assumed_mfu) / 3600,
     )
+
+
+def plan_text(config: RunConfig, made: Plan, basis: str) -> str:
+    """The plan for people to read; `basis` says what its time rests on, or why there is none."""
+    gib, total = 2**30, sum(made.memory.values())
+    mesh = " × ".join(f"{axis} {size}" for axis, size in made.mesh.items())
+    compute, accumulation = config.compute, config.train.grad_accumulation
+    parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in made.memory.items())
+    room = "" if made.hbm is None else f" of {made.hbm / gib:.0f} GiB"
+    verdict = {None: "", True: ": fits", False: ": DOES NOT FIT"}[made.fits]
+    lines = [
+        f"task         {config.task}, {config.train.steps:,} steps",
+        f"model        {made.parameters:,} parameters",
+        f"compute      {made.flops_per_token / 1e9:.3g} GFLOPs a token, forward and backward",
+        f"batch        {made.tokens_per_step:,} tokens a step",
+        f"data         {made.tokens:,} tokens, {made.epochs:.2f} epochs",
+        f"mesh         {mesh}",
+        f"computed in  {compute.dtype}, remat {compute.remat}, {accumulation} parts a step",
+        f"memory       {total / gib:.2f} GiB a device{room}{verdict} "
+        f"({parts}; activations by formula: `aria-jax compile` asks the compiler)",
+    ]
+    if made.hours is None:
+        lines.append(f"time         unknown: {basis}")
+    else:
+        short = made.hours < 1
+        time = f"{made.hours * 60:.1f} minutes" if short else f"{made.hours:,.1f} hours"
+        lines.append(f"time         {time} {basis}")
+    return "\n".join(lines)
 
 
 def _mesh_sizes(config: RunConfig, n_devices: int) -> dict[str, int]:

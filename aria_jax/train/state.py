@@ -80,6 +80,11 @@ def abstract_state(config: RunConfig, network: Network, mesh: Mesh | AbstractMes
     )
 
 
+def shardings_of(state: TrainState) -> TrainState:
+    """The sharding of every array of a state, or of its shapes."""
+    return jax.tree.map(lambda leaf: leaf.sharding, state)
+
+
 def first_state(
     config: RunConfig,
     mesh: jax.sharding.Mesh,
@@ -126,13 +131,27 @@ def first_state(
         params = _with_weights_of(params, source, config, init.path)
         if lora is not None:
             record["lora"] = lora_record(lora, init.path, split_model(source)[1])
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, like)
+    return network, _state_of(config, network, like, params), 0
 
-    @partial(jax.jit, out_shardings=shardings)
+
+def random_state(config: RunConfig, mesh: jax.sharding.Mesh) -> tuple[Network, TrainState]:
+    """The network and a state of random weights, below adapters too; for timing, not training."""
+    network = Network.of(config)
+    key = jax.random.key(config.train.seed)
+    params = split_model(init_sharded(config.model, config.compute, key, mesh))[1]
+    return network, _state_of(config, network, abstract_state(config, network, mesh), params)
+
+
+def _state_of(
+    config: RunConfig, network: Network, like: TrainState, params: Parameters
+) -> TrainState:
+    """The state of a run that begins with these weights, sharded as `like`."""
+
+    @partial(jax.jit, out_shardings=shardings_of(like))
     def begin(params: Parameters) -> TrainState:
         return new_state(config, *network.split(params))
 
-    return network, begin(params), 0
+    return begin(params)
 
 
 def _restored(

@@ -116,12 +116,18 @@ def new_state(config: RunConfig, params: Parameters, frozen: Parameters) -> Trai
     return TrainState(params, opt_state, ema, frozen)
 
 
-def make_train_step(config: RunConfig, build: Build, loss: LossFunction) -> TrainStep:
+def make_train_step(
+    config: RunConfig, build: Build, loss: LossFunction, shardings: TrainState | None = None
+) -> TrainStep:
     """(state, batch, step) -> (state, metrics), compiled; the state given is donated.
 
     A step whose loss or gradient is not finite changes nothing and reports `skipped` = 1. With
     `train.grad_accumulation` parts, each part counts by its `weight`, or a `BatchLoss` is taken of
     the embeddings of all parts: either way the result is that of the whole batch at once.
+
+    Args:
+        shardings: of the state given, which the state returned keeps. Left to the compiler (None),
+            it may be sharded otherwise, for which the second step would be compiled once more.
     """
     optimizer = build_optimizer(config.optimizer, config.train.steps)
     schedule = learning_rate(config.optimizer, config.train.steps)
@@ -150,7 +156,8 @@ def make_train_step(config: RunConfig, build: Build, loss: LossFunction) -> Trai
         metrics |= {"learning_rate": rate, "skipped": 1.0 - finite}
         return TrainState(params, opt_state, ema, state.frozen), metrics
 
-    return jax.jit(train_step, donate_argnums=0)
+    kept = None if shardings is None else (shardings, None)
+    return jax.jit(train_step, donate_argnums=0, out_shardings=kept)
 
 
 WeightedLoss = tuple[jax.Array, tuple[Metrics, Metrics]]

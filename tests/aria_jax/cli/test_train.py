@@ -37,7 +37,25 @@ def test_a_dry_run_plans_and_writes_nothing(corpus, tmp_path, capsys):
     text = capsys.readouterr().out
     for word in ("parameters", "tokens a step", "GiB a device", "epochs", "data 8 × fsdp 1"):
         assert word in text
+    assert "s a step, measured here just now\n" in text
     assert not workdir.exists()
+
+
+def test_a_dry_run_times_few_rows_of_a_large_step(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("aria_jax.train.loop.TIMED_FLOPS", 1.0)
+    assert (
+        train(corpus, tmp_path / "w", "--dry-run", "global_batch=64", "steps=3600", "--json") == 0
+    )
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["hours"] == pytest.approx(plan["step_seconds"]) and plan["step_seconds"] > 0
+    assert train(corpus, tmp_path / "w", "--dry-run", "global_batch=64") == 0
+    assert "measured here just now on 16 of its rows" in capsys.readouterr().out
+
+
+def test_a_dry_run_does_not_try_what_does_not_fit_here(corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("os.sysconf", lambda name: 1)
+    assert train(corpus, tmp_path / "w", "--dry-run") == 0
+    assert "unknown: this machine's 0 GiB do not hold a step" in capsys.readouterr().out
 
 
 def test_a_dry_run_plans_for_machines_that_are_not_here(corpus, tmp_path, capsys):

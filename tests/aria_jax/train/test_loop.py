@@ -12,7 +12,7 @@ from aria_jax.config import MeshConfig
 from aria_jax.sharding import batch_sharding, iterate_rows, make_mesh
 from aria_jax.train.init import InitFrom
 from aria_jax.train.loop import replicated_work, run
-from aria_jax.train.state import first_state
+from aria_jax.train.state import first_state, random_state, shardings_of
 from aria_jax.train.step import make_train_step
 from aria_jax.train.tasks import build_task
 from data_pipeline.errors import UserError
@@ -158,6 +158,24 @@ def test_no_step_waits_for_the_host(config, corpus):
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, batch, at)
     assert np.isfinite(float(metrics["loss"]))
+
+
+@pytest.mark.parametrize("task", ["pretrain", "contrastive"])
+def test_the_step_is_compiled_once_and_leaves_every_array_as_it_was_sharded(
+    task, config, corpus, eight_devices
+):
+    settings = config(task, "global_batch=8", mesh=MeshConfig(2, 2, 2))
+    mesh = make_mesh(settings.mesh)
+    stream = build_task(settings, corpus, mesh=mesh)
+    network, state = random_state(settings, mesh)
+    step = make_train_step(settings, network.build, stream.loss, shardings_of(state))
+    batches = iterate_rows(stream.train, batch_sharding(mesh))
+    began = jax.tree.map(lambda leaf: (leaf.sharding, leaf.aval), state)
+    with jax.set_mesh(mesh):
+        for number in range(2):
+            state, _ = step(state, next(batches), jax.device_put(np.int32(number)))
+    assert jax.tree.map(lambda leaf: (leaf.sharding, leaf.aval), state) == began
+    assert step._cache_size() == 1
 
 
 def test_minutes_that_pass_are_a_reason_to_save(config, corpus, tmp_path):
