@@ -300,6 +300,30 @@ def new_folder(path: str | Path, *, make: bool = True) -> Iterator[Path]:
         raise
 
 
+def refuse_occupied(out: str | Path, wanted: str) -> None:
+    """Raises `UserError` for a folder with what is neither ours to mix with nor what is `wanted`.
+
+    Args:
+        wanted: "a corpus" or "a training run".
+    """
+    from data_pipeline.building.listing import is_midi_name
+
+    folder = Path(out)
+    if not folder.is_dir():
+        return
+    midi = next((path.name for path in folder.iterdir() if is_midi_name(path.name)), None)
+    found = {
+        "a corpus": (folder / "manifest.json").is_file(),
+        "a training run": (folder / "checkpoints").is_dir(),
+        f"MIDI files ({midi}, …)": midi is not None,
+    }
+    if others := [what for what, there in found.items() if there and what != wanted]:
+        raise UserError(
+            f"{out}: holds {' and '.join(others)}, among which {wanted} would be written; name a "
+            "folder of its own"
+        )
+
+
 def refuse_inside(out: str | Path, source: str | Path, what: str) -> None:
     """Raises `UserError` where `out` is the folder `source` or lies in it."""
     inner, outer = Path(out).resolve(), Path(source).resolve()

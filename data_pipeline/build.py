@@ -22,6 +22,7 @@ from data_pipeline.artifact import (
     look,
     new_folder,
     refuse_inside,
+    refuse_occupied,
     rows_digest,
     write_atomically,
 )
@@ -117,6 +118,7 @@ def build(
     _check_arguments(val_fraction, dedup, max_per_composition, shards, runner, workers)
     source, out = Path(midi_dir), Path(out_dir)
     refuse_inside(out, source, "the folder of your MIDI files")
+    refuse_occupied(out, "a corpus")
     unit_settings = {
         "tokenizer_preset": tokenizer_preset,
         "reading": reading_name(compat),

@@ -8,9 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.artifact import file_digest, json_digest, rows_digest
+from data_pipeline.errors import UserError
 
 DIRECTORY = "checkpoints"
 """Of a workdir: one folder per step, named by its number."""
+
+
+def check_workdir(path: str | Path) -> None:
+    """Raises `UserError` for a path that has no checkpoints."""
+    if not (Path(path) / DIRECTORY).is_dir():
+        raise UserError(f"{path}: no checkpoint here (expected the --workdir of a training run)")
 
 
 def newest_step(workdir: str | Path) -> Path | None:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aria_jax.checkpoints import DIRECTORY
+from aria_jax.checkpoints import check_workdir
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.safetensors import import_model
 from aria_jax.config import ComputeConfig, ModelConfig, from_dict, to_dict
@@ -184,8 +184,7 @@ def load_adapters(path: str | Path) -> Lora:
 
 def _opened(path: Path) -> Checkpointer:
     """The checkpoints of a workdir that has some."""
-    if not (path / DIRECTORY).is_dir():
-        raise UserError(f"{path}: no checkpoint here (expected the --workdir of a training run)")
+    check_workdir(path)
     checkpointer = Checkpointer(path, read_only=True)
     if not checkpointer.steps():
         checkpointer.close()

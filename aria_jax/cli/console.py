@@ -7,6 +7,7 @@ present speed.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from data_pipeline.errors import UserError, printable
 
@@ -202,12 +203,23 @@ class Interrupts:
         self._readable, self._writable = os.pipe()
         os.set_blocking(self._writable, False)
         self._before = signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._lost
         threading.Thread(target=self._listen, daemon=True).start()
 
     def close(self) -> None:
         """Gives the signal back; the thread ends with its pipe."""
         signal.set_wakeup_fd(self._before)
+        sys.unraisablehook = self._hook
         os.close(self._writable)
+
+    def _lost(self, lost: Any) -> None:
+        """A KeyboardInterrupt in a callback that cannot raise (jax has one of the garbage
+        collector) is raised again, a moment later.
+        """
+        if lost.exc_type is KeyboardInterrupt:
+            threading.Timer(0.05, _interrupt_main_thread).start()
+        else:
+            self._hook(lost)
 
     def _listen(self) -> None:
         while number := os.read(self._readable, 1):
@@ -219,7 +231,23 @@ class Interrupts:
         os.close(self._readable)
 
 
-def _end_at_once() -> None:
+def _interrupt_main_thread() -> None:
+    """Raises KeyboardInterrupt there, without a signal, which would count as a second Ctrl-C."""
+    main = ctypes.c_ulong(threading.main_thread().ident or 0)
+    if _active is not None:
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(main, ctypes.py_object(KeyboardInterrupt))
+
+
+def end_interrupted(told: str) -> NoReturn:
+    """Ends a process that Ctrl-C stopped, without the seconds in which libraries take leave."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over already
+    print(told, file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    _end_at_once()
+
+
+def _end_at_once() -> NoReturn:
     import multiprocessing
 
     for child in multiprocessing.active_children():
@@ -320,35 +348,11 @@ def _printable(value: Any) -> Any:
     return [_printable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-_KNOWN_SUFFIXES = set(
-    [
-        ".csv",
-        ".gz",
-        ".html",
-        ".jpg",
-        ".json",
-        ".jsonl",
-        ".kar",
-        ".mid",
-        ".midi",
-        ".mp3",
-        ".npy",
-        ".npz",
-        ".parquet",
-        ".pdf",
-        ".png",
-        ".safetensors",
-        ".svg",
-        ".tar",
-        ".tgz",
-        ".tsv",
-        ".txt",
-        ".wav",
-        ".yaml",
-        ".yml",
-        ".zip",
-    ]
-)
+_KNOWN_SUFFIXES = {
+    ".csv", ".gz", ".html", ".jpg", ".json", ".jsonl", ".kar", ".mid", ".midi", ".mp3", ".npy",
+    ".npz", ".parquet", ".pdf", ".png", ".safetensors", ".svg", ".tar", ".tgz", ".tsv", ".txt",
+    ".wav", ".yaml", ".yml", ".zip",
+}  # fmt: skip
 
 
 def check_suffix(path: str, content: str, *suffixes: str) -> None:

@@ -59,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Converts."""
+    from aria_jax.cli.console import stage
+
+    stage("loading jax and the model")
     {
         "from-safetensors": _from_safetensors,
         "to-safetensors": _to_safetensors,

@@ -110,8 +110,10 @@ def run(args: argparse.Namespace) -> None:
     limits = _checked_limits(args)
     settings = _settings(args)
 
-    from aria_jax.checkpoints.models import load_model
     from aria_jax.cli.console import note, print_result, stage
+
+    stage("loading jax")
+    from aria_jax.checkpoints.models import load_model
     from aria_jax.generate.continuation import fitting_tokens
     from aria_jax.generate.weights import decoder_weights
     from data_pipeline.tokenizer import Tokenizer

@@ -108,18 +108,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     0 done, 1 it ran but failed, 2 the user's mistake, 130 Ctrl-C.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
+    given = list(sys.argv[1:] if argv is None else argv)
+    if not given or given[0] in ("-h", "--help"):
         _parser().print_help()
         return 0
-    if argv[0] in ("--version", "-V"):
+    if given[0] in ("--version", "-V"):
         print(_version())
         return 0
     from aria_jax.cli.console import working
 
     try:
-        with working(argv[0]):
-            return _run(argv[0], argv[1:])
+        with working(given[0]):
+            return _run(given[0], given[1:])
     except UserError as error:
         print(f"aria-jax: error: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -132,7 +132,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.close()
         return 0
     except KeyboardInterrupt:
-        print("aria-jax: interrupted; run the same command again to go on", file=sys.stderr)
+        told = "aria-jax: interrupted; run the same command again to go on"
+        if argv is None:
+            from aria_jax.cli.console import end_interrupted
+
+            end_interrupted(told)
+        print(told, file=sys.stderr)
         return 130
 
 
@@ -154,6 +159,11 @@ def _run(name: str, argv: Sequence[str]) -> int:
     verb.add_arguments(parser)
     args = verb.parse(parser, argv)
     args.command_line = shlex.join(["aria-jax", name, *argv])  # reports say what made them
+    for model in ("checkpoint", "embedding_checkpoint"):
+        if path := getattr(args, model, None):  # before the seconds that loading jax takes
+            from aria_jax.checkpoints import check_workdir
+
+            check_workdir(path)
     from aria_jax.cli.verb import run_once
 
     return run_once(name, verb, args)

@@ -61,7 +61,9 @@ def _probe(args: argparse.Namespace) -> None:
     """Probes and prints."""
     from dataclasses import asdict
 
-    from aria_jax.cli.console import numbers, print_result, progress_bar
+    from aria_jax.cli.console import numbers, print_result, progress_bar, stage
+
+    stage("loading the libraries")
     from aria_jax.embed.table import read_embeddings, with_metadata
     from aria_jax.eval.probe import few_shot, held_out_splits, probe
     from aria_jax.report.charts import check_picture
@@ -71,6 +73,7 @@ def _probe(args: argparse.Namespace) -> None:
         check_picture(args.plot)
     if args.cv < 2:
         raise UserError(f"--cv {args.cv}: at least 2 folds are needed")
+    stage("reading the embeddings")
     table = read_embeddings(args.embeddings)
     if args.metadata:
         table = with_metadata(table, args.metadata)
@@ -92,6 +95,7 @@ def _probe(args: argparse.Namespace) -> None:
     }
     labels = table.column(args.label)
     judged = held_out_splits(splits) if splits else [None]
+    stage("fitting")
     by_split = {}
     for split in judged or [None]:
         with progress_bar("probe", "fold") as progress:
@@ -299,6 +303,9 @@ def _baseline(name: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]
 
 def _networks(args: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]:
     """The model, and the same architecture with the weights it might have started from."""
+    from aria_jax.cli.console import stage
+
+    stage("loading the model")
     from flax import nnx
 
     from aria_jax.checkpoints.models import load_model

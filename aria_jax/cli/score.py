@@ -47,8 +47,10 @@ def _score(args: argparse.Namespace) -> int:
     paths, left_out = _listed(args.files)
     if not paths:
         raise UserError("nothing to score: " + "; ".join(left_out))
-    from aria_jax.checkpoints.models import load_model
     from aria_jax.cli.console import chosen_reading, note, print_result, progress_bar, stage
+
+    stage("loading jax")
+    from aria_jax.checkpoints.models import load_model
     from aria_jax.generate.score import check_piece, score_pieces
     from data_pipeline.midi import compat_of
     from data_pipeline.tokenizer import Tokenizer

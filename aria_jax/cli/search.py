@@ -47,7 +47,9 @@ def _search(args: argparse.Namespace) -> None:
 
     import numpy as np
 
-    from aria_jax.cli.console import check_suffix, chosen_reading, print_result
+    from aria_jax.cli.console import check_suffix, chosen_reading, print_result, stage
+
+    stage("loading jax")
     from aria_jax.embed.encode import performance_encoder
     from aria_jax.embed.search import random_similarities, search
     from aria_jax.embed.table import read_settings
@@ -64,6 +66,7 @@ def _search(args: argparse.Namespace) -> None:
         raise UserError(f"{args.embeddings}: not made by `aria-jax embed`")
     reading = chosen_reading(args.compat, settings["reading"], args.embeddings)
     query = read_midi(args.query, compat=compat_of(reading))
+    stage("loading the model")
     encoder = performance_encoder(
         args.checkpoint,
         slice_notes=settings["slice_notes"],
@@ -75,7 +78,10 @@ def _search(args: argparse.Namespace) -> None:
             f"{args.embeddings} was made by another model than {args.checkpoint} "
             f"({settings['fingerprint']}, not {encoder.fingerprint}); embed the files again"
         )
-    hits = search(encoder(query), args.embeddings, args.k, index=args.index)
+    stage("embedding the query, compiling first")
+    vector = encoder(query)
+    stage("searching")
+    hits = search(vector, args.embeddings, args.k, index=args.index)
     pairs = random_similarities(args.embeddings)
     digest = hashlib.sha256(Path(args.query).read_bytes()).hexdigest()
     shown = [

@@ -335,7 +335,6 @@ def _dry_run(args: argparse.Namespace, preset: "RunConfig") -> int:
     stage("loading jax")
     import jax
 
-    from aria_jax.cli.console import print_result
     from aria_jax.presets import CHIPS, chip_of
     from aria_jax.train.plan import plan, plan_text
     from aria_jax.train.tasks import build_task, resolve

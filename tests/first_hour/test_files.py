@@ -46,6 +46,12 @@ DATA = [
     wrong("data build {nothing} out", ("nothing", "no such folder")),
     wrong("data build {empty} out", ("empty", "no MIDI files")),
     wrong("data build {midi} afile", "afile", before=(("afile", "x"),)),
+    wrong(
+        "data build {midi} mine",
+        ("mine: holds MIDI files (a.mid, …)", "a folder of its own"),
+        before=(("mine/a.mid", "x"),),
+    ),
+    wrong("data build {midi} {lm}", "holds a training run"),
     wrong("data build {midi} out --dedup fuzzy", "must be one of exact, near, none"),
     wrong("data build {midi} out --val-fraction 2", "val_fraction is 2.0"),
     wrong("data build {midi} out --filters strict", "no filter preset"),

@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aria_jax.cli import console
 from aria_jax.cli.console import Counter
 
 SMALL = ["d_model=16", "n_heads=2", "n_layers=1", "seq_len=32", "global_batch=8"]
@@ -123,6 +126,27 @@ def test_a_second_ctrl_c_ends_it_at_once(corpus, tmp_path):
     status, told = interrupted([*arguments, "steps=100000"], "starting from scratch", "saving;")
     assert status == 130, told
     assert "Traceback" not in told and "pretrain: " not in told
+
+
+def test_ctrl_c_while_libraries_load_is_not_lost(corpus, tmp_path):
+    run = tmp_path / "run"
+    arguments = ["train", "pretrain", "--data", str(corpus), "--workdir", str(run), *SMALL]
+    status, told = interrupted([*arguments, "steps=100000"], "train: loading jax")
+    assert status == 130, told
+    assert "Traceback" not in told and "steps, " not in told
+    assert not run.exists()
+
+
+def test_a_ctrl_c_that_a_callback_swallowed_is_raised_again():
+    def callback(*_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), console.working("train"):
+        ref = weakref.ref(something := Clock(), callback)
+        del something
+        for _ in range(500):
+            time.sleep(0.01)
+        assert ref() is None, "it was lost"
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
