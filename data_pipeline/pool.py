@@ -63,9 +63,9 @@ def map_in_order(
     finally:
         # What is begun is not waited for: whoever stops early, stops now.
         own = set(multiprocessing.active_children()) - others if waiting else set()
-        pool.shutdown(wait=not waiting, cancel_futures=True)
-        for process in own:
+        for process in own:  # first: one that still starts would complain of a pool that is gone
             process.kill()
+        pool.shutdown(wait=not waiting, cancel_futures=True)
 
 
 @contextmanager

@@ -52,7 +52,10 @@ def test_ends_with_a_report_and_repeats_nothing(pieces, quick, tmp_path, capsys)
     assert page.count("<svg") >= 6 and "aria-jax train contrastive" in page
     assert list((out / "continuation").glob("*.mid"))
     capsys.readouterr()
-    (out / "steps" / "generate.json").unlink()
+    assert main(["demo", str(out), "--midi", str(pieces), "--workers", "1"]) == 0
+    assert "already made of the same: nothing to do" in capsys.readouterr().err
+    for lost in (out / "report.html", out / "steps" / "generate.json"):
+        lost.unlink()
     assert main(["demo", str(out), "--midi", str(pieces), "--workers", "1"]) == 0
     shown = capsys.readouterr().err
     n_steps = len(demo.steps_before_generation(out, str(pieces), 1))

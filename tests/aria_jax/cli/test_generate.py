@@ -283,9 +283,9 @@ def test_score_leaves_out_what_is_not_there_or_makes_no_sense(folder, capsys, tm
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node to read JavaScript")
 def test_scripts_of_the_pages_are_javascript(tmp_path):
-    from aria_jax.report import listening_page, piano_roll
+    from aria_jax.report import listening, piano_roll
 
-    for text in (piano_roll.PLAYER_SCRIPT, listening_page._VOTING.replace("STUDY", "{}")):
+    for text in (piano_roll.PLAYER_SCRIPT, listening._VOTING.replace("STUDY", "{}")):
         (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
         (tmp_path / "script.js").write_text(script)
         checked = subprocess.run(
