@@ -79,13 +79,13 @@ def test_listing_before_the_total_is_known_is_no_speed():
     assert counter.rate == pytest.approx(10) and counter.seconds_left == pytest.approx(490)
 
 
-def interrupted(arguments: list[str], *after: str) -> tuple[int, str]:
+def interrupted(arguments: list[str], *after: str, **env: str) -> tuple[int, str]:
     """Status and stderr of a verb that gets Ctrl-C, with all its workers, once each is told."""
     waited_for = list(after)
     process = subprocess.Popen(
         [sys.executable, "-m", "aria_jax.cli.main", *arguments],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", **env},
     )  # fmt: skip
     guard = threading.Timer(120, process.kill)
     guard.start()
@@ -129,11 +129,15 @@ def test_a_second_ctrl_c_ends_it_at_once(corpus, tmp_path):
 
 
 def test_ctrl_c_while_libraries_load_is_not_lost(corpus, tmp_path):
+    slow = tmp_path / "slow" / "jax"
+    slow.mkdir(parents=True)
+    (slow / "__init__.py").write_text("import time; time.sleep(60)")
+    path = os.pathsep.join([str(slow.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = tmp_path / "run"
     arguments = ["train", "pretrain", "--data", str(corpus), "--workdir", str(run), *SMALL]
-    status, told = interrupted([*arguments, "steps=100000"], "train: loading jax")
+    status, told = interrupted([*arguments, "steps=9"], "train: loading jax", PYTHONPATH=path)
     assert status == 130, told
-    assert "Traceback" not in told and "steps, " not in told
+    assert "stopping; Ctrl-C again" in told and "Traceback" not in told
     assert not run.exists()
 
 

@@ -277,7 +277,7 @@ def test_score_leaves_out_what_is_not_there_or_makes_no_sense(folder, capsys, tm
         (line,) = [line for line in left_out if line.startswith(f"left out: {tmp_path / name}: ")]
         assert line.count(str(tmp_path / name)) == 1
     assert any("gone.mid: no such file" in line for line in left_out)
-    status, _, err = run(capsys, "score", tmp_path / "gone.mid", "--checkpoint", folder / "no")
+    status, _, err = run(capsys, "score", tmp_path / "gone.mid", "--checkpoint", folder / "lm")
     assert status == 2 and "gone.mid: no such file" in err
 
 
