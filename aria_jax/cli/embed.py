@@ -94,9 +94,12 @@ def reading_of_source(args: argparse.Namespace, source: "Source", reading: str) 
 def run(args: argparse.Namespace) -> None:
     """Embeds and writes."""
     from aria_jax.cli.console import check_suffix, print_result, progress_bar, stage
+    from data_pipeline.artifact import refuse_inside
     from data_pipeline.errors import UserError
 
     check_suffix(args.out, "a Parquet file", ".parquet")
+    for source in args.sources:
+        refuse_inside(args.out, source, "the folder that is embedded")
     if args.slice_notes < 1 or args.max_tokens < 2 or args.workers < 0:
         raise UserError("--slice-notes must be at least 1, --max-tokens 2, --workers 0")
     from aria_jax.embed.pieces import Slicing, common_folder, open_source

@@ -12,6 +12,7 @@ EMBED = [
     wrong("embed {nothing} e.parquet --baseline pitch-class", ("nothing", "no such file")),
     wrong("embed {empty} e.parquet --baseline pitch-class", "no MIDI files"),
     wrong("embed {midi} e.csv --baseline pitch-class", ("e.csv", "Parquet")),
+    wrong("embed {midi} {midi}/e.parquet --baseline pitch-class", ("lies in", "folder outside")),
     wrong("embed {midi} e.parquet --checkpoint {lm}", "not an embedding head"),
     wrong("embed {midi} e.parquet --checkpoint {empty}", "no checkpoint here"),
     wrong("embed {midi} e.parquet", "one of the arguments --checkpoint --baseline is required"),
