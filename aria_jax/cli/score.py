@@ -262,8 +262,10 @@ def _scores(
 
 def _predictions(args: argparse.Namespace) -> tuple[tuple[str, ...], str, list[Any]]:
     """Names of the classes, the training corpus, and what is said of each file."""
-    from aria_jax.checkpoints.models import load_model
     from aria_jax.cli.console import chosen_reading, progress_bar, stage
+
+    stage("loading jax")
+    from aria_jax.checkpoints.models import load_model
     from aria_jax.cli.embed import reading_of_source
     from aria_jax.embed.encode import class_encoder
     from aria_jax.embed.pieces import Slicing, open_source

@@ -62,6 +62,12 @@ SEARCH = [
 
 BENCH_SUITE = [
     Use("bench-suite --help", "usage: aria-jax bench-suite"),
+    Use(
+        "bench-suite {midi} --out s --min-per-class 2 --workers 0 --metadata {midi}/metadata.json",
+        ("composer", "statistics", "majority class"),
+        made="s",
+    ),
+    Use("bench-suite {midi} --min-per-class 2 --workers 0 --classifier knn --json", "pitch-class"),
     wrong("bench-suite {nothing} --checkpoint {encoder}", "nothing"),
     wrong("bench-suite {empty} --checkpoint {encoder}", "empty"),
     wrong("bench-suite {midi} --checkpoint", "--checkpoint"),
