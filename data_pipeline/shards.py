@@ -12,6 +12,8 @@ lengths and labels of a million pieces are known without reading one record.
 import json
 import os
 import threading
+import zipfile
+import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,12 @@ FILES = "files.jsonl"
 """[path, sha256] of every file that a corpus was made of, rejected ones too."""
 READING_BEFORE = "aria-utils"
 """How MIDI files were read for corpora and models that do not say it."""
+
+# What reading a damaged zip file can raise: its fields say anything then.
+_DAMAGE = (
+    *(ValueError, KeyError, EOFError, OSError, OverflowError, RuntimeError, MemoryError),
+    *(zipfile.BadZipFile, zlib.error),
+)
 
 # One record per chunk: a random read decompresses one piece and nothing else.
 _WRITER_OPTIONS = "group_size:1,zstd:3"
@@ -204,7 +212,8 @@ class TokenShards:
             where ids are not interpreted.
 
     Raises:
-        UserError: no shards there, unknown split, wrong tokenizer, missing or cut shard file.
+        UserError: no shards there, unknown split, wrong tokenizer, missing or cut shard file; when
+            a record is read, a damaged one.
     """
 
     def __init__(self, data_dir: str | Path, split: str, tokenizer: Any = None):
@@ -230,8 +239,11 @@ class TokenShards:
         index_path = self.data_dir / index_name(split)
         if not index_path.is_file():
             raise UserError(f"{index_path}: missing; build the data again")
-        with np.load(index_path, allow_pickle=False) as index:
-            self._index = {name: index[name] for name in index.files}
+        try:
+            with np.load(index_path, allow_pickle=False) as index:
+                self._index = {name: index[name] for name in index.files}
+        except _DAMAGE as error:
+            raise _damaged(index_path, error) from error
 
     def _checked(self, shard: dict[str, Any]) -> Path:
         path = self.data_dir / shard["file"]
@@ -249,7 +261,10 @@ class TokenShards:
             raise IndexError(f"piece {i} of {len(self)} in {self.data_dir} ({self.split})")
         i %= len(self)
         shard = int(np.searchsorted(self._first, i, side="right")) - 1
-        return unpack_record(self._reader(shard).read([i - int(self._first[shard])])[0])
+        try:
+            return unpack_record(self._reader(shard).read([i - int(self._first[shard])])[0])
+        except (RuntimeError, ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+            raise _damaged(self._paths[shard], error) from error
 
     def _reader(self, shard: int) -> Any:
         with self._lock:
@@ -294,6 +309,13 @@ class TokenShards:
             return np.full(len(self), -1, dtype=np.int32), ()
         values = tuple(json.loads(self._index[f"values:{label}"].tobytes()))
         return self._index[f"label:{label}"], values
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = str(error).partition("\n")[0].partition(";")[0][:120]
+    return UserError(
+        f"{path}: damaged ({reason}); copy it again, or build the data again with --overwrite"
+    )
 
 
 def rejections(data_dir: str | Path) -> Iterable[dict[str, Any]]:

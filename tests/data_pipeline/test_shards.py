@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ from data_pipeline.artifact import write_atomically
 from data_pipeline.building.journal import pack_unit, rejection
 from data_pipeline.building.merge import MergeSettings, composition_key, in_validation, merge
 from data_pipeline.errors import UserError
+from data_pipeline.loaders import lm_windows
 from data_pipeline.shards import FORMAT_VERSION, MANIFEST, TokenShards, rejections
 
 HOW = MergeSettings(val_fraction=0.3, dedup="exact", max_per_composition=None, shards=3)
@@ -164,3 +166,34 @@ def test_misuse_is_explained(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match="bytes instead of"):
         TokenShards(out, "train")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_damaged_shard_or_index_is_named_wherever_a_bit_flips(corpus, tmp_path, workers):
+    folder = shutil.copytree(corpus, tmp_path / "corpus")
+    intact = [record.ids.tolist() for record in TokenShards(folder, "train")]
+    rng, n_found = np.random.default_rng(0), 0
+    for pattern in ("train-00000*.arrayrecord", "train-index.npz"):
+        (path,) = folder.glob(pattern)
+        data = path.read_bytes()
+        used = max(np.flatnonzero(np.frombuffer(data, np.uint8))) + 1
+        for at in rng.integers(0, used, 12):
+            path.write_bytes(data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :])
+            try:
+                read = [record.ids.tolist() for record in TokenShards(folder, "train")]
+            except UserError as error:
+                n_found += 1
+                assert str(path) in str(error) and "damaged" in str(error)
+            else:  # headers and padding that no record depends on
+                assert read == intact
+        path.write_bytes(data)
+    assert n_found > 6
+    (path,) = folder.glob("train-00000*.arrayrecord")
+    data = np.frombuffer(path.read_bytes(), np.uint8).copy()
+    data[500::977] ^= 0x10
+    path.write_bytes(data.tobytes())
+    stream = lm_windows(
+        folder, split="train", seq_len=64, global_batch=8, seed=0, workers=workers, epochs=1
+    )
+    with pytest.raises(UserError, match="damaged"):
+        list(stream.iterate())
