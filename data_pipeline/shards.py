@@ -9,6 +9,7 @@ Pieces of a split are numbered through its shards in order; the index is in the 
 lengths and labels of a million pieces are known without reading one record.
 """
 
+import io
 import json
 import os
 import threading
@@ -35,9 +36,9 @@ FILES = "files.jsonl"
 READING_BEFORE = "aria-utils"
 """How MIDI files were read for corpora and models that do not say it."""
 
-# What reading a damaged zip file can raise: its fields say anything then.
+# What the bytes of a damaged zip file can raise: its fields say anything then, sizes too.
 _DAMAGE = (
-    *(ValueError, KeyError, EOFError, OSError, OverflowError, RuntimeError, MemoryError),
+    *(ValueError, KeyError, EOFError, OverflowError, RuntimeError, MemoryError),
     *(zipfile.BadZipFile, zlib.error),
 )
 
@@ -239,8 +240,9 @@ class TokenShards:
         index_path = self.data_dir / index_name(split)
         if not index_path.is_file():
             raise UserError(f"{index_path}: missing; build the data again")
+        content = io.BytesIO(index_path.read_bytes())  # a disk that fails is not a damaged file
         try:
-            with np.load(index_path, allow_pickle=False) as index:
+            with np.load(content, allow_pickle=False) as index:
                 self._index = {name: index[name] for name in index.files}
         except _DAMAGE as error:
             raise _damaged(index_path, error) from error
