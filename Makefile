@@ -4,13 +4,14 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+GPU_VENV := .venv-gpu
 DEMO_OUT ?= demo-out
 FILES ?= 500000
 # The pins were made with Python 3.11; a newer Python takes the tested ranges of setup.cfg.
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-dedup bench-generate bench-probe bench-train bench-contrastive bench-embed compile-check compile-table smoke-gpu wheel clean
+.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-dedup bench-generate bench-probe bench-train bench-contrastive bench-embed compile-check compile-check-gpu compile-table smoke-gpu wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -29,7 +30,7 @@ demo: setup ## sample corpus, training, embeddings, probe, continuation, report 
 
 # Most tests compile for longer than they compute, so they take machine code that is made quickly.
 # Parity with the reference and resuming bit for bit are proven of the code that users run.
-FAST := not slow and not aot
+FAST := not slow and not aot and not aot_gpu
 test: setup ## the test suite
 	XLA_FLAGS="--xla_backend_optimization_level=0 $$XLA_FLAGS" $(BIN)/python -m pytest -n 2 -m "$(FAST) and not optimized"
 	$(BIN)/python -m pytest -n 2 -m "$(FAST) and optimized"
@@ -83,6 +84,15 @@ compile-check: setup ## compile for TPU topologies that are not here (minutes; i
 	@$(PIP) -e '.[aot]'
 	$(BIN)/python -m pytest -m aot
 
+# In an environment of its own: the plug-in and CUDA's libraries are 4 GB.
+compile-check-gpu: $(GPU_VENV)/.ready ## compile for GPUs that are not here (minutes; 4 GB into .venv-gpu)
+	$(GPU_VENV)/bin/python -m pytest -n 0 -m aot_gpu
+
+$(GPU_VENV)/.ready: setup.cfg pyproject.toml constraints.txt
+	@test -x $(GPU_VENV)/bin/python || $(PYTHON) -m venv $(GPU_VENV)
+	@$(GPU_VENV)/bin/python -m pip --disable-pip-version-check install --quiet $(PINS) -e '.[test,aot-gpu]'
+	@touch $@
+
 compile-table: setup ## the table of docs/tpu.md (an hour)
 	@$(PIP) -e '.[aot]'
 	$(BIN)/python -m benchmarks.compile_table v5p:4x4x4 v5p:4x8x8 v5e:8x8 v5e:16x16 v6e:8x8 v6e:16x16
@@ -94,5 +104,5 @@ smoke-gpu: setup ## a few steps of `small` on one GPU, with MFU; says so where t
 	$(BIN)/python -m benchmarks.smoke_gpu
 
 clean: ## remove .venv, caches and the demo's output
-	rm -rf $(VENV) $(DEMO_OUT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) $(GPU_VENV) $(DEMO_OUT) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,6 +4,7 @@ sheets, and how such hardware computes a preset best.
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,24 +136,28 @@ class Chip:
 
 
 # TPUs: cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e. GPUs: NVIDIA data sheets, SXM modules,
-# without sparsity. The first whose kind matches is taken: "TPU v5" would match "TPU v5 lite" too.
+# without sparsity; memory as the driver reports it, which the sheets round; `network` is NVLink or,
+# for cards, PCIe. The first whose kind matches is taken: "TPU v5" would match "TPU v5 lite" too.
 CHIPS = {
     "v6e": Chip(918e12, 32 * GIB, 1640e9, 448e9, ("TPU v6",), matrix_unit=256, clock=1.75e9),
     "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, ("TPU v5 lite", "TPU v5e"), clock=1.5e9),
     "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, ("TPU v5",), clock=1.75e9),
     "v4": Chip(275e12, 32 * GIB, 1228e9, 300e9, ("TPU v4",)),
-    "b200": Chip(2250e12, 180e9, 8000e9, 1800e9, ("B200",)),
-    "h200": Chip(989e12, 141e9, 4800e9, 900e9, ("H200",)),
-    "h100": Chip(989e12, 80e9, 3350e9, 900e9, ("H100",)),
-    "a100": Chip(312e12, 80e9, 2039e9, 600e9, ("A100",)),
-    "l4": Chip(121e12, 24e9, 300e9, 32e9, ("L4",)),
+    "b200": Chip(2250e12, 191_514_411_008, 7672e9, 1800e9, ("B200",)),
+    "h200": Chip(989e12, 151_397_597_184, 4800e9, 900e9, ("H200",)),
+    "h100": Chip(989e12, 84_978_434_048, 3352e9, 900e9, ("H100",)),
+    "a100": Chip(312e12, 85_100_068_864, 2039e9, 600e9, ("A100",)),
+    "l4": Chip(121e12, 22 * GIB, 300e9, 64e9, ("L4",)),
+    "rtx4090": Chip(165e12, 23.6 * GIB, 1008e9, 64e9, ("RTX 4090",)),
 }
 
 
 def chip_of(device_kind: str) -> Chip | None:
     """The data sheet of a device; None for CPUs and devices not in the table."""
-    known = (chip for chip in CHIPS.values() if any(kind in device_kind for kind in chip.kinds))
-    return next(known, None)
+    for chip in CHIPS.values():  # an L40 is no L4
+        if any(re.search(rf"{kind}(?![0-9])", device_kind) for kind in chip.kinds):
+            return chip
+    return None
 
 
 def for_hardware(run: RunConfig, family: str, chips: int) -> RunConfig:

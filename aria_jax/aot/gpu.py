@@ -1,0 +1,294 @@
+"""GPUs that are not here: their descriptions, programs compiled for them, and the machine code.
+
+jax's CUDA plug-in compiles for a GPU of which it is told the data sheet (`gpus.toml`); neither a
+GPU nor a driver is needed. Of every kernel that XLA or Triton made, the compiler leaves the PTX,
+and `ptxas` says what becomes of it on that GPU: registers, stack, spills. Whether a kernel uses
+tensor cores stands in its PTX.
+
+Not seen: kernels inside cuBLAS and cuDNN, and those of Mosaic GPU, which compiles them when the
+program is loaded.
+"""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from aria_jax.config import MeshConfig
+from aria_jax.presets import CHIPS
+from aria_jax.sharding import make_mesh, replicated
+from data_pipeline.errors import UserError
+
+_TOPOLOGY = re.compile(r"(?:(\d+)x )?([a-z0-9]+):(\d+)")
+INSTALL = "the compiler is in jax's CUDA plug-in: pip install 'aria-jax[aot-gpu]'"
+
+
+@dataclass(frozen=True)
+class GpuTopology:
+    """Hosts with the same number of the same GPU.
+
+    Attributes:
+        family: a name of `gpus()`.
+    """
+
+    family: str
+    hosts: int
+    gpus: int
+
+    @classmethod
+    def parse(cls, topology: str) -> "GpuTopology":
+        """Of "h100:8" (one host) or "2x h100:8".
+
+        Raises:
+            UserError: another form, or a GPU of which no data sheet is here.
+        """
+        match = _TOPOLOGY.fullmatch(topology.strip())
+        if match is None or match[2] not in gpus() or 0 in (int(match[3]), int(match[1] or 1)):
+            raise UserError(
+                f"topology {topology!r}: expected e.g. h100:8 or '2x h100:8' (2 hosts of 8); "
+                f"the GPUs are {', '.join(gpus())}"
+            )
+        return cls(match[2], int(match[1] or 1), int(match[3]))
+
+
+@functools.cache
+def _sheets() -> dict[str, Any]:
+    return tomllib.loads(resources.files(__package__).joinpath("gpus.toml").read_text())
+
+
+def gpus() -> dict[str, dict[str, Any]]:
+    """What `gpus.toml` says of each GPU, limits of its compute capability included."""
+    limits = _sheets()["capability"]
+    return {
+        name: {**limits[sheet["capability"]], **sheet}
+        for name, sheet in _sheets().items()
+        if name != "capability"
+    }
+
+
+def description(family: str) -> str:
+    """What XLA wants to know of a GPU: a text `stream_executor.GpuTargetConfigProto`."""
+    gpu, chip = gpus()[family], CHIPS[family]
+    major, minor = gpu["capability"].split(".")
+    return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  threads_per_core_limit: {gpu["threads"]}
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {gpu["shared_of_block"]}
+  shared_memory_per_core: {gpu["shared"]}
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  core_count: {gpu["cores"]}
+  fpus_per_core: {gpu["fp32"]}
+  clock_rate_ghz: {gpu["clock_ghz"]}
+  l2_cache_size: {gpu["l2"]}
+  device_memory_size: {int(chip.hbm)}
+  memory_bandwidth: {int(chip.bandwidth)}
+  cuda_compute_capability {{ major: {major} minor: {minor} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+device_description_str: "{gpu["device"]}"
+"""
+
+
+def gpu_devices(topology: str) -> list[Any]:
+    """The described devices of e.g. "h100:8" or "2x h100:8".
+
+    Raises:
+        UserError: an unknown topology, or a missing compiler.
+    """
+    asked = GpuTopology.parse(topology)
+    # The plug-in asks a driver for its version, which is not there, unless jax is kept to CPUs.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    try:
+        described = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name="",
+            topology=f"1x{asked.hosts}x{asked.gpus}",
+            target_config=description(asked.family),
+        )
+    except Exception as error:  # the plug-in raises whatever it likes
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"cannot describe topology {topology!r} ({reason}); {INSTALL}") from error
+    return list(described.devices)
+
+
+def family_of(device_kind: str) -> str:
+    """The name in `gpus()` of a described device."""
+    return next(name for name, gpu in gpus().items() if gpu["device"] == device_kind)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What `ptxas` and the PTX say of one kernel.
+
+    Attributes:
+        name: its entry; XLA's kernels bear the name of the operation.
+        registers: of a thread.
+        stack, spill_stores, spill_loads: bytes of a thread in slow local memory.
+        shared: bytes of shared memory that it declares; what it asks for at its launch is not seen.
+        mma: tensor core instructions in the text, by kind, e.g. {"wgmma.mma_async.….bf16.bf16": 4}.
+    """
+
+    name: str
+    registers: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+    shared: int
+    mma: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def spills(self) -> int:
+        """Bytes that a thread spills and fills."""
+        return self.spill_stores + self.spill_loads
+
+    @property
+    def tensor_core(self) -> bool:
+        """Whether it uses tensor cores at all."""
+        return bool(self.mma)
+
+
+@dataclass(frozen=True)
+class GpuProgram:
+    """A program compiled for GPUs.
+
+    Attributes:
+        executable: `jax.stages.Compiled`.
+        text: the optimised and scheduled HLO.
+        kernels: made by XLA, Triton and Pallas (Triton), in the order of their names.
+    """
+
+    executable: Any
+    text: str
+    kernels: tuple[Kernel, ...]
+
+
+def compile_for_gpus(
+    function: Any, *arguments: Any, topology: str | None = None, mesh: Mesh | None = None
+) -> GpuProgram:
+    """Compiles a function for GPUs that are not here, and reads its kernels.
+
+    Args:
+        function: jitted, or not.
+        arguments: trees of arrays or `jax.ShapeDtypeStruct`; those without a sharding of the
+            described devices are replicated.
+        topology: e.g. "h100:1" for a mesh of one device.
+        mesh: of `gpu_devices`, where it has axes to speak of; in place of `topology`.
+
+    Raises:
+        UserError: see `gpu_devices`; no `ptxas`.
+    """
+    if mesh is None:
+        mesh = make_mesh(MeshConfig(), gpu_devices(topology or "h100:1"))
+    whole, family = replicated(mesh), family_of(mesh.devices.flat[0].device_kind)
+
+    def placed(x: Any) -> jax.ShapeDtypeStruct:
+        sharding = getattr(x, "sharding", None)
+        here = sharding is not None and getattr(sharding, "mesh", None) == mesh
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if here else whole)
+
+    jitted = function if hasattr(function, "trace") else jax.jit(function)
+    with TemporaryDirectory() as folder, jax.set_mesh(mesh):
+        lowered = jitted.trace(*jax.tree.map(placed, arguments)).lower(lowering_platforms=("cuda",))
+        options = {
+            "xla_dump_to": folder,
+            "xla_gpu_collect_cost_model_stats": gpus()[family]["cost_model"],
+        }
+        executable = lowered.compile(compiler_options=options)
+        return GpuProgram(executable, executable.as_text(), read_kernels(Path(folder)))
+
+
+_FUNCTION = re.compile(r"Function properties for (\S+)")
+_STACK = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"Used (\d+) registers(?:.*?(\d+) bytes smem)?")
+_ENTRY = re.compile(r"^\.visible \.entry ([\w$.]+)\(", re.MULTILINE)
+_TARGET = re.compile(r"^\.target (\w+)", re.MULTILINE)
+_MMA = re.compile(r"^\s+(?:@%?!?\w+ )?((?:mma|wmma\.mma|wgmma\.mma_async|tcgen05\.mma)\.[\w.:]+)",
+                  re.MULTILINE)  # fmt: skip
+
+
+def read_kernels(folder: Path) -> tuple[Kernel, ...]:
+    """The kernels of all PTX files in a folder, assembled for the GPUs they name.
+
+    Raises:
+        UserError: no `ptxas` is installed, or it refuses a file.
+    """
+    by_target: dict[str, list[Path]] = {}
+    mma: dict[str, dict[str, int]] = {}
+    for path in sorted(folder.glob("*.ptx")):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if (target := _TARGET.search(text)) is None or not _ENTRY.search(text):
+            continue  # nothing to assemble
+        by_target.setdefault(target[1], []).append(path)
+        mma |= tensor_core_instructions(text)
+    found = []
+    for arch, paths in by_target.items():
+        printed = subprocess.run(
+            [ptxas(), "-v", f"-arch={arch}", "-o", "/dev/null", *paths],
+            capture_output=True,
+            text=True,
+        )
+        if printed.returncode:
+            reason = printed.stderr.strip().splitlines()[-1:]
+            raise UserError(f"ptxas refuses the kernels for {arch}: {' '.join(reason)}")
+        found += list(parse_ptxas(printed.stdout + printed.stderr, mma))
+    return tuple(sorted(found, key=lambda kernel: kernel.name))
+
+
+def tensor_core_instructions(ptx: str) -> dict[str, dict[str, int]]:
+    """Entry -> kind of tensor core instruction -> how many, in a PTX file."""
+    starts = [(match.start(), match[1]) for match in _ENTRY.finditer(ptx)]
+    ends = [start for start, _ in starts[1:]] + [len(ptx)]
+    return {
+        name: dict(Counter(match[1] for match in _MMA.finditer(ptx, start, end)))
+        for (start, name), end in zip(starts, ends, strict=True)
+    }
+
+
+def parse_ptxas(printed: str, mma: dict[str, dict[str, int]]) -> Iterator[Kernel]:
+    """The kernels of what `ptxas -v` prints; device functions that entries call are left out.
+
+    Args:
+        mma: of `tensor_core_instructions`; its names are the entries.
+    """
+    name, stack = "", (0, 0, 0)
+    for line in printed.splitlines():
+        if match := _FUNCTION.search(line):
+            name = match[1]
+        elif match := _STACK.search(line):
+            stack = int(match[1]), int(match[2]), int(match[3])
+        elif name in mma and (match := _USED.search(line)):
+            yield Kernel(name, int(match[1]), *stack, int(match[2] or 0), mma[name])
+
+
+@functools.cache
+def ptxas() -> str:
+    """Path of the assembler of CUDA's wheels.
+
+    Raises:
+        UserError: none is installed.
+    """
+    for folder in map(Path, sys.path):
+        for path in sorted(folder.glob("nvidia/*/bin/ptxas")):
+            return str(path)
+    raise UserError(f"ptxas is not installed (package nvidia-cuda-nvcc): {INSTALL}")
