@@ -55,7 +55,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "write_embeddings": "aria_jax.embed.table",
         "search": "aria_jax.embed.search",
         "probe": "aria_jax.eval.probe",
-        "retrieval": "aria_jax.eval.retrieval",
+        "retrieval": "aria_jax.embed.search",
     },
     "Training": {
         "train": _API,

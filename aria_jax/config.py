@@ -3,7 +3,7 @@
 A run is one `RunConfig`. A field says what it may hold where it is defined (data_pipeline.settings)
 and `RunConfig.problems()` lists all that is wrong at once, before any slow work. `key=value`
 overrides name a field, with its section where two sections share the name
-(`optimizer.peak_lr=1e-4`, `steps=200`); files of settings are read by aria_jax/config_file.py.
+(`optimizer.peak_lr=1e-4`, `steps=200`); files of settings are read by aria_jax/presets.py.
 """
 
 import dataclasses

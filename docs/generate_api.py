@@ -7,7 +7,7 @@ from pathlib import Path
 
 import aria_jax
 from aria_jax import api
-from aria_jax.config_file import listed, settings_text
+from aria_jax.presets import listed, settings_text
 
 HEAD = """\
 # The public names

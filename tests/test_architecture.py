@@ -16,7 +16,6 @@ COMMON = {
     "data_pipeline",
     "aria_jax.presets",
     "aria_jax.config",
-    "aria_jax.config_file",
     "aria_jax.sharding",
     "aria_jax.make_callable",
 }
@@ -27,12 +26,7 @@ ALLOWED = {
     # What `import aria_jax` offers: on top of everything but the command line.
     "aria_jax.api": COMMON
     | {f"aria_jax.{room}" for room in ("checkpoints", "train", "generate", "embed")},
-    "aria_jax.config_file": {"data_pipeline", "aria_jax.config"},
-    "aria_jax.presets": {
-        "aria_jax.config",
-        "data_pipeline.errors",
-        "data_pipeline.settings",
-    },
+    "aria_jax.presets": {"data_pipeline", "aria_jax.config"},
     "aria_jax.sharding": COMMON,
     "aria_jax.kernels": COMMON,
     "aria_jax.losses": COMMON | {"aria_jax.kernels"},

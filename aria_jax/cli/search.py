@@ -209,8 +209,8 @@ def _retrieve(args: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from aria_jax.cli.console import numbers, print_result
+    from aria_jax.embed.search import retrieval
     from aria_jax.embed.table import read_embeddings, with_metadata
-    from aria_jax.eval.retrieval import retrieval
     from data_pipeline.errors import UserError, did_you_mean
 
     ks = numbers(args.k, "-k")

@@ -193,7 +193,7 @@ def _allowed(args: argparse.Namespace) -> list[str]:
 def _as_asked(preset: "RunConfig", args: argparse.Namespace) -> "RunConfig":
     """The preset with the settings of --config, and over them those of the command line."""
     from aria_jax.config import with_overrides
-    from aria_jax.config_file import with_config_file
+    from aria_jax.presets import with_config_file
 
     config = with_config_file(preset, args.config) if args.config else preset
     return with_overrides(config, args.settings).validate()
@@ -202,8 +202,7 @@ def _as_asked(preset: "RunConfig", args: argparse.Namespace) -> "RunConfig":
 def _list_settings(args: argparse.Namespace) -> int:
     """Prints every setting; with a task also what its preset makes of it."""
     from aria_jax.cli.console import print_result
-    from aria_jax.config_file import listed, settings_text
-    from aria_jax.presets import for_task
+    from aria_jax.presets import for_task, listed, settings_text
 
     preset = for_task(args.preset, args.task) if args.task else None
     rows = listed(preset)
@@ -231,8 +230,7 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     import jax
 
     from aria_jax.checkpoints import newest_step
-    from aria_jax.config_file import write_config
-    from aria_jax.presets import chip_of
+    from aria_jax.presets import chip_of, write_config
     from aria_jax.train.hooks import JsonlSink, MetricSink, TensorBoardSink
     from aria_jax.train.loop import run as train
     from aria_jax.train.processes import join_processes, leave_at_once, lost_contact

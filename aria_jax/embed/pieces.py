@@ -26,11 +26,10 @@ from data_pipeline.building.sources import (
     walk_folder,
 )
 from data_pipeline.errors import InvalidMidi, UserError, printable
-from data_pipeline.loaders.pieces import Pieces
 from data_pipeline.metadata import LabelTable, find_tables, read_labels
 from data_pipeline.midi import STANDARD, Performance, compat_of, read_midi
 from data_pipeline.shards import MANIFEST, TokenShards, load_manifest, reading_of
-from data_pipeline.slices import encode_slices, truncated, with_tokens
+from data_pipeline.slices import Pieces, encode_slices, truncated, with_tokens
 from data_pipeline.tokenizer import Tokenizer
 
 

@@ -3,7 +3,7 @@
     attention(q, k, v, segment_ids=..., implementation="auto") -> [B, L, H, K]
     rotary_attention(q, k, v, cos, sin, n_heads=..., ...) -> [B, L, D], rotation included
 
-`packed_attention` (TPU, rotation included), `splash_attention` (TPU), `cudnn` (GPU), `blockwise`
+`packed_attention` (TPU: with the rotation included, or splash), `cudnn` (GPU), `blockwise`
 (CPU, and where the others cannot) and `plain` (what the others are tested against) implement it;
 the right one runs on every device's part of the batch and heads.
 
@@ -151,9 +151,9 @@ def attention(
         implementation = automatic(q_BxLxHxK, segment_ids)
     mesh = active_mesh()
     if implementation == "splash":
-        from aria_jax.kernels import splash_attention  # Pallas takes a second to import
+        from aria_jax.kernels import packed_attention  # Pallas takes a second to import
 
-        return splash_attention.attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_ids, mesh)
+        return packed_attention.splash_attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_ids, mesh)
     kernel = {"cudnn": _cudnn, "blockwise": blockwise, "plain": plain}[implementation]
     if mesh is None:
         return kernel(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_ids)

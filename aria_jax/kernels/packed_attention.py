@@ -1,4 +1,5 @@
-"""Flash attention for TPU on projections as they come, with the rotation inside (Pallas, Mosaic).
+"""Flash attention for TPU: on projections as they come, with the rotation inside (Pallas, Mosaic),
+and, for what that does not suit, the splash attention of JAX.
 
 A head of 64 fills half of a TPU's 128 lanes. Arrays with heads as an axis are therefore padded to
 twice their size in memory, and taking heads apart, rotating them and putting them together costs
@@ -26,9 +27,16 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as splash,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as splash_masks,
+)
+from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
 
 from aria_jax.kernels.attention import ATTENTION_RESIDUALS
-from aria_jax.sharding import platform
+from aria_jax.sharding import LOGICAL_RULES, divisible_spec, platform
 
 LANES = 128
 TILES = (1024, 512, 256, 128)
@@ -506,3 +514,105 @@ def _backward(
 
 
 _attend.defvjp(_forward, _backward)
+
+
+SPLASH_BLOCKS = (1024, 512, 256, 128)
+"""Lengths of the kernel's tiles; the least is the width of a TPU's lanes."""
+
+
+def splash_attend(
+    q_BxLxHxK: jax.Array,
+    k_BxLxHxK: jax.Array,
+    v_BxLxHxK: jax.Array,
+    segment_ids_BxL: jax.Array | None,
+    mesh: AbstractMesh | None = None,
+) -> jax.Array:
+    """As `attention`; any length, padded to a multiple of the tile. Interpreted elsewhere than on a
+    TPU, slowly.
+
+    The kernel sees one sequence of one device: batches by `vmap`, devices by `shard_map`. With a
+    sequence axis on the mesh each device has the queries of its part and the keys and values of
+    all.
+
+    Args:
+        mesh: what batch, heads and queries are cut over; None on one device.
+    """
+    length, heads, width = q_BxLxHxK.shape[1:]
+    parts = 1 if mesh is None else mesh.shape["sequence"]
+    padded, block = _splash_tiling(length, parts)
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, padded - length)] + [(0, 0)] * (x.ndim - 2))
+
+    # Padding comes last, so causality hides it from all that counts.
+    q, k, v = (pad(x) for x in (q_BxLxHxK * jnp.asarray(width**-0.5, q_BxLxHxK.dtype),
+                                k_BxLxHxK, v_BxLxHxK))  # fmt: skip
+    segments = None if segment_ids_BxL is None else pad(segment_ids_BxL)
+    if mesh is None:
+        out = _splash_on_one_device(
+            _splash_kernel(heads, padded, block, 1), q, k, v, segments, segments
+        )
+        return out[:, :length]
+    of_queries = divisible_spec(mesh, ("batch", "length", "heads", None), q.shape)
+    of_keys = divisible_spec(mesh, ("batch", None, "heads", None), q.shape)
+    local_heads = heads // (mesh.shape["tensor"] if of_queries[2] else 1)
+    kernel = _splash_kernel(local_heads, padded, block, parts)
+    placed = NamedSharding(mesh, PartitionSpec(None, LOGICAL_RULES["length"]))
+    run = jax.shard_map(
+        _splash_on_one_device,
+        mesh=mesh,
+        in_specs=(
+            kernel.manual_sharding_spec(placed),
+            of_queries,
+            of_keys,
+            of_keys,
+            PartitionSpec(*of_queries[:2]),
+            PartitionSpec(*of_keys[:2]),
+        ),
+        out_specs=of_queries,
+        check_vma=False,
+    )
+    return run(kernel, q, k, v, segments, segments)[:, :length]
+
+
+def _splash_tiling(length: int, parts: int) -> tuple[int, int]:
+    """The padded length and the tile: least padding first, then the largest tile."""
+    padded, negative = min((-(-length // (b * parts)) * b * parts, -b) for b in SPLASH_BLOCKS)
+    return padded, -negative
+
+
+def _splash_kernel(heads: int, length: int, block: int, parts: int) -> splash.SplashAttentionKernel:
+    mask = splash_masks.CausalMask((length, length), shard_count=parts)
+    sizes = splash.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=min(block, 512),
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=min(block, 512),
+        use_fused_bwd_kernel=True,
+    )
+    return splash.make_splash_mha(
+        splash_masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=parts,
+        residual_checkpoint_name=ATTENTION_RESIDUALS,
+        interpret=platform() != "tpu",
+    )
+
+
+def _splash_on_one_device(
+    kernel: Callable[..., Any],
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    query_segments: jax.Array | None,
+    key_segments: jax.Array | None,
+) -> jax.Array:
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    if query_segments is None or key_segments is None:
+        out = jax.vmap(kernel)(q, k, v)
+    else:
+        out = jax.vmap(kernel)(q, k, v, splash.SegmentIds(query_segments, key_segments))
+    return out.swapaxes(1, 2)

@@ -5,8 +5,7 @@ else, so resuming is starting at another step, and any rows of it can be had alo
 how many hosts, devices or worker processes there are.
 """
 
-from data_pipeline.loaders.labelled import label_values, labelled_slices
-from data_pipeline.loaders.pairs import contrastive_pairs
+from data_pipeline.loaders.slice_batches import contrastive_pairs, label_values, labelled_slices
 from data_pipeline.loaders.stream import BatchStream
 from data_pipeline.loaders.windows import lm_windows
 

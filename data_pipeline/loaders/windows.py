@@ -10,8 +10,8 @@ import numpy as np
 
 from data_pipeline.augment import AugmentConfig
 from data_pipeline.errors import UserError
-from data_pipeline.loaders.pieces import Pieces, augmented
 from data_pipeline.loaders.stream import Batch, BatchStream, element_rng
+from data_pipeline.slices import Pieces, augmented
 from data_pipeline.tokenizer import Tokenizer
 
 MIN_TOKENS_FOR_DIM = 160

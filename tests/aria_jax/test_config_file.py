@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aria_jax.config import SETTINGS, RunConfig, with_overrides
-from aria_jax.config_file import with_config_file, write_config
-from aria_jax.presets import for_task
+from aria_jax.presets import for_task, with_config_file, write_config
 from data_pipeline.errors import UserError
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.loaders import contrastive_pairs
-from data_pipeline.loaders.pieces import random_slice
 from data_pipeline.shards import TokenShards
+from data_pipeline.slices import random_slice
 from data_pipeline.tokenizer import Kind, Tokenizer
 
 TOKENIZER = Tokenizer.preset("aria")

@@ -8,7 +8,6 @@ import pytest
 from aria_jax.config import MeshConfig
 from aria_jax.kernels import attention as kernels
 from aria_jax.kernels import packed_attention as packed
-from aria_jax.kernels import splash_attention
 from aria_jax.kernels.attention import apply_rope, rope_tables, rotary_attention
 from aria_jax.sharding import make_mesh
 
@@ -124,7 +123,7 @@ def test_what_is_chosen_on_a_tpu(monkeypatch, heads, sizes, expected):
     monkeypatch.setattr(kernels, "platform", lambda: "tpu")
     monkeypatch.setattr(packed, "fits_chip", lambda: True)
     monkeypatch.setattr(kernels, "_packed", lambda q, *_: chosen.append("packed") or q)
-    monkeypatch.setattr(splash_attention, "attend", lambda q, *_: chosen.append("splash") or q)
+    monkeypatch.setattr(packed, "splash_attend", lambda q, *_: chosen.append("splash") or q)
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[: np.prod(sizes)])
     with jax.set_mesh(mesh):
         rotary_attention(**case(2, 128, heads, 64))

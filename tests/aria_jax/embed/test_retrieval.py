@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from aria_jax.eval import retrieval as module
-from aria_jax.eval.retrieval import retrieval
+from aria_jax.embed import search as module
+from aria_jax.embed.search import retrieval
 from data_pipeline.errors import UserError
 
 
