@@ -62,6 +62,7 @@ def embed(
     metadata: str | Path | None = None,
     slice_notes: int = SLICE_NOTES,
     max_tokens: int = SLICE_TOKENS,
+    pool_slices: str = "mean",
 ) -> "np.ndarray | Embeddings":
     """Embeddings as `aria-jax embed` computes them: the mean over consecutive slices of 300 notes.
 
@@ -69,6 +70,7 @@ def embed(
         model: trained by `train contrastive`, or its path.
         source: a performance or MIDI file; or a folder, archive, token shards or list of files.
         metadata: labels of a folder's files (default: metadata.json beside them).
+        pool_slices: "mean", or "mean+std" for the standard deviation over slices too: [2E].
 
     Returns:
         float32 [E] for a performance or one file; else a table with a row per file: `path`,
@@ -76,14 +78,14 @@ def embed(
         warning.
 
     Raises:
-        UserError: no embedding head, no such file, nothing to embed.
+        UserError: no embedding head, no such file, nothing to embed, no such `pool_slices`.
     """
     from aria_jax.embed.encode import performance_encoder
     from aria_jax.embed.export import embed_pieces
     from aria_jax.embed.pieces import Piece, open_source
 
     encoder = performance_encoder(
-        _model(model, "embed"), slice_notes=slice_notes, max_tokens=max_tokens
+        _model(model, "embed"), slice_notes=slice_notes, max_tokens=max_tokens, pool=pool_slices
     )
     if isinstance(source, Performance):
         return encoder(source)
@@ -103,7 +105,7 @@ def embed(
     _warn_left_out([f"{r.path}: {r.message}" for r in found if not isinstance(r, Piece)])
     if not pieces:
         raise UserError(f"{source}: none of the {len(found)} files could be embedded")
-    return embed_pieces(pieces, encoder.encode, fingerprint=encoder.fingerprint)
+    return embed_pieces(pieces, encoder.encode, pool=encoder.pool, fingerprint=encoder.fingerprint)
 
 
 def generate(

@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 DESCRIPTION = """\
 Embed every MIDI file of a folder or archive (or every piece of token shards): consecutive slices of
-300 notes, each embedded at its <E> token, averaged per file. Writes Parquet: path, sha256,
-embedding, n_slices, n_notes, duration_ms, labels. Files that cannot be read are named in
-OUT.rejected.jsonl; the rest goes on. Interrupted and run again, it goes on where it stopped; where
-files or labels have changed since, labels are refreshed and only other files embedded again. What
-another model made, or other settings, is replaced with --overwrite only.
+300 notes, each embedded at its <E> token, averaged per file (--pool-slices mean+std adds the
+standard deviation over slices: twice the numbers). Writes Parquet: path, sha256, embedding,
+n_slices, n_notes, duration_ms, labels. Files that cannot be read are named in OUT.rejected.jsonl;
+the rest goes on. Interrupted and run again, it goes on where it stopped; where files or labels have
+changed since, labels are refreshed and only other files embedded again. What another model made, or
+other settings, is replaced with --overwrite only.
 
 Many hosts: run the same command on each with --host-index and --host-count on a shared disk
 (processes started by `launch` know theirs); whichever finishes last joins the parts. --baseline
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pooling", choices=("eos", "mean"), help="default: as the model was trained"
     )
+    add_pool_slices(parser)
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16")
     parser.add_argument("--workers", type=int, default=1, help="tokenising processes (1; 0: none)")
     parser.add_argument("--host-index", type=int, help="number of this host (0)")
@@ -59,6 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overwrite", action="store_true", help="replace embeddings by another model there"
     )
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
+
+
+def add_pool_slices(parser: argparse.ArgumentParser) -> None:
+    """Adds --pool-slices."""
+    parser.add_argument(
+        "--pool-slices",
+        choices=("mean", "mean+std"),
+        default="mean",
+        help="what a file is of its slices: their mean (default), or with their deviation too",
+    )
 
 
 def add_slicing(parser: argparse.ArgumentParser) -> None:
@@ -102,6 +114,8 @@ def run(args: argparse.Namespace) -> None:
         refuse_inside(args.out, source, "the folder that is embedded")
     if args.slice_notes < 1 or args.max_tokens < 2 or args.workers < 0:
         raise UserError("--slice-notes must be at least 1, --max-tokens 2, --workers 0")
+    if args.per_slice and args.pool_slices != "mean":
+        raise UserError(f"--per-slice pools nothing: leave out --pool-slices {args.pool_slices}")
     from aria_jax.embed.pieces import Slicing, common_folder, open_source
 
     origin = common_folder(args.sources)
@@ -128,6 +142,7 @@ def run(args: argparse.Namespace) -> None:
             settings={**settings, "slice_notes": args.slice_notes},
             origin=origin.resolve(),
             per_slice=args.per_slice,
+            pool=args.pool_slices,
             workers=args.workers,
             host_index=host_index,
             host_count=host_count,

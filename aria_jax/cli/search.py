@@ -72,6 +72,7 @@ def _search(args: argparse.Namespace) -> None:
         slice_notes=settings["slice_notes"],
         max_tokens=settings["max_tokens"],
         pooling=settings.get("pooling", "eos"),
+        pool=settings.get("pool_slices", "mean"),
     )
     if encoder.fingerprint != settings["fingerprint"]:
         raise UserError(

@@ -15,7 +15,7 @@ from flax import nnx
 
 from aria_jax.checkpoints.models import LoadedModel, load_model
 from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
-from aria_jax.embed.pieces import Slicing, midi_slices
+from aria_jax.embed.pieces import Slicing, check_slice_pool, midi_slices, pool_slices
 from aria_jax.models.heads import Model, head_width
 from aria_jax.sharding import batch_sharding, put_batch, replicated, row_shards, usable_cpus
 from data_pipeline.errors import UserError
@@ -190,20 +190,22 @@ def baseline_encoder(name: str, tokenizer: Tokenizer) -> Encode:
 
 @dataclass(frozen=True)
 class PerformanceEncoder:
-    """From a performance to its embedding, float32 [E]: the mean over its slices.
+    """From a performance to its embedding, float32 [E]: its slices, pooled.
 
     Attributes:
         slicing: also says how the files of the model's corpus were read.
         fingerprint: of the model, as embeddings files have it.
+        pool: over slices, see `pool_slices`.
     """
 
     encode: Encode
     slicing: Slicing
     fingerprint: str
+    pool: str = "mean"
 
     def __call__(self, performance: Performance) -> np.ndarray:
         """Raises `InvalidMidi` where there is nothing to embed."""
-        return self.encode(midi_slices(performance, self.slicing)).mean(axis=0)
+        return pool_slices(self.encode(midi_slices(performance, self.slicing)), self.pool)
 
 
 def performance_encoder(
@@ -212,15 +214,18 @@ def performance_encoder(
     slice_notes: int = SLICE_NOTES,
     max_tokens: int = SLICE_TOKENS,
     pooling: str | None = None,
+    pool: str = "mean",
 ) -> PerformanceEncoder:
     """The encoder of a trained model.
 
     Args:
-        pooling: "eos" or "mean"; None as it was trained.
+        pooling: of the tokens of a slice, "eos" or "mean"; None as it was trained.
+        pool: of the slices of a performance, see `pool_slices`.
 
     Raises:
-        UserError: no checkpoint with an embedding head there.
+        UserError: no checkpoint with an embedding head there, or no such `pool`.
     """
+    check_slice_pool(pool)
     loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_model(checkpoint)
     slicing = Slicing(
         loaded.tokenizer,
@@ -230,4 +235,4 @@ def performance_encoder(
     )
     pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
     encode = model_encoder(loaded.model, pad_id, pooling or loaded.pooling)
-    return PerformanceEncoder(encode, slicing, loaded.fingerprint)
+    return PerformanceEncoder(encode, slicing, loaded.fingerprint, pool)

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aria_jax.embed.pieces import Piece, Rejection, Source
+from aria_jax.embed.pieces import Piece, Rejection, Source, pool_slices
 from aria_jax.embed.table import (
     Embeddings,
     KnownVectors,
@@ -82,6 +82,7 @@ def export(
     settings: dict[str, str | int | bool],
     origin: str | Path = "",
     per_slice: bool = False,
+    pool: str = "mean",
     workers: int = 0,
     host_index: int = 0,
     host_count: int = 1,
@@ -95,7 +96,8 @@ def export(
         settings: all that the numbers depend on besides the files; "fingerprint" of the model
             must be among them.
         origin: where the files are, noted in OUT for whoever wants to show them.
-        per_slice: one row per slice (path#0, path#1, …) instead of one per file, their mean.
+        per_slice: one row per slice (path#0, path#1, …) instead of one per file.
+        pool: what a file's row is of its slices, see `pieces.pool_slices`.
         workers: processes that read and tokenise.
         overwrite: replaces embeddings by another model or with other settings.
 
@@ -104,6 +106,8 @@ def export(
     """
     out, paths = Path(out), source.paths
     settings = {**settings, "per_slice": per_slice, "files_per_part": files_per_part}
+    if pool != "mean":  # which every file without this setting is
+        settings["pool_slices"] = pool
     model = str(settings.pop("fingerprint"))
     identity = Identity(KIND, VERSION, {"model": model, **source.digests()}, settings)
     n_parts = -(-len(paths) // files_per_part)
@@ -113,7 +117,7 @@ def export(
         if known is None:
             return ExportSummary(len(paths), *parts.count(), n_parts, n_parts, True, 0, 0, True)
         mine = list(range(host_index, n_parts, host_count))
-        work = _Work(source, encode, known, parts, files_per_part, per_slice, workers)
+        work = _Work(source, encode, known, parts, files_per_part, per_slice, pool, workers)
         missing = [p for p in mine if not parts.has(p)]
         before = len(mine) - len(missing)
         try:
@@ -140,11 +144,12 @@ class _Work:
         parts: "_Parts",
         files_per_part: int,
         per_slice: bool,
+        pool: str,
         workers: int,
     ):
         self._source, self._encode, self._known, self._parts = source, encode, known, parts
         self._n_files, self._files_per_part = len(source.paths), files_per_part
-        self._per_slice, self._workers = per_slice, workers
+        self._per_slice, self._pool, self._workers = per_slice, pool, workers
         self.n_embedded = self.n_kept = 0
 
     def files(self, part: int) -> range:
@@ -184,7 +189,7 @@ class _Work:
         good = [piece for piece in pieces if isinstance(piece, Piece)]
         table = None
         if good:
-            table, n_kept = _embed(good, self._encode, self._per_slice, self._known)
+            table, n_kept = _embed(good, self._encode, self._per_slice, self._pool, self._known)
             self.n_kept += n_kept
             self.n_embedded += len(good) - n_kept
         rejected = [piece for piece in pieces if isinstance(piece, Rejection)]
@@ -192,16 +197,22 @@ class _Work:
 
 
 def embed_pieces(
-    pieces: Sequence[Piece], encode: "Encode", *, per_slice: bool = False, fingerprint: str = ""
+    pieces: Sequence[Piece],
+    encode: "Encode",
+    *,
+    per_slice: bool = False,
+    pool: str = "mean",
+    fingerprint: str = "",
 ) -> Embeddings:
-    """One row per file, the plain mean of its slices; or one row per slice."""
-    return _embed(pieces, encode, per_slice, KnownVectors(None), fingerprint)[0]
+    """One row per file, `pieces.pool_slices` of its slices; or one row per slice."""
+    return _embed(pieces, encode, per_slice, pool, KnownVectors(None), fingerprint)[0]
 
 
 def _embed(
     pieces: Sequence[Piece],
     encode: "Encode",
     per_slice: bool,
+    pool: str,
     known: KnownVectors,
     fingerprint: str = "",
 ) -> tuple[Embeddings, int]:
@@ -212,7 +223,7 @@ def _embed(
         encoded = encode([ids for i in new for ids in pieces[i].slices])
         ends = np.cumsum([len(pieces[i].slices) for i in new])
         for i, own in zip(new, np.split(encoded, ends[:-1]), strict=True):
-            vectors[i] = own if per_slice else own.mean(0, keepdims=True)
+            vectors[i] = own if per_slice else pool_slices(own, pool)[None]
     rows: list[tuple[Piece, str, np.ndarray, int]] = []
     for piece, own in zip(pieces, map(np.asarray, vectors), strict=True):
         if per_slice:

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from flax import nnx
 
+import aria_jax
 from aria_jax.checkpoints.models import load_model, save_model
 from aria_jax.cli.main import main
 from aria_jax.config import ComputeConfig, ModelConfig
@@ -152,6 +153,25 @@ def test_search_finds_the_file_itself_first_and_draws_it(
     )  # fmt: skip
     assert "#" in by_slice["hits"][0]["path"]
     assert (tmp_path / "slices.html").read_text().count('class="player"') == 3
+
+
+def test_slices_pooled_with_their_deviation_are_searched_alike(
+    midi_corpus, checkpoint, capsys, tmp_path
+):
+    out, query = str(tmp_path / "both.parquet"), midi_corpus / "presto_3.mid"
+    pooled = ["--checkpoint", checkpoint, "--pool-slices", "mean+std", *SMALL]
+    result_of(capsys, "embed", str(midi_corpus), out, *pooled)
+    result = result_of(capsys, "search", str(query), out, "--checkpoint", checkpoint, "-k", "1")
+    assert result["hits"][0]["same_file"] and result["hits"][0]["score"] == pytest.approx(
+        1, abs=1e-4
+    )
+    table = read_embeddings(out)
+    own = aria_jax.embed(checkpoint, query, slice_notes=100, max_tokens=512, pool_slices="mean+std")
+    np.testing.assert_allclose(
+        own, table.embedding[list(table.path).index(query.name)], rtol=1e-3, atol=1e-5
+    )
+    assert main(["embed", str(midi_corpus), out, *pooled, "--per-slice"]) == 2
+    assert "--per-slice pools nothing" in capsys.readouterr().err
 
 
 def test_a_page_without_the_midi_files_says_how_to_name_their_folder(

@@ -19,8 +19,8 @@ from aria_jax.checkpoints.safetensors import import_model
 from aria_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from aria_jax.embed.encode import BASELINES, baseline_encoder, like_length, model_encoder
 from aria_jax.embed.export import embed_pieces, export
-from aria_jax.embed.pieces import Piece, Slicing, midi_slices, open_source
-from aria_jax.embed.table import read_embeddings
+from aria_jax.embed.pieces import Piece, Slicing, midi_slices, open_source, pool_slices
+from aria_jax.embed.table import read_embeddings, read_settings
 from aria_jax.models.heads import build_model
 from aria_jax.sharding import make_mesh
 from data_pipeline.errors import UserError
@@ -69,6 +69,26 @@ def counting():
 
 
 # --- the numbers ---
+
+
+def test_slices_are_pooled_by_their_mean_or_with_their_deviation_too(midis, tmp_path):
+    source, out = opened(midis, tmp_path), [tmp_path / f"{i}.parquet" for i in range(3)]
+    pieces = pieces_of(source)
+    mean, both = (embed_pieces(pieces, counting(), pool=pool) for pool in ("mean", "mean+std"))
+    assert both.embedding.shape[1] == 2 * mean.embedding.shape[1]
+    np.testing.assert_array_equal(both.embedding[:, :24], mean.embedding)
+    for piece, row in zip(pieces, both.embedding, strict=True):
+        np.testing.assert_allclose(row[24:], counting()(piece.slices).std(0), atol=1e-6)
+    np.testing.assert_array_equal(pool_slices(np.ones((1, 2)), "mean+std"), [1, 1, 0, 0])
+    with pytest.raises(UserError, match=r"mean or mean\+std, not by 'median'"):
+        embed_pieces(pieces, counting(), pool="median")
+    export(source, counting(), out[0], settings=SETTINGS)
+    export(source, counting(), out[1], settings=SETTINGS, pool="mean+std")
+    np.testing.assert_array_equal(read_embeddings(out[1]).embedding, both.embedding)
+    assert "pool_slices" not in read_settings(out[0])  # as files of versions without the setting
+    assert read_settings(out[1])["pool_slices"] == "mean+std"
+    with pytest.raises(UserError, match="pool_slices"):
+        export(source, counting(), out[1], settings=SETTINGS)
 
 
 def test_whole_files_as_the_reference_embeds_them(golden, golden_midi):
