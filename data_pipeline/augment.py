@@ -1,18 +1,18 @@
 """Augmentation of token ids: tempo with mix-up, rubato, pitch, velocity, sustain, note drop.
 
 Sequences may be windows of several pieces: each part that ends in `<E>` is changed on its own, and
-the length of the whole is kept, cut or padded with `<P>`. Tempo, mix-up, pitch and velocity are
-those of ariautils tokenizer/absolute.py export_data_aug and _base.py export_aug_fn_concat; the
+the length of the whole is kept, truncated or padded with `<P>`. Tempo, mix-up, pitch and velocity
+are those of ariautils tokenizer/absolute.py export_data_aug and _base.py export_aug_fn_concat; the
 reference does not know the others.
 """
 
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 
-from data_pipeline import _augment_kernels as kernels
 from data_pipeline.settings import AugmentConfig
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizer import SEGMENT_MS, STEP_MS, Kind, Tokenizer
 
 _RUBATO_MS = (5_000, 20_000)
 _CURVE_TOKENS = (100, 800)  # a token is a third of a note
@@ -83,13 +83,13 @@ def transpose(ids: np.ndarray, semitones: int | np.ndarray) -> np.ndarray:
     Notes that leave 0..127 become `<U>`, as in the reference. Drums stay.
     """
     ids = np.ascontiguousarray(ids, np.uint16)
-    return kernels.transpose(ids, _per_piece(ids, semitones, np.int64))
+    return _compiled_transpose(ids, _per_piece(ids, semitones, np.int64))
 
 
 def change_velocity(ids: np.ndarray, steps: int | np.ndarray) -> np.ndarray:
     """Notes louder by `steps` of 10 (one for all, or one per piece), kept in 10..120; uint16."""
     ids = np.ascontiguousarray(ids, np.uint16)
-    return kernels.change_velocity(ids, _per_piece(ids, steps, np.int64))
+    return _compiled_change_velocity(ids, _per_piece(ids, steps, np.int64))
 
 
 def change_tempo(
@@ -115,18 +115,18 @@ def change_tempo(
     draws = np.empty(0) if rng is None else rng.random(len(ids))
     modulation = np.zeros((_n_pieces(ids), 3)) if rubato is None else rubato.table()
     factors = _per_piece(ids, factor, np.float64)
-    return kernels.change_tempo(ids, tokenizer.kind, factors, modulation, draws)
+    return _compiled_change_tempo(ids, tokenizer.kind, factors, modulation, draws)
 
 
 def change_sustain(ids: np.ndarray, factor: float | np.ndarray) -> np.ndarray:
     """Durations, not onsets, multiplied by `factor` (one, or one per piece); uint16 [L]."""
     ids = np.ascontiguousarray(ids, np.uint16)
-    return kernels.change_sustain(ids, _per_piece(ids, factor, np.float64))
+    return _compiled_change_sustain(ids, _per_piece(ids, factor, np.float64))
 
 
 def modulate_velocity(ids: np.ndarray, modulation: SineModulation) -> np.ndarray:
     """Velocities moved along a slow wave (depth in steps of 10, period in tokens); uint16 [L]."""
-    return kernels.modulate_velocity(np.ascontiguousarray(ids, np.uint16), modulation.table())
+    return _compiled_modulate_velocity(np.ascontiguousarray(ids, np.uint16), modulation.table())
 
 
 def drop_notes(
@@ -138,7 +138,7 @@ def drop_notes(
     """
     ids = np.ascontiguousarray(ids, np.uint16)
     rates = _per_piece(ids, rate, np.float64)
-    return kernels.drop_notes(ids, tokenizer.kind, rates, rng.random(len(ids)))
+    return _compiled_drop_notes(ids, tokenizer.kind, rates, rng.random(len(ids)))
 
 
 def _n_pieces(ids: np.ndarray) -> int:
@@ -149,3 +149,252 @@ def _n_pieces(ids: np.ndarray) -> int:
 def _per_piece(ids: np.ndarray, value: float | np.ndarray, dtype: type) -> np.ndarray:
     """`value` for each part of the window, [pieces]."""
     return np.ascontiguousarray(np.broadcast_to(np.asarray(value, dtype), (_n_pieces(ids),)))
+
+
+# The loops, compiled: windows of uint16 ids in, windows of the same length out. A window's parts,
+# each but the last ending in `<E>`, take their own row of the settings.
+_compiled = numba.njit(cache=True, nogil=True)
+_PITCHES, _VELOCITIES = 128, 13
+_TIME, _PREFIX = int(Kind.TIME), int(Kind.PREFIX)
+_NOTE, _DRUM, _DUR = int(Kind.NOTE), int(Kind.DRUM), int(Kind.DUR)
+_ONSET, _PEDAL = int(Kind.ONSET), int(Kind.PEDAL)
+_SEGMENT, _STEP, _BOS = SEGMENT_MS, STEP_MS, Tokenizer.bos_id
+_EOS, _PAD, _UNK = Tokenizer.eos_id, Tokenizer.pad_id, Tokenizer.unk_id
+_DIM, _T = Tokenizer.dim_id, Tokenizer.time_id
+_FIRST_NOTE, _FIRST_DRUM = Tokenizer.first_note_id, Tokenizer.first_drum_id
+_FIRST_DUR, _FIRST_ONSET = Tokenizer.first_dur_id, Tokenizer.first_onset_id
+
+
+@_compiled
+def _compiled_transpose(ids: np.ndarray, semitones: np.ndarray) -> np.ndarray:
+    out = ids.copy()
+    piece = 0
+    for i in range(len(ids)):
+        token = int(ids[i])
+        if _FIRST_NOTE <= token < _FIRST_DRUM:
+            pitch = (token - _FIRST_NOTE) // _VELOCITIES % _PITCHES + semitones[piece]
+            if 0 <= pitch < _PITCHES:
+                out[i] = token + semitones[piece] * _VELOCITIES
+            else:
+                out[i] = _UNK
+        elif token == _EOS:
+            piece += 1
+    return out
+
+
+@_compiled
+def _compiled_change_velocity(ids: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    out = ids.copy()
+    piece = 0
+    for i in range(len(ids)):
+        token = int(ids[i])
+        if _FIRST_NOTE <= token < _FIRST_DRUM:
+            step = (token - _FIRST_NOTE) % _VELOCITIES
+            out[i] = token - step + min(max(step + steps[piece], 1), _VELOCITIES - 1)
+        elif token == _EOS:
+            piece += 1
+    return out
+
+
+@_compiled
+def _compiled_change_sustain(ids: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    out = ids.copy()
+    piece = 0
+    for i in range(len(ids)):
+        token = int(ids[i])
+        if _FIRST_DUR <= token < _FIRST_ONSET:
+            steps = int(np.rint((token - _FIRST_DUR) * factors[piece]))
+            out[i] = _FIRST_DUR + min(max(steps, 1), _SEGMENT // _STEP)
+        elif token == _EOS:
+            piece += 1
+    return out
+
+
+@_compiled
+def _compiled_modulate_velocity(ids: np.ndarray, modulation: np.ndarray) -> np.ndarray:
+    out = ids.copy()
+    piece = 0
+    for i in range(len(ids)):
+        token = int(ids[i])
+        if _FIRST_NOTE <= token < _FIRST_DRUM and modulation[piece, 0] > 0:
+            step = (token - _FIRST_NOTE) % _VELOCITIES
+            wave = np.sin(2 * np.pi * i / modulation[piece, 1] + modulation[piece, 2])
+            louder = step + int(np.rint(modulation[piece, 0] * wave))
+            out[i] = token - step + min(max(louder, 1), _VELOCITIES - 1)
+        elif token == _EOS:
+            piece += 1
+    return out
+
+
+@_compiled
+def _compiled_drop_notes(
+    ids: np.ndarray, kind: np.ndarray, rates: np.ndarray, draws: np.ndarray
+) -> np.ndarray:
+    out = np.full(len(ids), _PAD, np.uint16)
+    written = position = piece = 0
+    first = True
+    while position < len(ids):
+        what = kind[ids[position]]
+        length = 1
+        if what in (_NOTE, _DRUM):
+            length = 3 if what == _NOTE else 2
+            whole = position + length <= len(ids) and kind[ids[position + 1]] == _ONSET
+            if not whole or (length == 3 and kind[ids[position + 2]] != _DUR):
+                length = 1
+            elif not first and draws[position] < rates[piece]:
+                position += length
+                continue
+            first = False
+        for part in range(length):
+            out[written + part] = ids[position + part]
+        if ids[position] == _EOS:
+            piece += 1
+            first = True
+        written += length
+        position += length
+    return out
+
+
+@_compiled
+def _warped(ms: float, modulation: np.ndarray) -> float:
+    """Time under a modulated tempo: the integral of 1 + depth cos(2 pi t / period + phase)."""
+    if modulation[0] == 0:
+        return float(ms)
+    turns = 2 * np.pi / modulation[1]
+    return ms + modulation[0] / turns * (np.sin(turns * ms + modulation[2]) - np.sin(modulation[2]))
+
+
+@_compiled
+def _compiled_change_tempo(
+    ids: np.ndarray,
+    kind: np.ndarray,
+    factors: np.ndarray,
+    modulation: np.ndarray,
+    draws: np.ndarray,
+) -> np.ndarray:
+    n = len(ids)
+    out = np.full(n, _PAD, np.uint16)
+    begin = written = piece = 0
+    while begin < n and written < n:
+        end = begin
+        while end < n and ids[end] != _EOS:
+            end += 1
+        time = (factors[piece], modulation[piece])
+        written = _slow_piece(ids, kind, begin, end, time, draws, out, written)
+        if end < n and written < n:
+            out[written] = _EOS
+            written += 1
+        begin = end + 1
+        piece += 1
+    return out
+
+
+@_compiled
+def _events(
+    ids: np.ndarray, kind: np.ndarray, position: int, end: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Where the events of a piece are, their onsets in steps, and the onset `<D>` follows (-1)."""
+    at = np.empty(end - position, np.int64)
+    onset = np.empty(end - position, np.int64)
+    n = segment = 0
+    latest, dim_after = 0, -1
+    while position < end:
+        what = kind[ids[position]]
+        if what in (_NOTE, _DRUM, _PEDAL):
+            length = 3 if what == _NOTE else 2
+            whole = position + length <= end and kind[ids[position + 1]] == _ONSET
+            if whole and (length == 2 or kind[ids[position + 2]] == _DUR):
+                at[n] = position
+                onset[n] = segment * (_SEGMENT // _STEP) + ids[position + 1] - _FIRST_ONSET
+                latest = max(latest, onset[n])
+                n += 1
+            position += length
+            continue
+        if what == _TIME:
+            segment += 1
+        elif ids[position] == _DIM:
+            dim_after = latest
+        position += 1
+    return at[:n], onset[:n], dim_after
+
+
+@_compiled
+def _slow_piece(
+    ids: np.ndarray,
+    kind: np.ndarray,
+    begin: int,
+    end: int,
+    time: tuple[float, np.ndarray],
+    draws: np.ndarray,
+    out: np.ndarray,
+    written: int,
+) -> int:
+    """Writes one piece, without its `<E>`, at `out[written:]`; returns where it ends."""
+    n_out = len(out)
+    factor, modulation = time
+    position = begin
+    while position < end and (ids[position] == _BOS or kind[ids[position]] == _PREFIX):
+        if written == n_out:
+            return written
+        out[written] = ids[position]
+        written += 1
+        position += 1
+    at, onset, dim_after = _events(ids, kind, position, end)
+    for i in range(1, len(onset)):
+        if onset[i] < onset[i - 1]:  # the reference sorts; only transcribed oddities need it
+            order = np.argsort(onset, kind="mergesort")
+            at, onset = at[order], onset[order]
+            break
+    first = target_segment = 0
+    while first < len(at):
+        stop = first + 1
+        while stop < len(at) and onset[stop] == onset[first]:
+            stop += 1
+        if len(draws):
+            for i in range(stop - 1, first, -1):
+                j = first + int(draws[at[i]] * (i - first + 1))
+                at[i], at[j] = at[j], at[i]
+        ms = _warped(onset[first] * _STEP, modulation)
+        target = int(np.rint(ms * factor / _STEP))
+        segment, target_onset = divmod(target, _SEGMENT // _STEP)
+        while target_segment < segment and written < n_out:
+            out[written] = _T
+            written += 1
+            target_segment += 1
+        for i in range(first, stop):
+            steps = 0.0
+            if kind[ids[at[i]]] == _NOTE:
+                end_ms = (onset[first] + ids[at[i] + 2] - _FIRST_DUR) * _STEP
+                steps = (_warped(end_ms, modulation) - ms) * factor / _STEP
+            written = _put_event(ids, kind, at[i], target_onset, steps, out, written)
+        if dim_after == onset[first] and written < n_out:
+            out[written] = _DIM
+            written += 1
+        if written >= n_out:
+            return n_out
+        first = stop
+    return written
+
+
+@_compiled
+def _put_event(
+    ids: np.ndarray,
+    kind: np.ndarray,
+    position: int,
+    onset: int,
+    duration: float,
+    out: np.ndarray,
+    written: int,
+) -> int:
+    """Writes one event, as far as there is room; onset and duration in steps."""
+    length = 3 if kind[ids[position]] == _NOTE else 2
+    for part in range(min(length, len(out) - written)):
+        if part == 0:
+            token = int(ids[position])
+        elif part == 1:
+            token = _FIRST_ONSET + onset
+        else:
+            token = _FIRST_DUR + min(max(int(np.rint(duration)), 1), _SEGMENT // _STEP)
+        out[written] = token
+        written += 1
+    return written

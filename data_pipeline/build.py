@@ -28,7 +28,6 @@ from data_pipeline.artifact import (
 )
 from data_pipeline.building.journal import Journal, Listing, disk_errors_explained
 from data_pipeline.building.merge import DEDUP, MergeSettings, merge
-from data_pipeline.building.runners import RUNNERS
 from data_pipeline.building.sources import has_inner_tables, readable_root
 from data_pipeline.building.unit_worker import Job, Limits
 from data_pipeline.cleaning import Cleaning
@@ -37,6 +36,7 @@ from data_pipeline.metadata import LabelTable, find_tables, read_labels
 from data_pipeline.midi import reading_name
 from data_pipeline.shards import FILES, FORMAT_VERSION, MANIFEST, REJECTED, load_manifest
 from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.workers import RUNNERS
 
 IDENTITY_VERSION = 1
 """Of what a build makes of its inputs; one more when the same inputs give another corpus."""

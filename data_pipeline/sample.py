@@ -19,7 +19,7 @@ import numpy as np
 from data_pipeline.artifact import write_atomically
 from data_pipeline.errors import UserError
 from data_pipeline.midi import NOTE, TEMPO, Performance, midi_bytes
-from data_pipeline.pool import map_in_order
+from data_pipeline.workers import map_in_order
 
 # Folder of the music21 corpus -> composer label. Folders with too few scores to learn from, and
 # the collections of single-line folk tunes but one, are left out.

@@ -1,1 +1,211 @@
-"""The aria-jax command; the only room that prints, parses arguments or exits."""
+"""The aria-jax command; the only room that prints, parses arguments or exits.
+
+Here: what a verb is, and the one rule for what it writes: the same is done, other things stay.
+
+A verb says in `writes` which files it makes and which of its arguments are inputs. Beside the file
+or folder that the user named, .NAME.identity.json keeps what they were made of, their digests and
+what the verb printed. The same command run again prints that and does nothing more; one that would
+make something else, or replace a file that is not its own, is refused before any slow work.
+
+`data build`, `train` and `embed` keep their identities in what they make, and go by the same rule.
+"""
+
+import argparse
+import io
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.artifact import (
+    Identity,
+    There,
+    file_digest,
+    hashed,
+    json_digest,
+    look,
+    new_folder,
+    rows_digest,
+    write_atomically,
+)
+from data_pipeline.errors import UserError, printable
+
+VERSION = 1
+_NO_SETTINGS = {"out", "overwrite", "json", "workers", "command_line"}
+"""Arguments that change nothing in what is written."""
+
+
+@dataclass(frozen=True)
+class Writes:
+    """What a verb makes of what.
+
+    Attributes:
+        outputs: arguments -> the files and folders that it will make; none where it only prints.
+        inputs: names of the arguments that name files, folders or models.
+        in_folder: the first output lies in the folder that the user named.
+    """
+
+    outputs: Callable[[argparse.Namespace], Sequence[str | Path]]
+    inputs: tuple[str, ...] = ()
+    in_folder: bool = False
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb, as the module that does it offers it to `cli.main`.
+
+    Attributes:
+        description: what --help says of it.
+        add_arguments: adds its arguments to a parser.
+        run: does it; the exit status, None for 0.
+        writes: what it makes of what; None where it makes nothing, or what keeps its own identity.
+        parse: (parser, argv) -> arguments.
+    """
+
+    description: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+    writes: Writes | None = None
+    parse: Callable[..., argparse.Namespace] = argparse.ArgumentParser.parse_args
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    """Adds --overwrite."""
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace what is there already and is not the same"
+    )
+
+
+def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
+    """Runs a verb unless what it would make is there; its exit status.
+
+    Raises:
+        UserError: something else is there, and --overwrite was not said.
+    """
+    writes = verb.writes
+    outputs = [Path(output) for output in writes.outputs(args)] if writes is not None else []
+    if writes is None or not outputs:
+        return verb.run(args) or 0
+    identity = _identity(name, args, writes)
+    if outputs[0].parent.is_file():
+        raise UserError(f"{outputs[0].parent} is a file; name a folder")
+    record = outputs[0].absolute().parent / f".{outputs[0].name}.identity.json"
+    if writes.in_folder:
+        record = record.parent.parent / f".{record.parent.name}{record.name}"
+    before = _read(record)
+    finished = _finished(record.parent, before, outputs)
+    _refuse_files_of_others(record.parent, before, outputs, args.overwrite)
+    there = look(outputs[0], identity, finished=finished, overwrite=args.overwrite)
+    form = "json" if getattr(args, "json", False) else "text"
+    printed = before.get("printed", {}) if finished == identity else {}
+    if there is There.DONE and form in printed:
+        print(printed[form], end="")
+        from aria_jax.cli.console import note
+
+        note(f"{outputs[0]}: already made of the same: nothing to do")
+        return 0
+    with ExitStack() as stack:
+        for folder in {output.parent for output in outputs}:
+            stack.enter_context(new_folder(folder, make=False))
+        record.unlink(missing_ok=True)
+        if outputs[0].is_dir() and finished is not None:
+            shutil.rmtree(outputs[0])  # a model that a verb has made, not a run
+        tee = stack.enter_context(redirect_stdout(_Tee(sys.stdout)))
+        status = verb.run(args) or 0
+        if status == 0:
+            files = {
+                os.path.relpath(path, record.parent): input_digest(path)
+                for path in outputs
+                if path.exists()
+            }
+            for name in before.get("files", {}).keys() - files.keys():
+                stale = record.parent / name
+                if stale.is_file():  # of what was overwritten
+                    stale.unlink()
+            kept = {"identity": identity.to_json(), "files": files}
+            kept["printed"] = {**printed, form: tee.getvalue()}
+            write_atomically(record, json.dumps(kept))
+    return status
+
+
+def _identity(verb: str, args: argparse.Namespace, writes: Writes) -> Identity:
+    values = dict(vars(args))
+    given = {name: values.pop(name) for name in writes.inputs if name in values}
+    inputs = {name.replace("_", "-"): input_digest(value) for name, value in given.items() if value}
+    # Where it lies is no setting: the outputs themselves are compared.
+    out = {str(path) for path in writes.outputs(args)}
+    settings = {
+        name: value
+        for name, value in values.items()
+        if name not in _NO_SETTINGS and str(value) not in out
+    }
+    return Identity(f"the output of aria-jax {verb}", VERSION, inputs, settings)
+
+
+def input_digest(value: Any) -> str:
+    """Of a file or folder by content; of a model by its newest checkpoint; else of the words."""
+    from aria_jax.checkpoints import model_digest, newest_step
+    from data_pipeline.shards import MANIFEST
+
+    if isinstance(value, list | tuple):
+        return json_digest([input_digest(one) for one in value])
+    path = Path(value)
+    if (path / MANIFEST).is_file():
+        return file_digest(path / MANIFEST)
+    if not path.is_dir() or newest_step(path) is not None:
+        return model_digest(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return rows_digest(
+        (str(file.relative_to(path)), digest) for file, digest in hashed(files, file_digest)
+    )
+
+
+def _read(record: Path) -> dict[str, Any]:
+    try:
+        return json.loads(record.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _finished(folder: Path, before: dict[str, Any], outputs: Sequence[Path]) -> Identity | None:
+    """What the files are made of that are all there; None where one is missing."""
+    files = before.get("files", {})
+    if not files or not all((folder / name).exists() for name in files):
+        return None
+    return Identity.from_json(before.get("identity"))
+
+
+def _refuse_files_of_others(
+    folder: Path, before: dict[str, Any], outputs: Sequence[Path], overwrite: bool
+) -> None:
+    """Raises `UserError` for a file that another wrote, or changed since."""
+    if overwrite:
+        return
+    files = before.get("files", {})
+    own = {Path(os.path.abspath(folder / name)): digest for name, digest in files.items()}
+    for path in map(Path.absolute, outputs):
+        if path.is_dir() and not any(path.iterdir()):
+            continue
+        if path.exists() and own.get(path) != input_digest(path):
+            what = "changed since it was made" if path in own else "there already"
+            raise UserError(f"{path}: {what}; choose another output, or --overwrite to replace it")
+
+
+class _Tee(io.StringIO):
+    """Takes what is printed, and prints it; names that are not UTF-8 as `printable`."""
+
+    def __init__(self, screen: Any):
+        super().__init__()
+        self._screen = screen
+
+    def write(self, text: str) -> int:
+        self._screen.write(printable(text))
+        return super().write(printable(text))
+
+    def flush(self) -> None:
+        self._screen.flush()

@@ -5,7 +5,7 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
-from aria_jax.cli.verb import Verb
+from aria_jax.cli import Verb
 
 if TYPE_CHECKING:
     from aria_jax.aot.report import Report

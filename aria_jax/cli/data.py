@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aria_jax.cli.verb import Verb, Writes, add_overwrite
+from aria_jax.cli import Verb, Writes, add_overwrite
 
 if TYPE_CHECKING:
     from data_pipeline.inspection import Inspection
@@ -220,7 +220,7 @@ def _build(args: argparse.Namespace) -> None:
 
 def _inspect(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import print_result
-    from aria_jax.report.charts import check_picture
+    from aria_jax.report import check_picture
     from data_pipeline.inspection import inspect
 
     if args.plot:
@@ -311,7 +311,7 @@ def _rejection_table(rejected: dict[str, int]) -> list[str]:
 
 
 def _plot(args: argparse.Namespace, found: "Inspection") -> None:
-    from aria_jax.report.charts import corpus, save_chart
+    from aria_jax.report import corpus_chart, save_chart
     from data_pipeline.shards import TokenShards, load_manifest
 
     lengths = {
@@ -324,7 +324,7 @@ def _plot(args: argparse.Namespace, found: "Inspection") -> None:
         for label, counts in found.labels.items()
         if len(counts) <= _MOST_VALUES
     }
-    save_chart(corpus(lengths, top, "notes a piece"), args.plot, args.command_line)
+    save_chart(corpus_chart(lengths, top, "notes a piece"), args.plot, args.command_line)
 
 
 def _sample(args: argparse.Namespace) -> None:

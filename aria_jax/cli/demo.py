@@ -1,4 +1,6 @@
-"""`aria-jax demo`: the whole story on a small corpus, by running the commands a user would type."""
+"""`aria-jax demo`: the whole story on a small corpus, by running the commands a user would type;
+and the page that ends it: what was trained, what the embeddings know, what was composed.
+"""
 
 import argparse
 import io
@@ -7,13 +9,34 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from os.path import relpath
 from pathlib import Path
+from typing import Any
 
-from aria_jax.cli.verb import Verb, Writes, add_overwrite, input_digest
+import numpy as np
+
+from aria_jax.cli import Verb, Writes, add_overwrite, input_digest
+from aria_jax.report import (
+    Provenance,
+    Section,
+    code,
+    confusion_matrix,
+    embedding_map,
+    link,
+    loss_curves,
+    paragraph,
+    read_metrics,
+    side_by_side,
+    table,
+    write_page,
+)
+from aria_jax.report.piano_roll import Part, figure_svg, piano_roll_svg
 from data_pipeline.artifact import Identity, write_atomically
+from data_pipeline.errors import UserError, printable
+from data_pipeline.midi import read_midi
 
 DESCRIPTION = """\
 Sample corpus of real scores, tokenised, pretrained on, contrastively finetuned, embedded, probed
@@ -119,8 +142,6 @@ def generation_step(out: Path, prompt: Path) -> Step:
 def run(args: argparse.Namespace) -> int:
     """Runs what is not done yet, then writes the report."""
     from aria_jax.embed.table import read_embeddings
-    from aria_jax.report.demo import DemoResults, write_demo_report
-    from data_pipeline.errors import UserError, printable
 
     out = Path(args.out)
     if out.is_file():
@@ -171,7 +192,6 @@ DEMO = Verb(
 def _check_corpus(folder: Path) -> None:
     """Raises `UserError` where there is nothing to learn from, before the first step."""
     from data_pipeline.building.sources import is_midi_name, no_midi_files
-    from data_pipeline.errors import UserError
 
     if not folder.is_dir():
         raise UserError(f"--midi {folder}: no such folder")
@@ -182,7 +202,6 @@ def _check_corpus(folder: Path) -> None:
 def _run_step(out: Path, step: Step, number: int, total: int, corpus: str | None) -> dict:
     """The step's JSON result; from its file where the same command has finished before."""
     from aria_jax.cli.main import main
-    from data_pipeline.errors import UserError
 
     kept = out / "steps" / f"{step.name}.json"
     identity = Identity("a step of the demo", 1, {"midi": corpus}, {"command": step.command})
@@ -193,23 +212,17 @@ def _run_step(out: Path, step: Step, number: int, total: int, corpus: str | None
             return before["result"]
     print(f"[{number}/{total}] {step.title}\n  $ {step.command}", file=sys.stderr)
     began = time.perf_counter()
-    status, printed = _captured(main, step.arguments)
+    with redirect_stdout(io.StringIO()) as printed:
+        status = main(step.arguments)
     if status != 0:
         raise UserError(
             f"step {number} ({step.title}) stopped; run the same command again to go on"
         )
-    result = json.loads(printed.splitlines()[-1])
+    result = json.loads(printed.getvalue().splitlines()[-1])
     result["wall_s"] = round(time.perf_counter() - began, 1)
     kept.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(kept, json.dumps({"identity": identity.to_json(), "result": result}))
     return result
-
-
-def _captured(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> tuple[int, str]:
-    buffer = io.StringIO()
-    with redirect_stdout(buffer):
-        status = main(arguments)
-    return status, buffer.getvalue()
 
 
 def _held_out_piece(data: Path, corpus: Path) -> Path:
@@ -219,3 +232,167 @@ def _held_out_piece(data: Path, corpus: Path) -> Path:
     shards = TokenShards(data, "val")
     chosen = int(abs(shards.n_notes - 300).argmin())
     return corpus / shards[chosen].meta["path"]
+
+
+@dataclass(frozen=True)
+class DemoResults:
+    """What the demo's commands said.
+
+    Attributes:
+        out: the demo's folder.
+        prompt: the MIDI file that was continued.
+        results: JSON result of each step by its name.
+        commands: (title, command line) of each step.
+        embedding: float32 [N, E], contrastive embedding of each piece.
+        composers: of each piece.
+        made_by: the demo's own command line.
+    """
+
+    out: Path
+    prompt: Path
+    results: dict[str, dict[str, Any]]
+    commands: Sequence[tuple[str, str]]
+    embedding: np.ndarray
+    composers: Sequence[str]
+    made_by: str
+
+
+FEATURES = {
+    "contrastive": "contrastive embedding",
+    "untrained": "the same network, untrained",
+    "pitch-class": "pitch-class histogram (12 numbers)",
+}
+
+
+def write_demo_report(path: Path, demo: DemoResults) -> None:
+    """Writes the page; every number on it comes from `demo.results` or the runs' metrics."""
+    build = demo.results["build"]
+    intro = paragraph(
+        f"{build['n_accepted']:,} pieces, {build['hours']:.1f} hours, "
+        f"{build['n_tokens']:,} tokens; {build['n_train']} to learn from, {build['n_val']} held "
+        "out, no composition on both sides. Everything below was computed by the run that wrote "
+        "this page."
+    )
+    sections = [
+        _training(demo),
+        _probe(demo),
+        Section("A map of the embeddings", _map(demo)),
+        _continuation(demo),
+        _commands(demo),
+    ]
+    write_page(path, "aria_jax demo", intro, sections, Provenance(demo.made_by))
+
+
+def _training(demo: DemoResults) -> Section:
+    pictures = []
+    for run, title in (("pretrain", "next token (nats)"), ("contrastive", "contrastive")):
+        curves = read_metrics(demo.out / run / "metrics.jsonl", "loss")
+        pictures.append(figure_svg(loss_curves(curves, title)))
+    note = paragraph(
+        "Pretraining predicts the next token; contrastive finetuning then pulls two slices of one "
+        "performance together and pushes those of others away (SimCLR). The validation batches of "
+        "the contrastive loss can be smaller than the training batches, and then so is their loss.",
+        "note",
+    )
+    return Section("Training", side_by_side(*pictures) + note)
+
+
+def _probe(demo: DemoResults) -> Section:
+    probes = {name: demo.results[f"probe-{name}"] for name in FEATURES}
+    ours, untrained = probes["contrastive"], probes["untrained"]
+    rows: list[list[str | float]] = [
+        [
+            FEATURES[name],
+            result["accuracy"],
+            f"{result['accuracy_ci'][0]:.3f} to {result['accuracy_ci'][1]:.3f}",
+            result["macro_f1"],
+        ]
+        for name, result in probes.items()
+    ]
+    rows.append(["most frequent composer of the training files", ours["majority_accuracy"], "", ""])
+    verdict = _verdict(ours, untrained)
+    best = max(probes, key=lambda name: probes[name]["accuracy"])
+    if best == "pitch-class":
+        verdict += " Counting pitch classes still does better than both."
+    small = ", ".join(f"{name} ({n})" for name, n in ours["left_out"].items())
+    explanation = (
+        f"A logistic regression learns the composer from the embeddings of {ours['n_train']} "
+        f"files and is scored on {ours['n_test']} files that neither it nor the network has seen; "
+        "95 % intervals bootstrapped over files."
+    )
+    if small:
+        explanation += f" Composers with too few files are left out: {small}."
+    matrix = confusion_matrix(ours["confusion"], ours["classes"], "contrastive embedding")
+    header = ("features", "accuracy", "95 % interval", "macro-F1")
+    return Section(
+        "Who composed it?",
+        paragraph(verdict, "best")
+        + table(header, rows)
+        + paragraph(explanation, "note")
+        + figure_svg(matrix),
+    )
+
+
+def _verdict(ours: dict[str, Any], untrained: dict[str, Any]) -> str:
+    """Whether training helped, as far as this many files can tell."""
+    if ours["accuracy"] <= untrained["accuracy"]:
+        return "The trained embedding does not beat the untrained network here: train longer."
+    if ours["accuracy_ci"][0] > untrained["accuracy_ci"][1]:
+        return "The trained embedding beats the untrained network."
+    return (
+        "The trained embedding scores above the untrained network, but the intervals overlap: "
+        f"{ours['n_test']} files do not settle it."
+    )
+
+
+def _map(demo: DemoResults) -> str:
+    return figure_svg(embedding_map(demo.embedding, demo.composers, "one dot a piece (t-SNE)"))
+
+
+def _continuation(demo: DemoResults) -> Section:
+    base = demo.out
+    result = demo.results["generate"]
+    body = paragraph(
+        f"The first 15 seconds of {demo.prompt.stem}, which the network has never seen, and what "
+        "it went on with. A network this small after a few minutes has learnt what notes look "
+        "like, not yet how music goes."
+    )
+    original = read_midi(demo.prompt)
+    body += "<h3>the piece itself</h3>" + piano_roll_svg([Part.of(original, "original")], (9, 2.4))
+    body += f"<p>{link(relpath(demo.prompt, base), demo.prompt.name)}</p>"
+    for number, files in enumerate(result["files"], start=1):
+        whole, added = read_midi(files["midi"]), read_midi(files["continuation"])
+        n_prompt = max(len(whole.notes) - len(added.notes), 0)
+        parts = [
+            Part.of(whole.slice_notes(0, n_prompt), "prompt"),
+            Part.of(whole.slice_notes(n_prompt, len(whole.notes)), "continuation"),
+        ]
+        body += f"<h3>continuation {number}</h3>" + piano_roll_svg(parts, (9, 2.4))
+        links = [
+            link(relpath(files[kind], base), text)
+            for kind, text in (
+                ("midi", "MIDI, prompt and continuation"),
+                ("continuation", "MIDI, continuation only"),
+                ("page", "listen"),
+            )
+        ]
+        body += f"<p>{' · '.join(links)}</p>"
+    return Section("A continuation", body)
+
+
+def _commands(demo: DemoResults) -> Section:
+    lines = [f"# {title}\n{command}" for title, command in demo.commands]
+    own = (
+        "aria-jax data build YOUR_MIDI_FOLDER my_data\n"
+        "aria-jax train pretrain --data my_data --workdir run1 --preset small steps=5000\n"
+        "aria-jax train contrastive --data my_data --workdir run2 --preset small --init-from run1\n"
+        "aria-jax embed YOUR_MIDI_FOLDER emb.parquet --checkpoint run2\n"
+        "aria-jax generate --checkpoint run1 --prompt YOUR.mid --out continuations"
+    )
+    return Section(
+        "Do it again",
+        paragraph("The commands this page was made with:")
+        + code("\n".join(lines))
+        + paragraph("The same on your own files:")
+        + code(own),
+    )

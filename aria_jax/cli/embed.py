@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from aria_jax.cli.verb import Verb
+from aria_jax.cli import Verb
 
 if TYPE_CHECKING:
     from aria_jax.embed.pieces import Source

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aria_jax.cli.verb import Verb, Writes, add_overwrite
+from aria_jax.cli import Verb, Writes, add_overwrite
 
 if TYPE_CHECKING:
     import numpy as np
@@ -353,8 +353,8 @@ def _save(
 ) -> list[dict[str, str]]:
     from aria_jax.models.heads import parameter_specs
     from aria_jax.models.parameters import parameter_count
+    from aria_jax.report import Provenance
     from aria_jax.report.listening import Result, save_continuations
-    from aria_jax.report.page import Provenance
     from data_pipeline.tokenizer import Tokenizer
 
     name = _prompt_name(args)

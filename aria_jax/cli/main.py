@@ -1,6 +1,6 @@
 """The `aria-jax` command: finds the verb, imports only its module, prints user errors on one line.
 
-A module offers each of its verbs as a `cli.verb.Verb` of that name: `bench-suite` is BENCH_SUITE.
+A module offers each of its verbs as a `cli.Verb` of that name: `bench-suite` is BENCH_SUITE.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from data_pipeline.errors import UserError, did_you_mean, printable
 
 if TYPE_CHECKING:
-    from aria_jax.cli.verb import Verb
+    from aria_jax.cli import Verb
 
 # verb -> (module under aria_jax.cli, one line for --help). Nothing here imports jax.
 VERBS = {
@@ -164,7 +164,7 @@ def _run(name: str, argv: Sequence[str]) -> int:
             from aria_jax.checkpoints import check_workdir
 
             check_workdir(path)
-    from aria_jax.cli.verb import run_once
+    from aria_jax.cli import run_once
 
     return run_once(name, verb, args)
 

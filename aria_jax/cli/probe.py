@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from aria_jax.cli.verb import Verb, Writes, add_overwrite
+from aria_jax.cli import Verb, Writes, add_overwrite
 from data_pipeline.artifact import write_atomically
 
 _PROBE = """\
@@ -66,7 +66,7 @@ def _probe(args: argparse.Namespace) -> None:
     stage("loading the libraries")
     from aria_jax.embed.table import read_embeddings, with_metadata
     from aria_jax.eval.probe import few_shot, held_out_splits, probe
-    from aria_jax.report.charts import check_picture
+    from aria_jax.report import check_picture
     from data_pipeline.errors import UserError, did_you_mean
 
     if args.plot:
@@ -112,7 +112,7 @@ def _probe(args: argparse.Namespace) -> None:
     if args.few_shot:
         curve = few_shot(table.embedding, labels, numbers(args.few_shot, "--few-shot"), **options)
     if args.plot:
-        from aria_jax.report.charts import confusion_matrix, save_chart
+        from aria_jax.report import confusion_matrix, save_chart
 
         title = f"{args.label}: {result.accuracy:.1%} of {result.n_test} files"
         figure = confusion_matrix(result.confusion, result.classes, title)
@@ -216,7 +216,7 @@ def _bench_suite(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import print_result, progress_bar
     from aria_jax.embed.table import read_embeddings
     from aria_jax.eval.suite import find_tasks, markdown_table, rows_by_path, run_suite
-    from aria_jax.report.page import program_version
+    from aria_jax.report import program_version
 
     others = [_named(text) for text in args.embeddings]
     out = Path(args.out)

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from aria_jax.cli.verb import Verb, Writes, add_overwrite
+from aria_jax.cli import Verb, Writes, add_overwrite
 
 _SEARCH = """\
 Embed a MIDI file as `aria-jax embed` embedded the others, and list the files (or slices) nearest
@@ -126,8 +126,8 @@ def _write_page(
 ) -> list[str]:
     """Writes the page; says whose MIDI files it could not find."""
     from aria_jax.embed.table import read_origin
+    from aria_jax.report import Provenance
     from aria_jax.report.listening import Found, write_search_page
-    from aria_jax.report.page import Provenance
     from data_pipeline.midi import resolve_pedal
 
     origin = read_origin(Path(args.embeddings))

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aria_jax.cli.verb import Verb, Writes, add_overwrite
+from aria_jax.cli import Verb, Writes, add_overwrite
 
 if TYPE_CHECKING:
     import numpy as np

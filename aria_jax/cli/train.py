@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aria_jax.cli.verb import Verb
+from aria_jax.cli import Verb
 
 if TYPE_CHECKING:
     from aria_jax.cli.main import Parser

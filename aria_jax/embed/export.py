@@ -38,7 +38,7 @@ from aria_jax.embed.table import (
 )
 from data_pipeline.artifact import Identity, There, look, new_folder, write_atomically
 from data_pipeline.errors import UserError
-from data_pipeline.pool import map_in_order
+from data_pipeline.workers import map_in_order
 
 if TYPE_CHECKING:
     from aria_jax.embed.encode import Encode

@@ -16,8 +16,8 @@ import numpy as np
 from aria_jax.embed.encode import Encode
 from aria_jax.embed.pieces import Piece, Rejection, Source
 from aria_jax.losses.cross_entropy import file_probabilities
-from data_pipeline.pool import map_in_order
 from data_pipeline.shards import TokenShards
+from data_pipeline.workers import map_in_order
 
 Predict = Callable[[np.ndarray], np.ndarray]
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray, int], Predict]

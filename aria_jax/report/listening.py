@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aria_jax.report.page import Provenance, Section, link, paragraph, table, write_page
+from aria_jax.report import Provenance, Section, link, paragraph, table, write_page
 from aria_jax.report.piano_roll import PLAYER_SCRIPT, Part, player, save_piano_roll
 from data_pipeline.errors import UserError
 from data_pipeline.midi import Performance, write_midi

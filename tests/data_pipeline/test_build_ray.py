@@ -7,8 +7,9 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 
+from data_pipeline import workers
 from data_pipeline.build import build
-from data_pipeline.building import journal, runners
+from data_pipeline.building import journal
 from data_pipeline.errors import UserError
 from data_pipeline.midi import midi_bytes
 from tests.corpora import random_performance
@@ -53,7 +54,7 @@ def test_a_node_that_dies_changes_nothing(cluster, folder, tmp_path, monkeypatch
 
     monkeypatch.setattr(journal, "UNIT_FILES", 8)
     build(folder, tmp_path / "local", workers=1, **SETTINGS)
-    victim, log, task = next(iter(cluster.worker_nodes)), tmp_path / "log", runners._ray_task
+    victim, log, task = next(iter(cluster.worker_nodes)), tmp_path / "log", workers._ray_task
     victim_id = victim.node_id
     log.mkdir()
 
@@ -73,7 +74,7 @@ def test_a_node_that_dies_changes_nothing(cluster, folder, tmp_path, monkeypatch
             time.sleep(0.05)
         cluster.remove_node(victim, allow_graceful=False)
 
-    monkeypatch.setattr(runners, "_ray_task", logged_task)
+    monkeypatch.setattr(workers, "_ray_task", logged_task)
     killer = threading.Thread(target=kill)
     killer.start()
     seen = []

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline import workers
 from data_pipeline.build import build
-from data_pipeline.building import merge, runners
+from data_pipeline.building import merge
 from data_pipeline.building.journal import read_unit
-from data_pipeline.building.runners import IsolatedWorker
 from data_pipeline.building.sources import Entry
 from data_pipeline.building.unit_worker import (
     GarbledError,
@@ -28,6 +28,7 @@ from data_pipeline.cleaning import Cleaning
 from data_pipeline.errors import UserError, printable
 from data_pipeline.midi import midi_bytes
 from data_pipeline.shards import TokenShards, rejections
+from data_pipeline.workers import IsolatedWorker
 from tests.corpora import random_performance
 
 SETTINGS = {
@@ -98,7 +99,7 @@ def faulty(tmp_path, monkeypatch):
         monkeypatch.setenv("PYTHONPATH", str(tmp_path))
         monkeypatch.setenv("FAULT", fault)
         monkeypatch.setenv("EVIL", str(tmp_path / "evil"))
-        monkeypatch.setattr(runners, "_WORKER", "faulty_worker")
+        monkeypatch.setattr(workers, "_WORKER", "faulty_worker")
 
     return choose
 
@@ -123,7 +124,7 @@ def test_files_that_take_their_worker_over_cost_only_themselves(
     for name in reasons:
         shutil.copy(folder / "a.mid", tmp_path / "midi" / f"{name}.mid")
     faulty("by file")
-    monkeypatch.setattr(runners, "_DEATHS_TO_QUARANTINE", 1)  # a process less for each
+    monkeypatch.setattr(workers, "_DEATHS_TO_QUARANTINE", 1)  # a process less for each
     summary = build(
         tmp_path / "midi", tmp_path / "data", workers=1, filters="none", limits=Limits(wall_s=5)
     )
@@ -167,7 +168,7 @@ def test_processes_that_die_without_a_file_are_given_up(faulty, folder, tmp_path
 
 
 def test_a_worker_that_cannot_start_is_one_line(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(runners, "_WORKER", "no_such_module")
+    monkeypatch.setattr(workers, "_WORKER", "no_such_module")
     with pytest.raises(UserError, match=r"did not start: .*no_such_module") as error:
         build(folder, tmp_path / "data", workers=1, filters="none")
     assert "\n" not in str(error.value)

@@ -286,7 +286,7 @@ def test_worker_processes_give_the_same_file(whole, midis, tmp_path):
 
 
 def test_worker_processes_do_not_load_jax():
-    code = "import sys, aria_jax.embed.pieces, data_pipeline.pool; print('jax' in sys.modules)"
+    code = "import sys, aria_jax.embed.pieces, data_pipeline.workers; print('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 
