@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aria_jax.config import MeshConfig
-from aria_jax.kernels import contrastive, contrastive_tpu
+from aria_jax.kernels import contrastive, contrastive_gpu, contrastive_tpu
 from aria_jax.kernels.contrastive import NEG_INF, PairSharding, pair_statistics
 from aria_jax.sharding import make_mesh
 
@@ -19,6 +19,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(contrastive_tpu, "TILE_ROWS", 128)
     monkeypatch.setattr(contrastive_tpu, "TILE_COLUMNS", 128)
     monkeypatch.setattr(contrastive, "LOGITS_AT_ONCE", 60 * 7)  # seven rows
+    monkeypatch.setattr(contrastive_gpu, "LOGITS_AT_ONCE", 0)  # one tile of rows
 
 
 def case(n, m, dtype=jnp.float32, n_compositions=10_000):
@@ -84,6 +85,13 @@ def test_bfloat16_sums_in_float32(implementation):
     )
 
 
+def test_three_bfloat16_are_a_float32_whatever_the_compiler_simplifies():
+    x = jax.random.normal(jax.random.key(0), (1000,)) * 10.0 ** jnp.linspace(-20, 20, 1000)
+    pieces = jax.jit(lambda x: contrastive_gpu._pieces(x, exact=True))(x)
+    assert [piece.dtype for piece in pieces] == [jnp.bfloat16] * 3
+    np.testing.assert_array_equal(sum(np.asarray(piece, np.float64) for piece in pieces), x)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_row_without_any_pair_is_silent(implementation):
     x, y, _, _, scale = case(3, 4)
@@ -131,7 +139,7 @@ def test_memory_grows_with_the_batch_and_not_its_square(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_lowers_for_an_nvidia_gpu(dtype):
-    """No GPU here: the kernels must at least become Triton programs, one per side."""
+    """No GPU here: the kernels must at least become Triton programs, one per direction."""
     sides = [jax.ShapeDtypeStruct((1000, 512), dtype)] * 2
     ids = [jax.ShapeDtypeStruct((1000,), jnp.int32)] * 2
     scale = jax.ShapeDtypeStruct((), jnp.float32)
@@ -141,8 +149,31 @@ def test_lowers_for_an_nvidia_gpu(dtype):
 
     traced = jax.jit(jax.grad(loss, (0, 1))).trace(*sides, *ids, scale)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("__gpu$xla.gpu.triton") == 4
+    assert text.count("__gpu$xla.gpu.triton") == 2
     assert "pair_statistics" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@pytest.mark.aot_gpu
+@pytest.mark.parametrize("gpu", ["a100", "l4", "h100", "b200"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_no_gpu_spills_registers_or_leaves_tensor_cores_idle(monkeypatch, gpu, dtype):
+    """sm_80, sm_89, sm_90a, sm_100a; a kernel in float32 multiplies bfloat16 as well."""
+    from aria_jax.aot.gpu import compile_for_gpus
+
+    monkeypatch.undo()  # tiles as large as they are
+    side, ids = jax.ShapeDtypeStruct((512, 512), dtype), jax.ShapeDtypeStruct((512,), jnp.int32)
+    scale = jax.ShapeDtypeStruct((), jnp.float32)
+
+    def loss(x, y, x_ids, y_ids, scale):
+        return weighed(pair_statistics(x, y, x_ids, y_ids, scale, PairSharding()), 512, 512)
+
+    gradients = jax.jit(jax.grad(loss, (0, 1)))
+    made = compile_for_gpus(gradients, side, side, ids, ids, scale, topology=f"{gpu}:1")
+    kernels = {k.name: k for k in made.kernels if k.name.startswith("contrastive_")}
+    assert kernels.keys() == {"contrastive_statistics", "contrastive_weights"}
+    for kernel in kernels.values():
+        assert not kernel.spills and kernel.mma, kernel
+        assert not any("tf32" in kind for kind in kernel.mma)  # three digits
 
 
 @pytest.mark.aot
