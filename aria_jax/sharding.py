@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from aria_jax.config import MeshConfig
 from data_pipeline.errors import UserError
-from data_pipeline.loaders.stream import Batch, BatchStream, RowRange
+from data_pipeline.loaders import Batch, BatchStream, RowRange
 
 MESH_AXES = ("data", "fsdp", "tensor", "sequence")
 

@@ -18,8 +18,9 @@ import numpy as np
 from data_pipeline import shards
 from data_pipeline.augment import AugmentConfig, augment
 from data_pipeline.errors import UserError
-from data_pipeline.loaders import BatchStream, contrastive_pairs, labelled_slices, lm_windows
-from data_pipeline.loaders.stream import Batch
+from data_pipeline.loaders import Batch, BatchStream
+from data_pipeline.loaders.slice_batches import contrastive_pairs, labelled_slices
+from data_pipeline.loaders.windows import lm_windows
 from data_pipeline.midi import NOTE, Performance
 from data_pipeline.tokenizer import Tokenizer
 

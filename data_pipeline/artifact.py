@@ -306,7 +306,7 @@ def refuse_occupied(out: str | Path, wanted: str) -> None:
     Args:
         wanted: "a corpus" or "a training run".
     """
-    from data_pipeline.building.listing import is_midi_name
+    from data_pipeline.build.listing import is_midi_name
 
     folder = Path(out)
     if not folder.is_dir():

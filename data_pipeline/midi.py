@@ -210,7 +210,7 @@ def read_midi(
         OSError: the file cannot be opened for another reason.
     """
     from data_pipeline import _smf
-    from data_pipeline.building.archives import gunzipped
+    from data_pipeline.build.archives import gunzipped
 
     check_compat(compat)
     name = "MIDI bytes" if isinstance(source, bytes) else str(source)

@@ -30,8 +30,8 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from data_pipeline.building.journal import pack_unit, rejection
-from data_pipeline.building.unit_worker import (
+from data_pipeline.build.journal import pack_unit, rejection
+from data_pipeline.build.unit_worker import (
     GarbledError,
     Job,
     Limits,
@@ -50,7 +50,7 @@ Store = Callable[[int, bytes], None]
 Progress = Callable[[int, int], None]
 """Hears that `n` files of unit `number` are done."""
 
-_WORKER = "data_pipeline.building.unit_worker"
+_WORKER = "data_pipeline.build.unit_worker"
 
 _DEATHS_TO_QUARANTINE = 2  # one may be an accident: the system's out-of-memory killer, an operator
 _MAX_IDLE_DEATHS = 3

@@ -183,6 +183,11 @@ def test_using_a_model_imports_no_training():
     assert result.stdout.strip() == "[]"
 
 
+def test_the_product_is_not_confetti():
+    """A file is one idea, and an idea is one file."""
+    assert len(modules()) <= 110
+
+
 def test_no_module_is_a_crowded_room():
     crowded = {
         dotted(path): lines

@@ -191,7 +191,7 @@ DEMO = Verb(
 
 def _check_corpus(folder: Path) -> None:
     """Raises `UserError` where there is nothing to learn from, before the first step."""
-    from data_pipeline.building.sources import is_midi_name, no_midi_files
+    from data_pipeline.build.sources import is_midi_name, no_midi_files
 
     if not folder.is_dir():
         raise UserError(f"--midi {folder}: no such folder")

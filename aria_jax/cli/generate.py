@@ -277,7 +277,7 @@ def _prompt(
     limits: dict[str, Any],
 ) -> "np.ndarray":
     from aria_jax.cli.console import chosen_reading
-    from aria_jax.cli.tokens import read_ids
+    from aria_jax.cli.convert import read_ids
     from aria_jax.generate.continuation import prompt_of_file, unconditional_prompt
     from data_pipeline.midi import compat_of
 

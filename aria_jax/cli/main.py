@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # verb -> (module under aria_jax.cli, one line for --help). Nothing here imports jax.
 VERBS = {
-    "tokenize": ("tokens", "MIDI file to token ids"),
-    "detokenize": ("tokens", "token ids to MIDI file"),
+    "tokenize": ("convert", "MIDI file to token ids"),
+    "detokenize": ("convert", "token ids to MIDI file"),
     "data": ("data", "build, inspect and sample training data"),
     "train": ("train", "pretrain, continue, contrastive, classify"),
     "compile": ("compile", "what a program takes on TPUs that are not here"),

@@ -100,7 +100,7 @@ SCORE = Verb(_SCORE, _score_arguments, _score)
 
 def _listed(names: list[str]) -> tuple[list[Path], list[str]]:
     """Files, with folders replaced by the MIDI files in them; and what is not there."""
-    from data_pipeline.building.sources import no_midi_files, walk_folder
+    from data_pipeline.build.sources import no_midi_files, walk_folder
 
     paths: list[Path] = []
     left_out = []
@@ -124,7 +124,7 @@ def _listed(names: list[str]) -> tuple[list[Path], list[str]]:
 
 def _read(path: Path, tokenizer: "Tokenizer", compat: str | None) -> "np.ndarray":
     """Ids of a MIDI or JSON file."""
-    from aria_jax.cli.tokens import read_ids
+    from aria_jax.cli.convert import read_ids
     from data_pipeline.midi import read_midi
 
     if path.suffix.lower() == ".json":

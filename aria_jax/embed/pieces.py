@@ -15,8 +15,8 @@ import numpy as np
 
 from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
 from data_pipeline.artifact import hashed, json_digest, rows_digest
-from data_pipeline.building.listing import SUFFIXES, Entry, is_midi_name
-from data_pipeline.building.sources import (
+from data_pipeline.build.listing import SUFFIXES, Entry, is_midi_name
+from data_pipeline.build.sources import (
     entry_digest,
     has_inner_tables,
     list_source,

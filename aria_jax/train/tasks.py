@@ -15,9 +15,10 @@ from aria_jax.config import SLICE_NOTES, RunConfig
 from aria_jax.losses.contrastive import contrastive_loss
 from aria_jax.losses.cross_entropy import classification_loss, file_probabilities, next_token_loss
 from aria_jax.models.heads import Model
-from data_pipeline import loaders
 from data_pipeline.errors import UserError
 from data_pipeline.loaders import BatchStream
+from data_pipeline.loaders.slice_batches import contrastive_pairs, label_values, labelled_slices
+from data_pipeline.loaders.windows import lm_windows
 from data_pipeline.shards import TokenShards, load_manifest
 from data_pipeline.tokenizer import Tokenizer
 
@@ -97,7 +98,7 @@ def resolve(config: RunConfig, data_dir: str | Path) -> RunConfig:
     preset = load_manifest(data_dir)["tokenizer"]["preset"]
     model = dataclasses.replace(config.model, vocab_size=Tokenizer.preset(preset).vocab_size)
     if config.task == "classify" and config.data.label and not model.class_names:
-        names = loaders.label_values(data_dir, config.data.label)
+        names = label_values(data_dir, config.data.label)
         model = dataclasses.replace(model, class_names=names)
     config = dataclasses.replace(config, model=model)
     if config.train.epochs is None:
@@ -121,10 +122,10 @@ def build_task(
         "max_piece_tokens": config.data.max_piece_tokens,
     }
     loaders_by_task: dict[str, tuple[Callable[..., BatchStream], dict[str, Any]]] = {
-        "pretrain": (loaders.lm_windows, windows),
-        "continue": (loaders.lm_windows, {**windows, "add_dim": True}),
+        "pretrain": (lm_windows, windows),
+        "continue": (lm_windows, {**windows, "add_dim": True}),
         "contrastive": (
-            loaders.contrastive_pairs,
+            contrastive_pairs,
             {
                 **_slice_notes(config),
                 "consecutive": config.contrastive.consecutive,
@@ -132,7 +133,7 @@ def build_task(
             },
         ),
         "classify": (
-            loaders.labelled_slices,
+            labelled_slices,
             {
                 **_slice_notes(config),
                 "label": config.data.label,

@@ -12,7 +12,7 @@ import numpy as np
 
 from data_pipeline.augment import AugmentConfig
 from data_pipeline.errors import UserError, did_you_mean
-from data_pipeline.loaders.stream import Batch, BatchStream, element_rng
+from data_pipeline.loaders import Batch, BatchStream, element_rng
 from data_pipeline.shards import TokenShards
 from data_pipeline.slices import Pieces, Slicer, check_slice_notes, random_slice
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from data_pipeline.augment import AugmentConfig
 from data_pipeline.errors import UserError
-from data_pipeline.loaders.stream import Batch, BatchStream, element_rng
+from data_pipeline.loaders import Batch, BatchStream, element_rng
 from data_pipeline.slices import Pieces, augmented
 from data_pipeline.tokenizer import Tokenizer
 

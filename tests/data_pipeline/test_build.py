@@ -76,7 +76,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(built, folder, tmp_pat
     """SIGKILL to the build's whole process group at twenty random moments, then one last run."""
     code = (
         "import sys\nfrom data_pipeline.build import build\n"
-        "import data_pipeline.building.journal as journal\njournal.UNIT_FILES = 16\n"
+        "import data_pipeline.build.journal as journal\njournal.UNIT_FILES = 16\n"
         "if __name__ == '__main__':\n"
         "    build(sys.argv[1], sys.argv[2], workers=1, filters='none', val_fraction=0.2)\n"
     )
@@ -206,7 +206,7 @@ def test_an_unfinished_build_goes_on_with_the_same_files_only(few, folder, tmp_p
     midi, out = few
     expected, other = contents(out), tmp_path / "other"
     with monkeypatch.context() as patch:
-        patch.setattr("data_pipeline.build.merge", lambda *_: exec("raise KeyboardInterrupt"))
+        patch.setattr("data_pipeline.build.merge_units", lambda *_: exec("raise KeyboardInterrupt"))
         with pytest.raises(KeyboardInterrupt):
             build(midi, other, **SMALL)
     with pytest.raises(UserError, match="holds the beginning of a corpus made otherwise"):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.build import build
-from data_pipeline.building.merge import DEDUP
+from data_pipeline.build.merge import DEDUP
 from data_pipeline.cleaning import Cleaning
 from data_pipeline.errors import UserError
 from data_pipeline.inspection import inspect
@@ -74,7 +74,7 @@ def test_copies_go_as_far_as_asked(copies, tmp_path, dedup):
 
 
 def test_near_duplicates_do_not_depend_on_units_or_a_second_run(copies, tmp_path, monkeypatch):
-    import data_pipeline.building.journal as journal
+    import data_pipeline.build.journal as journal
 
     build(copies, tmp_path / "a", dedup="near", **ALL)
     monkeypatch.setattr(journal, "UNIT_FILES", 2)

@@ -9,8 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from data_pipeline.build import build
-from data_pipeline.building import journal
+from data_pipeline.build import build, journal
 from data_pipeline.errors import UserError
 from data_pipeline.midi import midi_bytes
 from tests.corpora import random_performance
@@ -63,7 +62,7 @@ def test_the_disk_may_be_full_at_any_write(folder, tmp_path, monkeypatch):
 ON_A_SMALL_DISK = """
 import subprocess, sys
 from pathlib import Path
-import data_pipeline.building.journal as journal
+import data_pipeline.build.journal as journal
 from data_pipeline.build import build
 from data_pipeline.errors import UserError
 journal.UNIT_FILES = 16

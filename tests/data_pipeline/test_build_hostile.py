@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.build import build
-from data_pipeline.building.unit_worker import Limits
+from data_pipeline.build.unit_worker import Limits
 from data_pipeline.midi import midi_bytes
 from data_pipeline.shards import rejections
 from tests.corpora import random_performance

@@ -9,7 +9,7 @@ import tarfile
 import numpy as np
 import pytest
 
-from data_pipeline.building import sources
+from data_pipeline.build import sources
 from tests.smf import midi_file, track
 
 PEAK = """

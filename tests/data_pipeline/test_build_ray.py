@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from data_pipeline import workers
-from data_pipeline.build import build
-from data_pipeline.building import journal
+from data_pipeline.build import build, journal
 from data_pipeline.errors import UserError
 from data_pipeline.midi import midi_bytes
 from tests.corpora import random_performance

@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import workers
-from data_pipeline.build import build
-from data_pipeline.building import merge
-from data_pipeline.building.journal import read_unit
-from data_pipeline.building.sources import Entry
-from data_pipeline.building.unit_worker import (
+from data_pipeline.build import build, merge
+from data_pipeline.build.journal import read_unit
+from data_pipeline.build.sources import Entry
+from data_pipeline.build.unit_worker import (
     GarbledError,
     Job,
     Limits,
@@ -41,7 +40,7 @@ SETTINGS = {
 }
 FAULTY = """
 import os, pickle, sys, time
-import data_pipeline.building.unit_worker as worker
+import data_pipeline.build.unit_worker as worker
 
 FAULT = os.environ["FAULT"]
 send, pack_result, process = worker.send_frame, worker.pack_result, worker._process_file

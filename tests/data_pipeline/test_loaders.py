@@ -10,7 +10,8 @@ import pytest
 
 from data_pipeline.augment import AugmentConfig
 from data_pipeline.errors import UserError
-from data_pipeline.loaders import contrastive_pairs, label_values, labelled_slices, lm_windows
+from data_pipeline.loaders.slice_batches import contrastive_pairs, label_values, labelled_slices
+from data_pipeline.loaders.windows import lm_windows
 from data_pipeline.shards import TokenShards
 from data_pipeline.tokenizer import Tokenizer
 
@@ -162,7 +163,7 @@ def test_unusable_settings_are_explained(corpus, make, change, message):
 def test_loading_needs_no_jax(corpus):
     """In a fresh interpreter; only reading ahead does, by way of grain."""
     program = (
-        "import sys; from data_pipeline.loaders import lm_windows; "
+        "import sys; from data_pipeline.loaders.windows import lm_windows; "
         f"s = lm_windows({str(corpus)!r}, split='train', seq_len=64, global_batch=2, seed=0); "
         "print(s[0]['inputs'].shape, 'jax' in sys.modules)"
     )

@@ -5,7 +5,7 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from data_pipeline.loaders import contrastive_pairs
+from data_pipeline.loaders.slice_batches import contrastive_pairs
 from data_pipeline.shards import TokenShards
 from data_pipeline.slices import random_slice
 from data_pipeline.tokenizer import Kind, Tokenizer

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.augment import AugmentConfig
 from data_pipeline.errors import UserError
-from data_pipeline.loaders import lm_windows
-from data_pipeline.loaders.windows import pack_best_fit
+from data_pipeline.loaders.windows import lm_windows, pack_best_fit
 from data_pipeline.shards import TokenShards
 from data_pipeline.tokenizer import Kind, Tokenizer
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.artifact import write_atomically
-from data_pipeline.building.journal import pack_unit, rejection
-from data_pipeline.building.merge import MergeSettings, composition_key, in_validation, merge
+from data_pipeline.build.journal import pack_unit, rejection
+from data_pipeline.build.merge import MergeSettings, composition_key, in_validation, merge_units
 from data_pipeline.errors import UserError
-from data_pipeline.loaders import lm_windows
+from data_pipeline.loaders.windows import lm_windows
 from data_pipeline.shards import FORMAT_VERSION, MANIFEST, TokenShards, rejections
 
 HOW = MergeSettings(val_fraction=0.3, dedup="exact", max_per_composition=None, shards=3)
@@ -53,7 +53,7 @@ def _write_units(folder, results, size=7):
 def _corpus(tmp_path, results, how=HOW, tokenizer_hash="a" * 64):
     out = tmp_path / "out"
     out.mkdir(parents=True)
-    counts = merge(_write_units(tmp_path / "units", results), out / "final", out, how)
+    counts = merge_units(_write_units(tmp_path / "units", results), out / "final", out, how)
     tokenizer = {"preset": "aria", "hash": tokenizer_hash}
     manifest = {"format_version": FORMAT_VERSION, "tokenizer": tokenizer, **counts}
     (out / MANIFEST).write_text(json.dumps(manifest))
@@ -120,7 +120,7 @@ def test_equal_results_give_equal_bytes_even_over_a_half_written_merge(tmp_path)
     again = tmp_path / "b"
     (again / "final").mkdir(parents=True)
     (again / "final" / "train-00000-of-00003.arrayrecord").write_bytes(b"cut short")
-    merge(_write_units(tmp_path / "units", results, size=4), again / "final", again, HOW)
+    merge_units(_write_units(tmp_path / "units", results, size=4), again / "final", again, HOW)
     made = {path.name: path.read_bytes() for path in again.iterdir() if path.is_file()}
     assert made and made == {name: (out / name).read_bytes() for name in made}
 

@@ -16,10 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.build import build
-from data_pipeline.building import archives, listing
-from data_pipeline.building.sources import FILE_BYTES, list_source, read_entry, readable_root
-from data_pipeline.building.unit_worker import Limits
+from data_pipeline.build import archives, build, listing
+from data_pipeline.build.sources import FILE_BYTES, list_source, read_entry, readable_root
+from data_pipeline.build.unit_worker import Limits
 from data_pipeline.errors import InvalidMidi, UserError
 from data_pipeline.midi import midi_bytes
 from data_pipeline.shards import TokenShards, load_manifest, rejections

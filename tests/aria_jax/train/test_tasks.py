@@ -9,7 +9,7 @@ from aria_jax.checkpoints.models import load_model
 from aria_jax.config import SLICE_NOTES
 from aria_jax.train.loop import run
 from aria_jax.train.tasks import build_task, file_metrics
-from data_pipeline import loaders
+from data_pipeline.loaders.slice_batches import labelled_slices
 from data_pipeline.tokenizer import Tokenizer
 from tests.corpora import random_performance, write_corpus
 
@@ -22,7 +22,7 @@ def test_files_are_judged_by_the_token_weighted_mean_of_their_slices(
     seen = recorder()
     result = run(settings, corpus, tmp_path, sinks=[seen])
     loaded = load_model(tmp_path)
-    slices = loaders.labelled_slices(
+    slices = labelled_slices(
         corpus, split="val", label="composer", class_names=loaded.config.class_names,
         seq_len=settings.data.seq_len, global_batch=1, seed=0, shuffle=False, epochs=1,
         slice_notes=SLICE_NOTES,

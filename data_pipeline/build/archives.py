@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from data_pipeline.building.listing import Entry, MemberTree, is_midi_name
+from data_pipeline.build.listing import Entry, MemberTree, is_midi_name
 from data_pipeline.errors import InvalidMidi
 from data_pipeline.metadata import is_table_name
 

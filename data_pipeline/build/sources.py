@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_pipeline.artifact import file_digest
-from data_pipeline.building.archives import (
+from data_pipeline.build.archives import (
     FILE_BYTES,
     BrokenArchiveError,
     add_tar,
@@ -38,7 +38,7 @@ from data_pipeline.building.archives import (
     member_path,
     unzip,
 )
-from data_pipeline.building.listing import SUFFIXES, DiskTree, Entry, MemberTree, is_midi_name, walk
+from data_pipeline.build.listing import SUFFIXES, DiskTree, Entry, MemberTree, is_midi_name, walk
 from data_pipeline.errors import InvalidMidi, UserError
 from data_pipeline.metadata_layouts import PATH_KEYS, SPLIT_NAMES
 

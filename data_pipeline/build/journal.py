@@ -25,8 +25,8 @@ from typing import Any
 import msgpack
 
 from data_pipeline.artifact import Identity, hashed, write_atomically
-from data_pipeline.building.listing import Entry
-from data_pipeline.building.sources import entry_digest, list_source, no_midi_files, readable_root
+from data_pipeline.build.listing import Entry
+from data_pipeline.build.sources import entry_digest, list_source, no_midi_files, readable_root
 from data_pipeline.errors import UserError, printable
 
 UNIT_FILES = 256

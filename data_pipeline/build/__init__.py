@@ -26,10 +26,10 @@ from data_pipeline.artifact import (
     rows_digest,
     write_atomically,
 )
-from data_pipeline.building.journal import Journal, Listing, disk_errors_explained
-from data_pipeline.building.merge import DEDUP, MergeSettings, merge
-from data_pipeline.building.sources import has_inner_tables, readable_root
-from data_pipeline.building.unit_worker import Job, Limits
+from data_pipeline.build.journal import Journal, Listing, disk_errors_explained
+from data_pipeline.build.merge import DEDUP, MergeSettings, merge_units
+from data_pipeline.build.sources import has_inner_tables, readable_root
+from data_pipeline.build.unit_worker import Job, Limits
 from data_pipeline.cleaning import Cleaning
 from data_pipeline.errors import UserError
 from data_pipeline.metadata import LabelTable, find_tables, read_labels
@@ -212,7 +212,7 @@ def _finish(
 ) -> None:
     """Makes the corpus of the finished units; its manifest, written last, says that it is whole."""
     units = [journal.unit_path(number) for number, _ in journal.units()]
-    counts = merge(units, journal.final, out, how)
+    counts = merge_units(units, journal.final, out, how)
     if not counts["n_accepted"]:
         _refuse_empty(journal, out, counts)
     with atomic(out / FILES, beside=journal.folder) as partial, partial.open("w") as file:

@@ -20,7 +20,7 @@ import numpy as np
 
 from data_pipeline import dedup
 from data_pipeline.artifact import publish
-from data_pipeline.building.journal import read_summaries, read_unit, rejection
+from data_pipeline.build.journal import read_summaries, read_unit, rejection
 from data_pipeline.shards import (
     REJECTED,
     SPLITS,
@@ -295,7 +295,7 @@ def _paths_of(
 # --- writing --------------------------------------------------------------------------------------
 
 
-def merge(
+def merge_units(
     units: Sequence[Path], work: Path, out_dir: Path, settings: MergeSettings
 ) -> dict[str, Any]:
     """Writes shards, indexes and rejected.jsonl of finished units to `out_dir`.

@@ -24,8 +24,8 @@ from typing import Any
 import msgpack
 
 from data_pipeline import cleaning, dedup, filters
-from data_pipeline.building.journal import rejection
-from data_pipeline.building.sources import FILE_BYTES, Entry, read_entry
+from data_pipeline.build.journal import rejection
+from data_pipeline.build.sources import FILE_BYTES, Entry, read_entry
 from data_pipeline.errors import InvalidMidi, printable
 from data_pipeline.metadata import labels_from_texts
 from data_pipeline.midi import compat_of, read_midi
