@@ -69,11 +69,16 @@ RECIPES: dict[tuple[str, Task], dict[str, Any]] = {
 """Sections of a run that a preset sets otherwise than the reference."""
 
 
-TOKENS_AT_ONCE = {"v5p": 65_536, "v6e": 32_768, "v5e": 16_384}
+TOKENS_AT_ONCE = {
+    "v5p": 65_536, "v6e": 32_768, "v5e": 16_384,
+    "b200": 131_072, "h200": 131_072, "h100": 65_536, "a100": 65_536, "rtx4090": 8_192, "l4": 8_192,
+}  # fmt: skip
 """Tokens of `medium` whose activations fit into a chip with remat "dots", the fastest that fits;
 a power of two of the rows of 8,192."""
 MAX_SHARDED = 64
-"""Chips that share one copy of the weights; more of them hold further copies."""
+"""TPUs that share one copy of the weights; more of them hold further copies."""
+GPUS_OF_A_HOST = 8
+"""GPUs that NVLink joins, which share one copy of the weights."""
 
 
 def for_task(preset: str, task: Task) -> RunConfig:
@@ -175,16 +180,22 @@ def chip_of(device_kind: str) -> Chip | None:
     return None
 
 
-def for_hardware(run: RunConfig, family: str, chips: int) -> RunConfig:
-    """`run` as it is best computed on so many chips of a family of TPUs (docs/tpu.md).
+def for_hardware(
+    run: RunConfig, family: str, chips: int, *, per_host: int | None = None
+) -> RunConfig:
+    """`run` as it is best computed on so many chips of a family (docs/tpu.md, docs/gpu.md).
 
     Only memory and speed are settled here: the mesh, the number type, what is recomputed, and in
     how many parts a batch is worked through. What is learned is the preset's.
     A batch too large for the chips' memory is worked through in several parts; where even one row
     is too large, everything is recomputed.
+
+    Args:
+        per_host: GPUs of one host, 8 by default; between hosts only gradients travel.
     """
     m, medium = run.model, for_task("medium", "pretrain").model
-    sharded = math.gcd(chips, MAX_SHARDED)
+    on_tpu = CHIPS[family].kinds[0].startswith("TPU")
+    sharded = math.gcd(chips, MAX_SHARDED if on_tpu else per_host or GPUS_OF_A_HOST)
     rows = max(run.data.global_batch // chips, 1)
     views = 2 if run.task == "contrastive" else 1
     size = (m.d_model * m.n_layers) / (medium.d_model * medium.n_layers)

@@ -1,4 +1,4 @@
-"""GPUs that are not here: their descriptions, programs compiled for them, and the machine code.
+"""GPUs that are not here: descriptions, speeds, programs compiled for them, and the machine code.
 
 jax's CUDA plug-in compiles for a GPU of which it is told the data sheet (`gpus.toml`); neither a
 GPU nor a driver is needed. Of every kernel that XLA or Triton made, the compiler leaves the PTX,
@@ -14,11 +14,9 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,56 +25,24 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
+from aria_jax.aot import GpuTopology, gpus
+from aria_jax.aot.hlo import Collective, Work
 from aria_jax.config import MeshConfig
-from aria_jax.presets import CHIPS
+from aria_jax.presets import CHIPS, Chip
 from aria_jax.sharding import make_mesh, replicated
 from data_pipeline.errors import UserError
 
-_TOPOLOGY = re.compile(r"(?:(\d+)x )?([a-z0-9]+):(\d+)")
+MEMORY_SHARE = 0.9
+"""Assumed share of the memory's bandwidth that a kernel reaches."""
+LINK_SHARE = 0.8
+"""Assumed share of the links' speed, one way, that NCCL reaches with large arrays."""
+LATENCY = {"NVLink": 10e-6, "PCIe": 20e-6, "network": 30e-6}
+"""Assumed seconds of a collective of no size."""
+UNALIGNED = 2.0
+"""Times as long as others that matrix products take whose rows do not begin at multiples of 16
+bytes; of the 25 % that padding 50,257 columns to 50,304 gave nanoGPT (its author, February 2023).
+"""
 INSTALL = "the compiler is in jax's CUDA plug-in: pip install 'aria-jax[aot-gpu]'"
-
-
-@dataclass(frozen=True)
-class GpuTopology:
-    """Hosts with the same number of the same GPU.
-
-    Attributes:
-        family: a name of `gpus()`.
-    """
-
-    family: str
-    hosts: int
-    gpus: int
-
-    @classmethod
-    def parse(cls, topology: str) -> "GpuTopology":
-        """Of "h100:8" (one host) or "2x h100:8".
-
-        Raises:
-            UserError: another form, or a GPU of which no data sheet is here.
-        """
-        match = _TOPOLOGY.fullmatch(topology.strip())
-        if match is None or match[2] not in gpus() or 0 in (int(match[3]), int(match[1] or 1)):
-            raise UserError(
-                f"topology {topology!r}: expected e.g. h100:8 or '2x h100:8' (2 hosts of 8); "
-                f"the GPUs are {', '.join(gpus())}"
-            )
-        return cls(match[2], int(match[1] or 1), int(match[3]))
-
-
-@functools.cache
-def _sheets() -> dict[str, Any]:
-    return tomllib.loads(resources.files(__package__).joinpath("gpus.toml").read_text())
-
-
-def gpus() -> dict[str, dict[str, Any]]:
-    """What `gpus.toml` says of each GPU, limits of its compute capability included."""
-    limits = _sheets()["capability"]
-    return {
-        name: {**limits[sheet["capability"]], **sheet}
-        for name, sheet in _sheets().items()
-        if name != "capability"
-    }
 
 
 def description(family: str) -> str:
@@ -135,6 +101,102 @@ def gpu_devices(topology: str) -> list[Any]:
 def family_of(device_kind: str) -> str:
     """The name in `gpus()` of a described device."""
     return next(name for name, gpu in gpus().items() if gpu["device"] == device_kind)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Speeds of one GPU: data sheet and assumed shares (`gpus.toml`).
+
+    Attributes:
+        chip: peak, bandwidth and links.
+        gpu: of `gpus()`.
+        topology: which GPUs share a host.
+    """
+
+    chip: Chip
+    gpu: dict
+    topology: GpuTopology
+
+    @classmethod
+    def of(cls, topology: str) -> "Rates":
+        """Of e.g. "2x h100:8"."""
+        parsed = GpuTopology.parse(topology)
+        return cls(CHIPS[parsed.family], gpus()[parsed.family], parsed)
+
+    def product_peak(self, dtype: str) -> float:
+        """FLOP/s of the data sheet for products of arrays of a dtype.
+
+        Tensor cores work float32 as TF32, at half the speed, unless the highest precision is asked
+        for, and eight bits at twice the speed.
+        """
+        if dtype.startswith("f32 exact"):
+            return 2 * self.additions
+        narrow = dtype.startswith(("f8", "s8", "u8"))
+        return self.chip.flops * (2.0 if narrow else 0.5 if dtype.startswith("f32") else 1.0)
+
+    @property
+    def additions(self) -> float:
+        """Float32 additions a second."""
+        return self.gpu["cores"] * self.gpu["fp32"] * self.gpu["clock_ghz"] * 1e9
+
+    def product_seconds(self, work: Work) -> float:
+        """Of the matrix products of one operation."""
+        fill = min(work.tiles / self.gpu["cores"], 1.0)
+        seconds = 0.0
+        for dtype, flops in work.products.items():
+            share = fill * (1.0 if "exact" in dtype else self.share)
+            times = UNALIGNED if "unaligned" in dtype else 1.0
+            seconds += times * flops / (self.product_peak(dtype) * share)
+        return seconds
+
+    @property
+    def share(self) -> float:
+        """Assumed share of the tensor cores' peak in matrix products."""
+        return float(self.gpu["products"])
+
+    def attention_share(self, d_head: int, backward: bool) -> float:
+        """Assumed share of the peak in cuDNN's attention, between those of heads of 64 and 128."""
+        narrow, wide = (self.gpu["attention"][i + backward] for i in (0, 2))
+        return float(narrow + (wide - narrow) * min(max(d_head / 64 - 1, 0), 1)) * min(
+            d_head / 64, 1
+        )
+
+    def memory_seconds(self, size: float) -> float:
+        """Of so many bytes to and from memory."""
+        return size / (self.chip.bandwidth * MEMORY_SHARE)
+
+    def link(self, found: Collective) -> str:
+        """What the slowest part of a collective goes over: "NVLink", "PCIe" or "network"."""
+        per_host = self.topology.gpus
+        groups = found.groups or (tuple(range(self.topology.hosts * per_host)),)
+        crosses = any(len({device // per_host for device in group}) > 1 for group in groups)
+        return "network" if crosses else str(self.gpu["link"])
+
+    def collective_seconds(self, found: Collective) -> float:
+        """As rings work it: each device sends all but its own share, for sums twice."""
+        per_host = self.topology.gpus
+        groups = found.groups or (tuple(range(self.topology.hosts * per_host)),)
+        n = max(map(len, groups))
+        link = self.link(found)
+        speed = self.chip.network / 2
+        if link == "network":
+            # Every device of a group on one host brings its own adapter along.
+            together = max(Counter(device // per_host for device in groups[0]).values())
+            speed = min(speed, together * self.gpu["host_network"])
+        share = 1.0 if found.kind == "collective-permute" else (n - 1) / n
+        sent = found.bytes * share * (2 if found.kind == "all-reduce" else 1)
+        return LATENCY[link] + sent / (speed * LINK_SHARE)
+
+    def assumptions(self) -> str:
+        """What the time rests on, in a sentence."""
+        narrow, narrow_back, wide, wide_back = self.gpu["attention"]
+        return (
+            f"{self.share:.0%} of the tensor cores' {self.chip.flops / 1e12:.0f} TFLOP/s in matrix "
+            f"products (half that speed where rows are not aligned), in cuDNN's attention "
+            f"{narrow:.0%} forward and {narrow_back:.0%} backward at heads of 64 ({wide:.0%} and "
+            f"{wide_back:.0%} at 128), {MEMORY_SHARE:.0%} of "
+            f"{self.chip.bandwidth / 1e12:.2f} TB/s, {LINK_SHARE:.0%} of the links"
+        )
 
 
 @dataclass(frozen=True)
@@ -243,15 +305,17 @@ def read_kernels(folder: Path) -> tuple[Kernel, ...]:
         mma |= tensor_core_instructions(text)
     found = []
     for arch, paths in by_target.items():
+        made = folder / "assembled"  # ptxas removes what it could not finish, so no /dev/null
         printed = subprocess.run(
-            [ptxas(), "-v", f"-arch={arch}", "-o", "/dev/null", *paths],
-            capture_output=True,
-            text=True,
+            [ptxas(), "-v", f"-arch={arch}", "-o", made, *paths], capture_output=True, text=True
         )
+        said = printed.stdout + printed.stderr
         if printed.returncode:
-            reason = printed.stderr.strip().splitlines()[-1:]
-            raise UserError(f"ptxas refuses the kernels for {arch}: {' '.join(reason)}")
-        found += list(parse_ptxas(printed.stdout + printed.stderr, mma))
+            reason = (said.strip().splitlines() or ["nothing said"])[-1]
+            raise UserError(
+                f"ptxas ends with {printed.returncode} on the kernels for {arch}: {reason}"
+            )
+        found += list(parse_ptxas(said, mma))
     return tuple(sorted(found, key=lambda kernel: kernel.name))
 
 

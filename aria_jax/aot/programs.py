@@ -223,9 +223,15 @@ def cached_flops(config: RunConfig, task: Task, made: Program, mesh: Mesh) -> di
     return {name: again * flops * made.tokens / mesh.size for name, flops in parts.items()}
 
 
-def needed_flops(config: RunConfig, made: Program) -> float:
-    """What the mathematics of one call needs, over all chips."""
+def needed_flops(config: RunConfig, made: Program, *, causal: bool = True) -> float:
+    """What the mathematics of one call needs, over all chips.
+
+    Args:
+        causal: counts the visible half of the scores; else all of them, as many publications do.
+    """
     parts = flops_per_token(config)
+    if not causal:
+        parts["attention"] *= 2
     return (3 if made.training else 1) * sum(parts.values()) * made.tokens
 
 

@@ -24,13 +24,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from aria_jax.aot import wrong_topology
+from aria_jax.aot import is_gpu, wrong_topology
 from aria_jax.aot.programs import (
     TRAINING,
     Program,
@@ -53,6 +53,9 @@ from aria_jax.config import RunConfig
 from aria_jax.presets import CHIPS, TOKENS_AT_ONCE, Chip
 from aria_jax.sharding import make_mesh
 from data_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from aria_jax.aot.gpu import Kernel
 
 _WANTED = re.compile(
     r"(?:Used |temporaries \()([0-9.]+)([KMG])\)? (?:of|exceeds) .*hbm", re.IGNORECASE
@@ -126,8 +129,16 @@ class Report:
         attention_flops: of the splash kernel, 0 where it is not used.
         collectives: kind -> (number, bytes); None where it does not fit.
         seconds: estimate of one call. model_flops: what the mathematics needs, over all chips.
-        mfu: model_flops in that time as a share of all chips' peak.
+        mfu: model_flops in that time as a share of all chips' peak; mfu_full: with all scores of
+            attention counted, as many publications do, instead of the visible half.
         sources: figure -> "compiler", "formula" or "assumption: …".
+        reserved: bytes of `hbm` that are not the program's.
+        band: (least, most) seconds, by what such estimates were of measured runs; None where none
+            was measured on such chips.
+        parts: GPUs: seconds by kind of operation. xla_seconds: XLA's own estimate of those it has
+            one for.
+        links: GPUs: bytes of collectives over NVLink and over the network.
+        kernels: GPUs: what `ptxas` and the PTX say of each.
     """
 
     task: str
@@ -143,13 +154,20 @@ class Report:
     seconds: float | None
     model_flops: float
     mfu: float | None
+    mfu_full: float | None
     compile_seconds: float
     sources: dict[str, str]
+    reserved: float = 0.0
+    band: tuple[float, float] | None = None
+    parts: dict[str, float] | None = None
+    xla_seconds: float | None = None
+    links: dict[str, int] | None = None
+    kernels: "tuple[Kernel, ...] | None" = None
 
     @property
     def fits(self) -> bool:
         """Whether the program's memory is there."""
-        return self.memory["total"] <= self.hbm
+        return self.memory["total"] <= self.hbm - self.reserved
 
 
 def topology_mesh(config: RunConfig, topology: str) -> Mesh:
@@ -197,7 +215,9 @@ def compile_report(
     *,
     on_compile: Callable[[str], None] = lambda what: None,
 ) -> Report:
-    """Compiles a task three times (whole, one layer, two) and puts together what it takes.
+    """Compiles a task for chips that are not here and puts together what it takes.
+
+    For TPUs it is compiled three times (whole, one layer, two), for GPUs once.
 
     Args:
         on_compile: told what is compiled next: each takes up to minutes.
@@ -206,6 +226,10 @@ def compile_report(
         UserError: see `topology_mesh`; a batch that does not divide; a program that the compiler
             refuses, other than for memory.
     """
+    if is_gpu(topology):
+        from aria_jax.aot.roofline import gpu_report
+
+        return gpu_report(config, task, topology, on_compile=on_compile)
     began = time.perf_counter()
     mesh = topology_mesh(config, topology)
     chip = CHIPS[topology.partition(":")[0]]
@@ -244,6 +268,8 @@ def compile_report(
         seconds=seconds,
         model_flops=model_flops,
         mfu=seconds and model_flops / (seconds * mesh.size * chip.flops),
+        mfu_full=seconds
+        and needed_flops(config, made, causal=False) / (seconds * mesh.size * chip.flops),
         compile_seconds=time.perf_counter() - began,
         sources={
             "memory": "compiler, whole program",
@@ -291,11 +317,16 @@ def _one_part(config: RunConfig, accumulation: int) -> RunConfig:
 def _memory(made: Program, mesh: Mesh) -> dict[str, int]:
     """Bytes per chip; a compiler that runs out of memory says how much it wanted."""
     try:
-        found = compiled(made, mesh).memory_analysis()
+        return memory_parts(compiled(made, mesh))
     except jax.errors.JaxRuntimeError as error:
         if (wanted := _WANTED.search(str(error))) is None:
             raise
         return {"total": int(float(wanted[1]) * {"K": 2**10, "M": 2**20, "G": 2**30}[wanted[2]])}
+
+
+def memory_parts(executable: Any) -> dict[str, int]:
+    """Bytes per chip of a program: arguments, outputs, temporaries, code, and in total."""
+    found = executable.memory_analysis()
     parts = {
         "arguments": found.argument_size_in_bytes,
         "outputs": found.output_size_in_bytes - found.alias_size_in_bytes,

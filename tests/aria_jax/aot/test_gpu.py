@@ -2,22 +2,25 @@
 with jax's CUDA plug-in, programs compile for each of them.
 """
 
+import json
+
 import jax
 import jax.numpy as jnp
 import pytest
 
+from aria_jax.aot import GpuTopology, accelerator_run, gpus
 from aria_jax.aot.gpu import (
-    GpuTopology,
     Kernel,
     compile_for_gpus,
     description,
-    gpus,
     parse_ptxas,
     tensor_core_instructions,
 )
+from aria_jax.cli.main import main
 from aria_jax.presets import CHIPS, chip_of
 from data_pipeline.errors import UserError
 
+TINY = ["--preset", "tiny", "d_model=256", "n_heads=4", "n_layers=3", "seq_len=256", "--json"]
 PTX = """\
 .version 8.7
 .target sm_90a
@@ -69,7 +72,7 @@ def test_topologies_are_hosts_of_gpus():
     assert GpuTopology.parse("h100:8") == GpuTopology("h100", 1, 8)
     assert GpuTopology.parse("2x h100:8") == GpuTopology("h100", 2, 8)
     for wrong in ("h100", "h100:0", "h99:8", "v5p:2x2", "2 h100:8", "0x h100:8", "h100:2x2"):
-        with pytest.raises(UserError, match=r"expected e\.g\. h100:8"):
+        with pytest.raises(UserError, match=r"h100:8 or .2x h100:8."):
             GpuTopology.parse(wrong)
 
 
@@ -93,3 +96,42 @@ def test_a_matrix_product_uses_tensor_cores_on_every_gpu(name):
     made = compile_for_gpus(lambda a, b: jax.nn.silu(a @ b), x, x, topology=f"{name}:1")
     (kernel,) = [kernel for kernel in made.kernels if kernel.tensor_core]
     assert not kernel.spills and "bf16" in next(iter(kernel.mma))
+
+
+def test_between_hosts_only_gradients_travel():
+    mesh = accelerator_run("medium", "pretrain", "2x h100:4").mesh
+    assert (mesh.data, mesh.fsdp) == (2, 4)
+    assert accelerator_run("medium", "pretrain", "h100:1").compute.dtype == "bfloat16"
+
+
+@pytest.mark.aot_gpu
+@pytest.mark.parametrize("topology", ["h100:8", "2x a100:4"])
+def test_a_training_step_on_gpus(topology, capsys):
+    assert main(["compile", "--topology", topology, *TINY]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["chips"] == 8 and report["fits"] and 0 < report["mfu"] < report["mfu_full"] < 1
+    assert report["collectives"].keys() >= {"all-gather", "all-reduce"}
+    assert ("network" in report["links"]) == topology.startswith("2x")
+    counted = (report["cost"]["flops"] + report["attention_flops"]) * 8
+    assert report["model_flops"] < counted < 2 * report["model_flops"]
+    assert sum(report["parts"].values()) == pytest.approx(report["seconds"])
+    assert any(kernel["mma"] for kernel in report["kernels"])
+    assert (report["xla_seconds"] is None) == ("a100" in topology)
+
+
+@pytest.mark.aot_gpu
+@pytest.mark.parametrize("task", ["contrastive", "classify", "embed", "prefill", "decode"])
+def test_every_task_on_a_gpu(task, capsys):
+    assert main(["compile", "--topology", "h100:1", "--task", task, "global_batch=8", *TINY]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["task"] == task and report["cost"]["flops"] > 0 and report["seconds"] > 0
+    assert not report["collectives"]
+    if task == "contrastive":
+        assert any("kernel" in kernel["name"] for kernel in report["kernels"])
+
+
+@pytest.mark.aot_gpu
+def test_what_does_not_fit_a_gpu_exits_with_1(capsys):
+    large = ["global_batch=4096", "seq_len=2048", "remat=none", "grad_accumulation=1"]
+    assert main(["compile", "--topology", "l4:1", *TINY, *large]) == 1
+    assert json.loads(capsys.readouterr().out)["fits"] is False
