@@ -126,8 +126,8 @@ def test_there_are_no_import_cycles():
         name: {
             target
             for imported in top_level_imports(path)
-            for target in (imported, imported.rpartition(".")[0])
-            if target in names and target != name
+            for target in with_packages(imported)
+            if target in names and not within(name, target)
         }
         for name, path in names.items()
     }
@@ -142,6 +142,12 @@ def test_there_are_no_import_cycles():
 
     for name in graph:
         visit(name, ())
+
+
+def with_packages(imported: str) -> list[str]:
+    """A name and the packages that it lies in, which are imported before it."""
+    parts = imported.split(".")
+    return [".".join(parts[: i + 1]) for i in range(len(parts))]
 
 
 def top_level_imports(path: Path) -> set[str]:

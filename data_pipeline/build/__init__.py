@@ -36,7 +36,6 @@ from data_pipeline.metadata import LabelTable, find_tables, read_labels
 from data_pipeline.midi import reading_name
 from data_pipeline.shards import FILES, FORMAT_VERSION, MANIFEST, REJECTED, load_manifest
 from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.workers import RUNNERS
 
 IDENTITY_VERSION = 1
 """Of what a build makes of its inputs; one more when the same inputs give another corpus."""
@@ -115,6 +114,8 @@ def build(
             `out_dir` lies in the source or holds a corpus of other files, labels or settings, and
             `overwrite` was not said.
     """
+    from data_pipeline.workers import RUNNERS  # which imports parts of this package
+
     _check_arguments(val_fraction, dedup, max_per_composition, shards, runner, workers)
     source, out = Path(midi_dir), Path(out_dir)
     refuse_inside(out, source, "the folder of your MIDI files")
@@ -293,6 +294,8 @@ def _check_arguments(
     runner: str,
     workers: int | None,
 ) -> None:
+    from data_pipeline.workers import RUNNERS
+
     problems = []
     if not 0 <= val_fraction < 1:
         problems.append(f"val_fraction is {val_fraction}, must be at least 0 and below 1")
