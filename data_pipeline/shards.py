@@ -9,6 +9,7 @@ Pieces of a split are numbered through its shards in order; the index is in the 
 lengths and labels of a million pieces are known without reading one record.
 """
 
+import heapq
 import io
 import json
 import os
@@ -35,6 +36,8 @@ FILES = "files.jsonl"
 """[path, sha256] of every file that a corpus was made of, rejected ones too."""
 READING_BEFORE = "aria-utils"
 """How MIDI files were read for corpora and models that do not say it."""
+
+_META = ("path", "sha256", "duration_ms", "n_notes", "labels", "repaired")
 
 # What the bytes of a damaged zip file can raise: its fields say anything then, sizes too.
 _DAMAGE = (
@@ -170,6 +173,41 @@ def write_index(path: Path, shards: Sequence[IndexWriter]) -> None:
         np.savez(file, allow_pickle=False, **arrays)
         file.flush()
         os.fsync(file.fileno())
+
+
+class SplitWriter:
+    """The shards of one split; each piece goes to the shard with the fewest tokens so far."""
+
+    def __init__(self, split: str, n_shards: int, work: Path):
+        self._path = work / index_name(split)
+        self._shards = [ShardWriter(work / shard_name(split, i, n_shards)) for i in range(n_shards)]
+        self._indexes = [IndexWriter() for _ in self._shards]
+        self._load = [(0, i) for i in range(n_shards)]
+        self._n_notes = self._duration_ms = self._n_repaired = 0
+
+    def write(self, ids: np.ndarray, summary: dict[str, Any]) -> None:
+        """Adds a piece: ids uint16 [L], and what the merge knows of it."""
+        load, shard = heapq.heappop(self._load)
+        heapq.heappush(self._load, (load + len(ids), shard))
+        meta = {key: summary[key] for key in _META if key in summary}
+        self._shards[shard].write(ids, meta)
+        self._indexes[shard].add(len(ids), meta["n_notes"], meta["duration_ms"], meta["labels"])
+        self._n_notes += meta["n_notes"]
+        self._duration_ms += meta["duration_ms"]
+        self._n_repaired += "repaired" in meta
+
+    def close(self) -> dict[str, Any]:
+        """Writes the index; returns the split's entry of the manifest."""
+        shards = [shard.close() for shard in self._shards]
+        write_index(self._path, self._indexes)
+        return {
+            "n_pieces": sum(shard["n_pieces"] for shard in shards),
+            "n_tokens": sum(shard["n_tokens"] for shard in shards),
+            "n_notes": self._n_notes,
+            "duration_ms": self._duration_ms,
+            "n_repaired": self._n_repaired,
+            "shards": shards,
+        }
 
 
 def load_manifest(data_dir: str | Path) -> dict[str, Any]:
@@ -311,6 +349,16 @@ class TokenShards:
             return np.full(len(self), -1, dtype=np.int32), ()
         values = tuple(json.loads(self._index[f"values:{label}"].tobytes()))
         return self._index[f"label:{label}"], values
+
+
+def occurring_ids(data_dir: str | Path, vocab_size: int) -> np.ndarray:
+    """Which token ids the pieces of all splits hold, bool [V]; reads every record."""
+    found = np.zeros(vocab_size, bool)
+    for split in load_manifest(data_dir)["splits"]:
+        pieces = TokenShards(data_dir, split)
+        for i in range(len(pieces)):
+            found[pieces[i].ids] = True
+    return found
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

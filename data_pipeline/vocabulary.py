@@ -1,11 +1,17 @@
-"""What the tokens of Aria's vocabulary are made of: instruments, labels, and quantised times.
+"""What the tokens of Aria's vocabulary are made of: instruments, labels, and quantised times; and
+parts of a vocabulary, as ranges of ids.
 
 Reference: ariautils config.json ("abs") and tokenizer/absolute.py.
 """
 
+from collections.abc import Iterable
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from data_pipeline.tokenizer import Tokenizer
 
 SEGMENT_MS = 5000
 STEP_MS = 10
@@ -43,6 +49,40 @@ class Kind(IntEnum):
     DUR = 5
     ONSET = 6
     PEDAL = 7
+
+
+def ids_in(ranges: Iterable[str]) -> list[int]:
+    """The ids of ranges such as ("0-5", "17"); none where one cannot be read."""
+    ids: list[int] = []
+    for text in ranges:
+        first, _, last = text.partition("-")
+        if not first.isdecimal() or not (last or first).isdecimal():
+            return []
+        ids += range(int(first), int(last or first) + 1)
+    return ids
+
+
+def ranges_of(ids: np.ndarray) -> tuple[str, ...]:
+    """Ascending ids as ranges; the inverse of `ids_in`."""
+    runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
+    return tuple(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
+
+
+def reachable_ids(occurring: np.ndarray, tokenizer: "Tokenizer") -> np.ndarray:
+    """Ids that a corpus can hold, however it is augmented; ascending int64.
+
+    Those that occur, special tokens, every sounding note of the instruments that occur, and every
+    onset and duration.
+
+    Args:
+        occurring: bool [V], the ids in the corpus as it is.
+    """
+    kind, instrument = tokenizer.kind, tokenizer.instrument
+    played = np.unique(instrument[occurring & np.isin(kind, (Kind.NOTE, Kind.DRUM))])
+    notes = np.isin(kind, (Kind.NOTE, Kind.DRUM)) & np.isin(instrument, played)
+    notes &= tokenizer.velocity != 0
+    always = np.isin(kind, (Kind.SPECIAL, Kind.TIME, Kind.ONSET, Kind.DUR))
+    return np.flatnonzero(occurring | notes | always)
 
 
 def nearest(n_values: int, limit: int, step: int) -> np.ndarray:

@@ -40,6 +40,8 @@ and compared:
   --dedup exact   one piece for each content, whatever its ticks, tempo map, tracks and text
   --dedup near    and one for each performance, however transposed, stretched, trimmed, re-exported;
                   takes 400 bytes of memory a file
+  --exclude OTHER   leave out what is a duplicate, by the same comparison, of a file of OTHER: an
+                  evaluation set, say; rejected.jsonl names both
   --max-per-composition N   the N performances of a composition whose content hash is smallest
 Aria-MIDI's "pruned" subset was made like --filters light --max-per-composition 10, its "deduped"
 subset like --filters heavy --max-per-composition 1.
@@ -112,6 +114,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resolve-overlaps", action="store_true", help="end a note where its pitch begins again"
     )
     build.add_argument("--dedup", default="exact", help="exact, near or none (exact)")
+    build.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="OTHER",
+        help="leave out duplicates of another folder's or archive's files (may be repeated)",
+    )
     build.add_argument("--max-per-composition", type=int, metavar="N", help="performances kept")
     build.add_argument("--shards", type=int, help="shards a split (default: by size)")
     build.add_argument("--runner", default="local", help="local or ray (local)")
@@ -196,6 +205,7 @@ def _build(args: argparse.Namespace) -> None:
                 resolve_overlaps=args.resolve_overlaps,
             ),
             dedup=args.dedup,
+            exclude=args.exclude,
             max_per_composition=args.max_per_composition,
             shards=args.shards,
             runner=args.runner,

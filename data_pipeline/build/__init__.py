@@ -8,8 +8,9 @@ again after a kill, it goes on with the units that are missing and ends with the
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from data_pipeline.artifact import (
     write_atomically,
 )
 from data_pipeline.build.journal import Journal, Listing, disk_errors_explained
-from data_pipeline.build.merge import DEDUP, MergeSettings, merge_units
+from data_pipeline.build.merge import DEDUP, Excluded, MergeSettings, merge_units
 from data_pipeline.build.sources import has_inner_tables, readable_root
 from data_pipeline.build.unit_worker import Job, Limits
 from data_pipeline.cleaning import Cleaning
@@ -84,6 +85,7 @@ def build(
     repair: bool = False,
     cleaning: Cleaning | None = None,
     dedup: str = "exact",
+    exclude: Sequence[str | Path] = (),
     max_per_composition: int | None = None,
     shards: int | None = None,
     runner: str = "local",
@@ -106,6 +108,8 @@ def build(
         repair: of files that are cut in a track, take what is whole before the break.
         cleaning: what to take out of every performance first; None for nothing.
         dedup: "exact", "near" or "none"; see `MergeSettings`.
+        exclude: further sources, such as evaluation sets: what is a duplicate of one of their
+            files, as `dedup` finds them, is left out. Their own files are not taken.
         val_fraction: share of the compositions kept for validation, in [0, 1).
         progress: called with (files done, files in all).
 
@@ -117,6 +121,9 @@ def build(
     from data_pipeline.workers import RUNNERS  # which imports parts of this package
 
     _check_arguments(val_fraction, dedup, max_per_composition, shards, runner, workers)
+    if exclude and dedup == "none":
+        raise UserError("cannot build: exclude compares as dedup says, which is none")
+    others = [Path(other) for other in exclude]
     source, out = Path(midi_dir), Path(out_dir)
     refuse_inside(out, source, "the folder of your MIDI files")
     refuse_occupied(out, "a corpus")
@@ -137,26 +144,36 @@ def build(
         labels = read_labels(source, find_tables(source, metadata), column)
     journal = Journal(out)
     with new_folder(out), disk_errors_explained(out), journal.locked():
-        listing = journal.list_asked(source, lambda n: progress(0, n) if progress else None)
+        listing, excluded = journal.list_asked(
+            source, lambda n: progress(0, n) if progress else None, others
+        )
         if inner:
             labels = read_labels(source, find_tables(listing.tables), column)
-        asked = Identity(
-            "a corpus", IDENTITY_VERSION, {"files": rows_digest(listing.digests()),
-            "labels": _labels_digest(listing, labels)}, settings,
-        )  # fmt: skip
+        inputs = {
+            "files": rows_digest(listing.digests()),
+            "labels": _labels_digest(listing, labels),
+        }
+        if excluded:
+            inputs["exclude"] = rows_digest(sha for one in excluded for _, sha in one.digests())
+        asked = Identity("a corpus", IDENTITY_VERSION, inputs, settings)
         unfinished = _prepare(journal, listing, out, asked, overwrite)
         if unfinished:
             work = _Work(journal, progress)
-            RUNNERS[runner](
-                work.missing_jobs(readable_root(source, journal.listing.spool), labels),
-                work.store,
-                work.progress,
-                workers=workers or os.cpu_count() or 1,
-                settings=unit_settings,
-                limits=limits or Limits(),
+            run = partial(
+                RUNNERS[runner], workers=workers or os.cpu_count() or 1, limits=limits or Limits()
             )
+            if others:
+                # Whatever the filters think of an evaluation set's file, it is one.
+                run(
+                    work.missing_excluded(others),
+                    work.store_excluded,
+                    work.progress_excluded,
+                    settings={**unit_settings, "filters": {}},
+                )
+            root = readable_root(source, journal.listing.spool)
+            run(work.missing_jobs(root, labels), work.store, work.progress, settings=unit_settings)
             warnings = labels.warnings(entry.path for entry in journal.listing.entries())
-            _finish(journal, out, how, asked, warnings)
+            _finish(journal, out, how, asked, warnings, others)
     return _summary(out, load_manifest(out), not unfinished)
 
 
@@ -209,11 +226,23 @@ def _files_of(out: Path) -> Iterator[tuple[str, str | None]]:
 
 
 def _finish(
-    journal: Journal, out: Path, how: MergeSettings, identity: Identity, warnings: list[str]
+    journal: Journal,
+    out: Path,
+    how: MergeSettings,
+    identity: Identity,
+    warnings: list[str],
+    others: Sequence[Path],
 ) -> None:
     """Makes the corpus of the finished units; its manifest, written last, says that it is whole."""
     units = [journal.unit_path(number) for number, _ in journal.units()]
-    counts = merge_units(units, journal.final, out, how)
+    excluded = None
+    if others:
+        numbers = [(number, source) for number, source, _ in journal.excluded_units()]
+        excluded = Excluded(
+            [journal.unit_path(number, "exclude") for number, _ in numbers],
+            [others[source].name for _, source in numbers],
+        )
+    counts = merge_units(units, journal.final, out, how, excluded)
     if not counts["n_accepted"]:
         _refuse_empty(journal, out, counts)
     with atomic(out / FILES, beside=journal.folder) as partial, partial.open("w") as file:
@@ -261,6 +290,10 @@ class _Work:
             for number, size in enumerate(self._sizes)
             if journal.unit_path(number).is_file()
         }
+        self._n_files += sum(len(entries) for *_, entries in journal.excluded_units())
+        for number, _, entries in journal.excluded_units():
+            if journal.unit_path(number, "exclude").is_file():
+                self._done[-1 - number] = len(entries)
         self._total = sum(self._done.values())
         self._lock = threading.Lock()
         if progress is not None:
@@ -270,6 +303,22 @@ class _Work:
         for number, entries in self._journal.units():
             if number not in self._done:
                 yield Job(number, root, entries, [labels.labels_for(e.path) for e in entries])
+
+    def missing_excluded(self, sources: Sequence[Path]) -> Iterator[Job]:
+        """Of the files that are only compared with."""
+        listings = self._journal.excluded
+        for number, source, entries in self._journal.excluded_units():
+            if -1 - number not in self._done:
+                root = readable_root(sources[source], listings[source].spool)
+                yield Job(number, root, entries, [{}] * len(entries))
+
+    def store_excluded(self, number: int, results: bytes) -> None:
+        """As `store`; the ids are not needed again."""
+        write_atomically(self._journal.unit_path(number, "exclude"), results)
+
+    def progress_excluded(self, number: int, n_done: int) -> None:
+        """As `progress`: these units are numbered from -1 down."""
+        self.progress(-1 - number, n_done)
 
     def store(self, number: int, results: bytes) -> None:
         write_atomically(self._journal.unit_path(number), results)

@@ -4,7 +4,9 @@
     OUT/.build/source/         the source as this start found it: listing.jsonl with the sha256 of
                                every file, the label tables and, unpacked, the bytes of an archive
     OUT/.build/asked/          the same, before it is known whether the build goes on
+                               (source/exclude-0/ …: likewise of what is kept out)
     OUT/.build/unit-000012     results of one run of files, written once, complete
+    OUT/.build/exclude-000012  likewise of files that are only compared with
     OUT/.build/final/          shards being written
 
 Every file appears complete or not at all.
@@ -15,7 +17,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
@@ -87,15 +89,25 @@ class Journal:
                 self.folder.rmdir()
             os.close(handle)
 
-    def list_asked(self, source: Path, progress: Callable[[int], None]) -> "Listing":
-        """Lists the source as it is now, with the sha256 of each file; see `accept`.
+    def list_asked(
+        self, source: Path, progress: Callable[[int], None], exclude: Sequence[Path] = ()
+    ) -> tuple["Listing", list["Listing"]]:
+        """Lists the sources as they are now, with the sha256 of each file; see `accept`.
 
         Args:
             progress: called with the number of files so far.
+            exclude: sources that are only compared with.
         """
         shutil.rmtree(self._asked, ignore_errors=True)
         self._asked.mkdir()
-        listing = Listing(self._asked)
+        excluded = [
+            self._list(Listing(self._asked / f"exclude-{i}"), other, progress)
+            for i, other in enumerate(exclude)
+        ]
+        return self._list(Listing(self._asked), source, progress), excluded
+
+    def _list(self, listing: "Listing", source: Path, progress: Callable[[int], None]) -> "Listing":
+        listing.path.parent.mkdir(exist_ok=True)
         entries = list_source(source, listing.spool, listing.tables)
         first = next(entries, None)  # from here on the bytes of an archive are there to be read
         if first is None:
@@ -144,13 +156,27 @@ class Journal:
         shutil.rmtree(self._source, ignore_errors=True)
         self._asked.rename(self._source)
 
+    @property
+    def excluded(self) -> list["Listing"]:
+        """The sources that the begun build is compared with."""
+        folders = sorted(self._source.glob("exclude-*"), key=lambda p: int(p.name.split("-")[1]))
+        return [Listing(folder) for folder in folders]
+
     def units(self) -> Iterator[tuple[int, list[Entry]]]:
         """Work units: (number, files)."""
         yield from enumerate(batched_entries(self.listing.entries()))
 
-    def unit_path(self, number: int) -> Path:
-        """Where the results of a unit are kept."""
-        return self.folder / f"unit-{number:06d}"
+    def excluded_units(self) -> Iterator[tuple[int, int, list[Entry]]]:
+        """Work units of all excluded sources: (number, position of the source, files)."""
+        number = 0
+        for source, listing in enumerate(self.excluded):
+            for entries in batched_entries(listing.entries()):
+                yield number, source, entries
+                number += 1
+
+    def unit_path(self, number: int, kind: str = "unit") -> Path:
+        """Where the results of a unit are kept; `kind` "exclude" for one of `excluded_units`."""
+        return self.folder / f"{kind}-{number:06d}"
 
     def remove(self) -> None:
         """Removes the journal of a finished build, its identity first."""

@@ -5,7 +5,6 @@ near-duplicates are looked for. Nothing depends on how the files were divided in
 """
 
 import hashlib
-import heapq
 import json
 import os
 import re
@@ -24,19 +23,15 @@ from data_pipeline.build.journal import read_summaries, read_unit, rejection
 from data_pipeline.shards import (
     REJECTED,
     SPLITS,
-    IndexWriter,
-    ShardWriter,
-    index_name,
-    shard_name,
-    write_index,
+    SplitWriter,
 )
 
 _MADE_BY_MERGE = re.compile(r"[a-z]+-\d{5}-of-\d{5}\.arrayrecord|[a-z]+-index\.npz")
-_META = ("path", "sha256", "duration_ms", "n_notes", "labels", "repaired")
 DEDUP = ("exact", "near", "none")
 TOKENS_PER_SHARD = 64 << 20
-_KEPT, _EXACT, _NEAR, _CAPPED = range(4)
-_REASONS = {_EXACT: "exact-duplicate", _NEAR: "near-duplicate", _CAPPED: "composition-cap"}
+_KEPT, _EXACT, _NEAR, _CAPPED, _EXCLUDED = range(5)
+_REASONS = {_EXACT: "exact-duplicate", _NEAR: "near-duplicate", _CAPPED: "composition-cap",
+            _EXCLUDED: "excluded"}  # fmt: skip
 _NO_GROUP = -1
 _SAID = {name: i for i, name in enumerate(SPLITS)}
 _VAL, _TEST, _UNSAID = _SAID["val"], _SAID["test"], -1
@@ -62,6 +57,19 @@ class MergeSettings:
     max_per_composition: int | None
     shards: int | None
     split_column: str | None = None
+
+
+@dataclass(frozen=True)
+class Excluded:
+    """Finished units of files that are only compared with: what is like one of them is left out.
+
+    Attributes:
+        units: their results.
+        names: the source of each unit, as rejected.jsonl names it.
+    """
+
+    units: Sequence[Path] = ()
+    names: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -106,10 +114,14 @@ class Plan:
         return max(1, min(wanted, self.n_pieces[split]))
 
 
-def make_plan(units: Sequence[Path], settings: MergeSettings) -> Plan:
+def make_plan(
+    units: Sequence[Path], settings: MergeSettings, excluded: Excluded | None = None
+) -> Plan:
     """Reads the units' summaries and decides."""
     pieces = _read(units, with_fingerprints=settings.dedup == "near")
     fate, representative = _without_duplicates(pieces, settings.dedup)
+    like = {} if excluded is None else _like_excluded(pieces, excluded, settings.dedup)
+    fate[list(like)] = _EXCLUDED
     if settings.max_per_composition is not None:
         kept = np.flatnonzero(fate == _KEPT)
         groups = np.where(
@@ -129,7 +141,7 @@ def make_plan(units: Sequence[Path], settings: MergeSettings) -> Plan:
         n_pieces={split: int(mask.sum()) for split, mask in here.items()},
         n_tokens={split: int(pieces.n_tokens[mask].sum()) for split, mask in here.items()},
         _fate=fate,
-        _same_as=_paths_of(units, fate, representative),
+        _same_as={**_paths_of(units, fate, representative), **like},
     )
 
 
@@ -280,6 +292,30 @@ def _without_duplicates(pieces: _Pieces, how: str) -> tuple[np.ndarray, np.ndarr
     return fate, representative
 
 
+def _like_excluded(pieces: _Pieces, excluded: Excluded, how: str) -> dict[int, str]:
+    """Of each piece that is a duplicate of an excluded one, directly or through others, the name of
+    that one.
+    """
+    others = _read(excluded.units, with_fingerprints=how == "near")
+    content = np.concatenate([pieces.content, others.content])
+    if pieces.fingerprints is not None and others.fingerprints is not None:
+        fingerprints = np.concatenate([pieces.fingerprints, others.fingerprints])
+        n_notes = np.concatenate([pieces.n_notes, others.n_notes])
+        group = dedup.near_duplicates(fingerprints, n_notes, content)
+    else:
+        group = np.unique(content, return_inverse=True)[1]
+    n = len(pieces.content)
+    found, first = np.unique(group[n:], return_index=True)
+    hit = np.flatnonzero(np.isin(group[:n], found))
+    of_hit = first[np.searchsorted(found, group[hit])]
+    names = [
+        f"{name}/{summary['path']}"
+        for unit, name in zip(excluded.units, excluded.names, strict=True)
+        for summary in _accepted([unit])
+    ]
+    return {int(piece): names[other] for piece, other in zip(hit, of_hit, strict=True)}
+
+
 def _paths_of(
     units: Sequence[Path], fate: np.ndarray, representative: np.ndarray
 ) -> dict[int, str]:
@@ -296,17 +332,21 @@ def _paths_of(
 
 
 def merge_units(
-    units: Sequence[Path], work: Path, out_dir: Path, settings: MergeSettings
+    units: Sequence[Path],
+    work: Path,
+    out_dir: Path,
+    settings: MergeSettings,
+    excluded: Excluded | None = None,
 ) -> dict[str, Any]:
     """Writes shards, indexes and rejected.jsonl of finished units to `out_dir`.
 
     Returns the manifest's counts ("splits", "rejected", the totals) and warnings. May be repeated
     after a kill: everything is made in `work` first.
     """
-    plan = make_plan(units, settings)
+    plan = make_plan(units, settings, excluded)
     work.mkdir(exist_ok=True)
     writers = {
-        split: _SplitWriter(split, plan.n_shards(split, settings.shards), work)
+        split: SplitWriter(split, plan.n_shards(split, settings.shards), work)
         for split in plan.splits
     }
     rejected: Counter[str] = Counter()
@@ -344,36 +384,3 @@ def merge_units(
         "warnings": plan.warnings,
         "rejected": dict(sorted(rejected.items())),
     }
-
-
-class _SplitWriter:
-    """The shards of one split; each piece goes to the shard with the fewest tokens so far."""
-
-    def __init__(self, split: str, n_shards: int, work: Path):
-        self._path = work / index_name(split)
-        self._shards = [ShardWriter(work / shard_name(split, i, n_shards)) for i in range(n_shards)]
-        self._indexes = [IndexWriter() for _ in self._shards]
-        self._load = [(0, i) for i in range(n_shards)]
-        self._n_notes = self._duration_ms = self._n_repaired = 0
-
-    def write(self, ids: np.ndarray, summary: dict[str, Any]) -> None:
-        load, shard = heapq.heappop(self._load)
-        heapq.heappush(self._load, (load + len(ids), shard))
-        meta = {key: summary[key] for key in _META if key in summary}
-        self._shards[shard].write(ids, meta)
-        self._indexes[shard].add(len(ids), meta["n_notes"], meta["duration_ms"], meta["labels"])
-        self._n_notes += meta["n_notes"]
-        self._duration_ms += meta["duration_ms"]
-        self._n_repaired += "repaired" in meta
-
-    def close(self) -> dict[str, Any]:
-        shards = [shard.close() for shard in self._shards]
-        write_index(self._path, self._indexes)
-        return {
-            "n_pieces": sum(shard["n_pieces"] for shard in shards),
-            "n_tokens": sum(shard["n_tokens"] for shard in shards),
-            "n_notes": self._n_notes,
-            "duration_ms": self._duration_ms,
-            "n_repaired": self._n_repaired,
-            "shards": shards,
-        }

@@ -331,3 +331,39 @@ def test_nothing_of_the_development_data_is_lost(real_midi, tmp_path, filters):
     lost = {} if filters == "none" else {"misc/basic.mid": "unique_pitch_count"}
     assert {path: why[0] for path, why in rejected(tmp_path / "data").items()} == lost
     assert summary.n_files == sum(1 for _ in real_midi.rglob("*.mid"))
+
+
+@pytest.mark.parametrize("dedup", ["exact", "near"])
+def test_what_is_like_an_excluded_file_is_left_out(copies, tmp_path, dedup, monkeypatch):
+    """Also where the excluded file is the shorter one, or one of several units."""
+    monkeypatch.setattr("data_pipeline.building.journal.UNIT_FILES", 2)
+    other, empty = tmp_path / "eval", tmp_path / "other.tar"
+    other.mkdir()
+    source = "a-cut" if dedup == "near" else "zz-same"
+    shutil.copy(copies / f"{source}.mid", other)
+    with tarfile.open(empty, "w") as archive:
+        archive.add(copies / "original-2.mid", "x/two.mid")
+    summary = build(
+        copies,
+        tmp_path / "data",
+        dedup=dedup,
+        exclude=[other, empty],
+        **ALL,
+    )
+    gone = rejected(tmp_path / "data")
+    group = {"original-0.mid", "zz-same.mid"}
+    group |= {"a-cut.mid", "transposed.mid"} if dedup == "near" else set()
+    assert {
+        path for path, why in gone.items() if why == ("excluded", f"eval/{source}.mid")
+    } == group
+    assert gone["original-2.mid"] == ("excluded", "other.tar/x/two.mid")
+    assert summary.n_files == 7 and set(gone) == group | {"original-2.mid"}
+    again = build(copies, tmp_path / "data", dedup=dedup, exclude=[other, empty], **ALL)
+    assert again.done_before
+    with pytest.raises(UserError, match="exclude"):
+        build(copies, tmp_path / "data", dedup=dedup, exclude=[other], **ALL)
+
+
+def test_nothing_can_be_excluded_without_a_comparison(copies, tmp_path):
+    with pytest.raises(UserError, match="compares as dedup says"):
+        build(copies, tmp_path / "data", dedup="none", exclude=[copies], **ALL)
