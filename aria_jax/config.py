@@ -15,12 +15,13 @@ from typing import Annotated, Any, Literal
 
 from data_pipeline.errors import UserError
 from data_pipeline.settings import AugmentConfig, Range, Setting, problems_of, settings_of
+from data_pipeline.vocabulary import ids_in
 
 SLICE_NOTES = 300
 """Notes of a slice when a whole file is embedded or classified (reference: aria/embedding.py)."""
 SLICE_TOKENS = 2048
 """Where a slice is truncated, and the longest that slices are trained with (same reference)."""
-
+CORPUS = ("corpus",)  # ModelConfig.vocabulary before the data was looked at
 Head = Literal["lm", "embedding", "class", "none"]
 Task = Literal["pretrain", "continue", "contrastive", "classify"]
 LoraTarget = Literal["qkv", "out", "gate", "up", "down", "head", "embedding"]
@@ -48,6 +49,9 @@ class ModelConfig:
     """Tokens of the longest context."""
     vocab_size: Annotated[int, Range(2, 65_536)] = 17_727
     """Token ids; the tokenizer of the data decides."""
+    vocabulary: tuple[str, ...] = ()
+    """Ids that have weights, as ranges such as 0-5; all unless given. "corpus" takes those that the
+    data can hold, however it is augmented; no other id has a probability."""
     head: Head = "lm"
     """What the network puts out: next-token logits, an embedding, class logits, or hidden states;
     the task decides."""
@@ -64,6 +68,11 @@ class ModelConfig:
     def d_head(self) -> int:
         """Width of one attention head."""
         return self.d_model // self.n_heads
+
+    @property
+    def n_rows(self) -> int:
+        """Ids that have weights: rows of the embedding, columns of the language head."""
+        return len(ids_in(self.vocabulary)) or self.vocab_size
 
 
 @dataclass(frozen=True)
@@ -260,6 +269,10 @@ class RunConfig:
         least, most = d.min_slice_notes, d.max_slice_notes
         if fine("data.min_slice_notes", "data.max_slice_notes") and least > most:
             yield f"data.min_slice_notes={least} must be at most data.max_slice_notes={most}"
+        if fine("model.vocabulary") and m.vocabulary not in ((), CORPUS):
+            ids = ids_in(m.vocabulary)
+            if not ids or ids != sorted(set(ids)) or ids[-1] >= m.vocab_size:
+                yield f"model.vocabulary={m.vocabulary} must be corpus or ranges such as 0-5,17"
         if m.head == "embedding" and m.emb_size is None:
             yield "model.head=embedding needs model.emb_size"
         if m.learned_temperature and m.head != "embedding":

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from aria_jax.config import (
+    CORPUS,
     SECTIONS,
     SETTINGS,
     SLICE_TOKENS,
@@ -45,6 +46,12 @@ MODELS: dict[str, ModelConfig] = {
     # `contrastive` on 1,400 real performances are in docs/results.md (10 composers: 67.6 %, above
     # handcrafted statistics by 19 points). `make demo` and the tests use smaller batches of it.
     "tiny": ModelConfig(d_model=128, n_heads=4, n_layers=4, max_seq_len=2048, emb_size=None),
+    # For a laptop and its owner's patience: what `aria_jax/released` holds. Trained on 6,015
+    # recordings of GiantMIDI (docs/mini.md has command, hardware, hours and loss). Only ids that
+    # solo piano can have get weights: 2,565 of 17,727, so that a file of it has 7 MB.
+    "mini": ModelConfig(
+        d_model=192, n_heads=6, n_layers=4, max_seq_len=1024, vocabulary=CORPUS, emb_size=None
+    ),
     # For one GPU or a patient CPU: the paper's shape at a tenth of the size.
     "small": ModelConfig(d_model=512, n_heads=8, n_layers=8, max_seq_len=4096),
     # The paper's model, 0.65B parameters (section 3; reference: config/models/medium.json), with
@@ -59,6 +66,12 @@ RECIPES: dict[tuple[str, Task], dict[str, Any]] = {
     ("tiny", "pretrain"): {
         "data": DataConfig(seq_len=512, global_batch=16),
         "optimizer": OptimizerConfig(peak_lr=2e-3, warmup_steps=50),
+    },
+    # May be stopped at any step N: resumed with steps=N/0.8, the rate falls over the last fifth.
+    ("mini", "pretrain"): {
+        "data": DataConfig(seq_len=1024, global_batch=8),
+        "optimizer": OptimizerConfig(peak_lr=1.5e-3, warmup_steps=50, schedule="wsd"),
+        "train": TrainConfig(steps=10_000, eval_every=100, eval_batches=8),
     },
     ("tiny", "contrastive"): {
         "data": DataConfig(seq_len=384, global_batch=32, min_slice_notes=100, max_slice_notes=127),

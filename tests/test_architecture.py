@@ -22,7 +22,11 @@ COMMON = {
 ALLOWED = {
     "data_pipeline": set(),
     "launch": {"data_pipeline", "aria_jax"},
-    "aria_jax.config": {"data_pipeline.errors", "data_pipeline.settings"},
+    "aria_jax.config": {
+        "data_pipeline.errors",
+        "data_pipeline.settings",
+        "data_pipeline.vocabulary",
+    },
     # What `import aria_jax` offers: on top of everything but the command line.
     "aria_jax.api": COMMON
     | {f"aria_jax.{room}" for room in ("checkpoints", "train", "generate", "embed")},

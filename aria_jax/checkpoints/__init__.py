@@ -8,16 +8,41 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.artifact import file_digest, json_digest, rows_digest
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, did_you_mean
 
 DIRECTORY = "checkpoints"
 """Of a workdir: one folder per step, named by its number."""
 
 
-def check_workdir(path: str | Path) -> None:
-    """Raises `UserError` for a path that has no checkpoints."""
-    if not (Path(path) / DIRECTORY).is_dir():
-        raise UserError(f"{path}: no checkpoint here (expected the --workdir of a training run)")
+RELEASED = Path(__file__).parents[1] / "released"
+"""Weights that come with the package, NAME.safetensors, each with its card NAME.md."""
+
+
+def released_names() -> list[str]:
+    """Names that stand for released weights wherever a checkpoint is asked for."""
+    return sorted(path.stem for path in RELEASED.glob("*.safetensors"))
+
+
+def model_path(source: str | Path) -> Path:
+    """`source` itself, or the file of the released weights of that name where no such path is."""
+    path = Path(source)
+    if str(source) in released_names() and not path.exists():
+        return RELEASED / f"{source}.safetensors"
+    return path
+
+
+def check_model(source: str | Path) -> None:
+    """Raises `UserError` for what is no workdir with checkpoints, safetensors or released name."""
+    path = model_path(source)
+    if path.suffix == ".safetensors" and path.is_file():
+        return
+    if not (path / DIRECTORY).is_dir():
+        names = released_names()
+        hint = did_you_mean(str(source), names) if not path.exists() else ""
+        raise UserError(
+            f"{source}: no checkpoint here (expected the --workdir of a training run, a "
+            f".safetensors file, or {' or '.join(names)}){hint}"
+        )
 
 
 def newest_step(workdir: str | Path) -> Path | None:
@@ -43,7 +68,7 @@ def model_digest(source: str | Path) -> str:
     Of a checkpoint the record is read and every file is named with its size: Orbax names files of
     arrays at random, so that no two writes have the same. Any other name stands for itself.
     """
-    path = Path(source)
+    path = model_path(source)
     if path.is_file():
         return file_digest(path)
     step = newest_step(path)

@@ -12,11 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aria_jax.checkpoints import check_workdir
+from aria_jax.checkpoints import check_model, model_path
 from aria_jax.checkpoints.manager import Checkpointer
-from aria_jax.checkpoints.safetensors import import_model
+from aria_jax.checkpoints.safetensors import import_model, read_about
 from aria_jax.config import ComputeConfig, ModelConfig, from_dict, to_dict
-from aria_jax.models.heads import Model, abstract_model, parameter_specs, split_model
+from aria_jax.models.heads import (
+    Model,
+    abstract_model,
+    parameter_specs,
+    split_model,
+    with_vocabulary,
+)
 from aria_jax.models.lora import Lora, LoraTraining
 from aria_jax.models.parameters import Parameters, Specs, abstract_parameters, parameter_shardings
 from aria_jax.sharding import replicated
@@ -24,6 +30,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.midi import STANDARD
 from data_pipeline.shards import READING_BEFORE
 from data_pipeline.tokenizer import Tokenizer
+
+PRESETS = ("aria", "pedal")
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,10 @@ class LoadedModel:
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of config, step and a sample of each weight: tells two models apart."""
-        digest = hashlib.sha256(json.dumps([to_dict(self.config), self.step]).encode())
+        config = to_dict(self.config)
+        if not config["vocabulary"]:  # as before there was such a setting
+            del config["vocabulary"]
+        digest = hashlib.sha256(json.dumps([config, self.step]).encode())
         for leaf in jax.tree.leaves(split_model(self.model)[1]):
             digest.update(np.asarray(leaf.reshape(-1)[:1024]).tobytes())
         return digest.hexdigest()[:16]
@@ -97,7 +108,8 @@ def load_model(
     compute: ComputeConfig | None = None,
     base: str | Path | None = None,
 ) -> LoadedModel:
-    """The newest intact model of a run or of `save_model`, on one device or cut over a mesh.
+    """The newest intact model of a run or of `save_model`, on one device or cut over a mesh; or
+    that of a .safetensors file or of released weights ("mini", "mini-embedding").
 
     A run that keeps a moving average of its weights gives that average; one that trained adapters
     gives them merged into the weights they belong to. The weights of the lowest validation loss
@@ -111,6 +123,8 @@ def load_model(
         UserError: no checkpoint there, or one that another version wrote, or adapters without
             their base.
     """
+    if model_path(path).suffix == ".safetensors":
+        return _from_safetensors(path, mesh, dtype, compute)
     checkpointer = _opened(Path(path))
 
     def read(step: int) -> LoadedModel:
@@ -131,7 +145,7 @@ def load_model(
         else:
             read_base = partial(read_model, mesh=mesh, dtype=dtype)
             restored = merged_with_base(
-                saved, specs, restore=restore, read_base=read_base, mesh=mesh, base=base
+                saved, config, restore=restore, read_base=read_base, mesh=mesh, base=base
             )
         pooling = record.get("config", {}).get("train", {}).get("pooling", "eos")
         reading = record.get("reading", READING_BEFORE)
@@ -152,6 +166,48 @@ def load_model(
         return checkpointer.newest(read)[1]
     finally:
         checkpointer.close()
+
+
+def _from_safetensors(
+    source: str | Path,
+    mesh: jax.sharding.Mesh | None,
+    dtype: jax.typing.DTypeLike | None,
+    compute: ComputeConfig | None,
+) -> LoadedModel:
+    path = model_path(source)
+    model = import_model(path, compute=compute)
+    about = read_about(path)
+    merge, params = split_model(model)
+    if dtype is not None:
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    if mesh is not None:
+        params = jax.device_put(params, parameter_shardings(parameter_specs(model.config), mesh))
+    return LoadedModel(
+        model=merge(params),
+        config=model.config,
+        tokenizer=about.get("tokenizer") or preset_of(str(source), model.config.vocab_size),
+        step=about.get("step", 0),
+        path=str(source),
+        pooling=about.get("pooling", "eos"),
+        reading=about.get("reading", STANDARD),
+    )
+
+
+def preset_of(source: str, vocab_size: int, asked: str | None = None) -> str:
+    """The tokenizer preset of a model with so many tokens.
+
+    Raises:
+        UserError: none has, or not the one that was asked for.
+    """
+    sizes = {name: Tokenizer.preset(name).vocab_size for name in ([asked] if asked else PRESETS)}
+    for name, size in sizes.items():
+        if size == vocab_size:
+            return name
+    known = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    raise UserError(
+        f"{source} has {vocab_size} tokens, but tokenizer {known}"
+        + ("; choose another with --tokenizer" if asked else ": it was trained with another one")
+    )
 
 
 def load_adapters(path: str | Path) -> Lora:
@@ -184,7 +240,7 @@ def load_adapters(path: str | Path) -> Lora:
 
 def _opened(path: Path) -> Checkpointer:
     """The checkpoints of a workdir that has some."""
-    check_workdir(path)
+    check_model(path)
     checkpointer = Checkpointer(path, read_only=True)
     if not checkpointer.steps():
         checkpointer.close()
@@ -198,15 +254,15 @@ def read_model(
     mesh: jax.sharding.Mesh | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Model:
-    """The model of a run, of `save_model`, or of a published .safetensors file."""
-    if Path(path).suffix == ".safetensors":
-        return import_model(path)
+    """The model of a run, of `save_model`, of a .safetensors file, or a released one."""
+    if (file := model_path(path)).suffix == ".safetensors":
+        return import_model(file)
     return load_model(path, mesh=mesh, dtype=dtype).model
 
 
 def merged_with_base(
     saved: dict[str, Any],
-    specs: Specs,
+    config: ModelConfig,
     *,
     restore: Callable[[Specs], Parameters],
     read_base: Callable[[Path], Model],
@@ -217,7 +273,7 @@ def merged_with_base(
 
     Args:
         saved: `lora_record` of the checkpoint.
-        specs: of the whole weights.
+        config: of the whole model.
         restore: reads parameters, given their specs.
         read_base: reads a model.
         base: where the base is now, if not where it was.
@@ -227,7 +283,8 @@ def merged_with_base(
     """
     training = LoraTraining.from_record(saved)
     base_path = Path(saved["base"] if base is None else base)
-    base_params = base_weights(base_path, saved, read_base)
+    base_params = base_weights(base_path, saved, read_base, config)
+    specs = parameter_specs(config)
     trained_specs, frozen_specs = training.split_specs(specs)
     frozen = {name: base_params[name] for name in frozen_specs}
     shardings = None
@@ -244,9 +301,13 @@ def lora_record(training: LoraTraining, base_path: Path, base_params: Parameters
 
 
 def base_weights(
-    base_path: Path, saved: dict[str, Any], read_base: Callable[[Path], Model]
+    base_path: Path,
+    saved: dict[str, Any],
+    read_base: Callable[[Path], Model],
+    config: ModelConfig,
 ) -> Parameters:
-    """The weights at `base_path`, if they are those that the adapters of `saved` were trained on.
+    """The weights at `base_path`, if they are those that the adapters of `saved` were trained on,
+    with the token ids of `config`.
 
     Raises:
         UserError: they are not there, or not the same.
@@ -256,13 +317,14 @@ def base_weights(
             f"{base_path} is gone, and this run holds only the adapters trained on it: put it "
             "back, or name its new place (aria-jax convert merge RUN OUT --base PLACE)"
         )
-    params = split_model(read_base(base_path))[1]
+    base = read_base(base_path)
+    params = split_model(base)[1]
     if fingerprint(params) != saved["fingerprint"]:
         raise UserError(
             f"{base_path} has changed since adapters were trained on it, so that the sum would be "
             "wrong; bring back the weights of that time"
         )
-    return params
+    return with_vocabulary(params, base.config, config)[0]
 
 
 def fingerprint(params: Parameters) -> str:

@@ -26,6 +26,7 @@ from aria_jax.models.heads import (
     abstract_model,
     parameter_specs,
     split_model,
+    with_vocabulary,
 )
 from aria_jax.models.lora import Lora
 from aria_jax.models.parameters import ParameterSpec
@@ -34,8 +35,11 @@ from data_pipeline.errors import UserError
 
 METADATA = "aria_jax.config"
 """Key of our own files' metadata: the model's config as JSON."""
+ABOUT_METADATA = "aria_jax.about"
+"""Likewise: how the model is used, as JSON: tokenizer, pooling, reading, step."""
 LORA_METADATA = "aria_jax.lora"
 """Likewise of files of adapters: their scale."""
+_TABLE = "model.tok_embeddings.weight"
 _BACKBONE = re.compile(r"(?:^|\.)((?:tok_embeddings|encode_layers|out_layer_norm)\..+)$")
 _HEADS = "|".join(re.escape(name) for name in [*HEAD_TENSORS.values(), ADAPTER_TENSOR])
 _TOP = re.compile(rf"(?:^|\.)({_HEADS})$")
@@ -83,17 +87,29 @@ def import_model(
                 max_seq_len=max_seq_len,
                 class_names=class_names,
             )
-            check_tensors(config, shapes, str(path))
+            # The file may have rows for ids that the model has none of.
+            in_file = config
+            if shapes[_TABLE][0] == config.vocab_size:
+                in_file = dataclasses.replace(config, vocabulary=())
+            check_tensors(in_file, shapes, str(path))
             merge, _ = split_model(abstract_model(config, compute or ComputeConfig()))
-            specs = parameter_specs(config)
 
             def read(spec: ParameterSpec) -> jax.Array:
                 names = tensor_names(spec)
                 return _assembled(spec, (file.get_tensor(stored[name]) for name in names))
 
-            return merge(jax.tree.map(read, specs))
+            params = jax.tree.map(read, parameter_specs(in_file))
+            return merge(with_vocabulary(params, in_file, config)[0])
     except SafetensorError as error:
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """What the file says of how its model is used; nothing where others wrote it."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        return _metadata(file, ABOUT_METADATA) or {}
 
 
 def _metadata(file: Any, key: str) -> dict[str, Any] | None:
@@ -142,13 +158,14 @@ def infer_config(
     Raises:
         UserError: no Aria weights, or heads or class names that do not fit them.
     """
-    backbone = parameter_specs(ModelConfig())["backbone"]
-    table, up = backbone["embedding"].published, backbone["blocks"]["up"].published
+    up = parameter_specs(ModelConfig())["backbone"]["blocks"]["up"].published
     try:
-        vocab_size, d_model = shapes[table]
+        n_rows, d_model = shapes[_TABLE]
         ff = shapes[up.format(0)][0]
     except (KeyError, ValueError):
-        raise UserError(f"{path}: no Aria weights (no matrix {table}, or no first layer)") from None
+        raise UserError(
+            f"{path}: no Aria weights (no matrix {_TABLE}, or no first layer)"
+        ) from None
     layer_number = re.compile(re.escape(up.partition("{}")[0]) + r"(\d+)\.")
     layers = [layer_number.match(name) for name in shapes]
     head: Head = next((kind for kind, name in HEAD_TENSORS.items() if name in shapes), "none")
@@ -175,7 +192,8 @@ def infer_config(
         max_seq_len=max_seq_len
         or known.get("max_seq_len")
         or (8192 if head in ("lm", "none") else 2048),
-        vocab_size=vocab_size,
+        vocab_size=known.get("vocab_size") or n_rows,
+        vocabulary=tuple(known.get("vocabulary") or ()),
         head=head,
         emb_size=emb_size,
         class_names=class_names if head == "class" else (),
@@ -247,22 +265,43 @@ def _aligned(shape: tuple[int, ...]) -> np.ndarray:
     return memory[skipped : skipped + count].reshape(shape)
 
 
-def export_model(model: Model, path: str | Path) -> None:
-    """Writes a model's weights as float32 under the published names, a tensor at a time.
+def export_model(
+    model: Model,
+    path: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    compact: bool = False,
+    about: dict[str, Any] | None = None,
+) -> None:
+    """Writes a model's weights under the published names, a tensor at a time.
 
     The config goes into the file's metadata, so that nothing is lost on the way back.
+
+    Args:
+        compact: of embedding and language head, only the rows of the ids that
+            `config.vocabulary` names. Otherwise, as others read it, all rows; those without
+            weights are zero.
+        about: JSON types for the file's metadata, see `read_about`.
     """
     # The temperature of a contrastive loss is no part of the published layout.
     config = dataclasses.replace(model.config, learned_temperature=False)
-    specs, params = parameter_specs(model.config), split_model(model)[1]
+    params = split_model(model)[1]
+    in_file = config if compact else dataclasses.replace(config, vocabulary=())
+    params, _ = with_vocabulary(params, config, in_file)
+    params.pop("log_temperature", None)
+    specs = parameter_specs(in_file)
 
     def tensors() -> Iterator[np.ndarray]:
         for spec, value in zip(jax.tree.leaves(specs), jax.tree.leaves(params), strict=True):
             for layer, _ in enumerate(tensor_names(spec)):
-                yield _published(spec, value[layer] if spec.stacked else value)
+                tensor = _published(spec, value[layer] if spec.stacked else value)
+                yield tensor if dtype == "float32" else tensor.astype(jnp.bfloat16)
 
     metadata = {"format": "pt", METADATA: json.dumps(to_dict(config))}
-    write_tensors(path, tensor_shapes(config), tensors(), metadata)
+    if about:
+        metadata[ABOUT_METADATA] = json.dumps(about)
+    kind: Literal["F32", "BF16"] = "F32" if dtype == "float32" else "BF16"
+    write_tensors(path, tensor_shapes(in_file), tensors(), metadata, kind)
 
 
 def write_tensors(
@@ -287,7 +326,7 @@ def write_tensors(
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for tensor in tensors:
-            file.write(tensor.data)
+            file.write(tensor.view(np.uint8).data)
 
 
 def save_lora(path: str | Path, lora: Lora) -> None:

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Convert published Aria weights (.safetensors: base, gen, embedding, classifier, pedal demo; float32,
 bfloat16 or float16) to a checkpoint that --checkpoint and --init-from take, or a checkpoint back.
-Sizes are read from the tensors, the tokenizer from the size of the vocabulary; only the number of
-heads must be given where it is not d_model / 64.
+Both options also take a .safetensors file as it is, and the names of released weights. Sizes are
+read from the tensors, the tokenizer from the size of the vocabulary; only the number of heads must
+be given where it is not d_model / 64.
 
 Runs with lora_rank=… hold adapters and read the weights they belong to from their place. `merge`
 writes the sum as a checkpoint that stands alone; `adapters` writes the adapters as one small file,
@@ -49,6 +50,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     back = verbs.add_parser("to-safetensors", description="A checkpoint to PyTorch weights.")
     back.add_argument("source", help="workdir of a run")
     back.add_argument("out", help=".safetensors file to write")
+    back.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="(float32)"
+    )
+    back.add_argument(
+        "--compact",
+        action="store_true",
+        help="of a model trained with model.vocabulary=corpus, only the rows of that vocabulary: "
+        "smaller, and read by aria-jax alone",
+    )
     merge = verbs.add_parser("merge", description="Adapters and their base to whole weights.")
     merge.add_argument("source", help="workdir of a run with adapters, or a file of adapters")
     merge.add_argument("out", help="folder to make")
@@ -77,52 +87,29 @@ CONVERT = Verb(DESCRIPTION, add_arguments, run, Writes(lambda args: [args.out], 
 
 
 def _from_safetensors(args: argparse.Namespace) -> None:
-    from aria_jax.checkpoints.models import save_model
-    from aria_jax.checkpoints.safetensors import import_model
+    from aria_jax.checkpoints.models import preset_of, save_model
+    from aria_jax.checkpoints.safetensors import import_model, read_about
     from data_pipeline.errors import UserError
+    from data_pipeline.midi import STANDARD
 
     class_names = tuple(name for name in args.class_names.split(",") if name)
     model = import_model(args.source, n_heads=args.n_heads, class_names=class_names)
     if class_names and model.config.head != "class":
         raise UserError(f"{args.source}: --class-names has no effect without a class head")
-    tokenizer = _tokenizer(args.source, model.config.vocab_size, args.tokenizer)
-    save_model(args.out, model, tokenizer=tokenizer)
+    tokenizer = preset_of(args.source, model.config.vocab_size, args.tokenizer)
+    reading = read_about(args.source).get("reading", STANDARD)
+    save_model(args.out, model, tokenizer=tokenizer, reading=reading)
     _report(args.out, model)
-
-
-def _tokenizer(source: str, vocab_size: int, asked: str | None) -> str:
-    """The tokenizer preset of a model with so many tokens."""
-    from data_pipeline.errors import UserError
-    from data_pipeline.tokenizer import Tokenizer
-
-    sizes = {name: Tokenizer.preset(name).vocab_size for name in ([asked] if asked else TOKENIZERS)}
-    for name, size in sizes.items():
-        if size == vocab_size:
-            return name
-    known = ", ".join(f"{name} {size}" for name, size in sizes.items())
-    raise UserError(
-        f"{source} has {vocab_size} tokens, but tokenizer {known}"
-        + ("; choose another with --tokenizer" if asked else ": it was trained with another one")
-    )
-
-
-TOKENIZERS = ("aria", "pedal")
 
 
 def _to_safetensors(args: argparse.Namespace) -> None:
     from aria_jax.checkpoints.models import load_model
     from aria_jax.checkpoints.safetensors import export_model
-    from data_pipeline.midi import STANDARD
 
     _check_file_name(args.out)
     loaded = load_model(args.source)
-    export_model(loaded.model, args.out)
-    if loaded.reading != STANDARD:
-        print(
-            f"aria-jax: warning: {args.out} does not say that its corpus was read by "
-            f"{loaded.reading}; use it with --compat {loaded.reading}",
-            file=sys.stderr,
-        )
+    about = {name: getattr(loaded, name) for name in ("tokenizer", "pooling", "reading", "step")}
+    export_model(loaded.model, args.out, dtype=args.dtype, compact=args.compact, about=about)
     _report(args.out, loaded.model)
 
 
@@ -211,7 +198,6 @@ def _tokenize_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _tokenize(args: argparse.Namespace) -> None:
     """Tokenises and prints."""
-    import sys
 
     from aria_jax.cli.console import print_result
     from data_pipeline.cleaning import Cleaning

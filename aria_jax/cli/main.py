@@ -161,9 +161,9 @@ def _run(name: str, argv: Sequence[str]) -> int:
     args.command_line = shlex.join(["aria-jax", name, *argv])  # reports say what made them
     for model in ("checkpoint", "embedding_checkpoint"):
         if path := getattr(args, model, None):  # before the seconds that loading jax takes
-            from aria_jax.checkpoints import check_workdir
+            from aria_jax.checkpoints import check_model
 
-            check_workdir(path)
+            check_model(path)
     from aria_jax.cli import run_once
 
     return run_once(name, verb, args)

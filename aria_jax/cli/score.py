@@ -64,7 +64,7 @@ def _score(args: argparse.Namespace) -> int:
     for path in paths:
         try:
             ids = _read(path, tokenizer, compat)
-            check_piece(ids, loaded.config.vocab_size)
+            check_piece(ids, loaded.config, tokenizer)
         except UserError as error:
             text = str(error)
             left_out.append(text if text.startswith(str(path)) else f"{path}: {text}")

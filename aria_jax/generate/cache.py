@@ -15,11 +15,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aria_jax.generate.weights import DecoderWeights, LayerWeights
 from aria_jax.kernels.attention import apply_rope, rope_tables, split_heads
-from aria_jax.models.transformer import attn_out_and_mlp, layer_norm
+from aria_jax.models.heads import all_logits
+from aria_jax.models.transformer import attn_out_and_mlp, layer_norm, token_rows
 from aria_jax.sharding import LOGICAL_RULES
 
 QUERY_CHUNK = 256
 """Prompt positions attended at a time: bounds the score matrix of a long prefill."""
+NO_PROBABILITY = -1e30
+"""Logit of an id without weights: finite, as the decoder takes others for a diverged model."""
 NEG_INF = float(jnp.finfo(jnp.float32).min)  # finite: softmax of a row that sees nothing is not NaN
 
 
@@ -80,7 +83,8 @@ def _causal_attention(
 
 def _logits(weights: DecoderWeights, x_RxD: jax.Array) -> jax.Array:
     normed_RxD = layer_norm(x_RxD, weights.norm_scale_D, weights.norm_bias_D)
-    return (normed_RxD @ weights.head).astype(jnp.float32)
+    logits_RxK = (normed_RxD @ weights.head).astype(jnp.float32)
+    return all_logits(weights.config, logits_RxK, NO_PROBABILITY)
 
 
 def prefill(
@@ -100,7 +104,7 @@ def prefill(
     Returns:
         logits [P, V] (float32) of the first token to generate, and the cache.
     """
-    x_PxTxD = weights.embedding_VxD[prompt_T][None]
+    x_PxTxD = weights.embedding_VxD[token_rows(weights.config, prompt_T)][None]
     slot_T = jnp.arange(prompt_T.shape[0])
     visible_PxT = (slot_T < length)[None]
     if condition_E is not None:
@@ -234,7 +238,7 @@ def decode_step(
     Returns:
         logits [R, V] (float32) of the next token, and the cache with this token in it.
     """
-    x_Rx1xD = weights.embedding_VxD[token_R][:, None]
+    x_Rx1xD = weights.embedding_VxD[token_rows(weights.config, token_R)][:, None]
     position_Rx1 = jnp.reshape(prompt.next_position + filled, (-1, 1))  # one row serves all
     cos, sin = rope_tables(position_Rx1, x_Rx1xD.shape[-1] // weights.n_heads)
     layers = []

@@ -25,6 +25,7 @@ from aria_jax.generate.cache import (
 from aria_jax.generate.grammar import Grammar, GrammarState, make_grammar, state_after
 from aria_jax.generate.sampler import MinP, RepetitionPenalty, Sampler, step_keys
 from aria_jax.generate.weights import DecoderWeights
+from aria_jax.models.heads import check_known
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizer import Kind, Tokenizer
 
@@ -381,6 +382,7 @@ def _check(
         raise UserError("the prompt is empty: it needs at least an instrument token and <S>")
     if prompt.min() < 0 or prompt.max() >= tokenizer.vocab_size:
         raise UserError(f"prompt ids must lie in 0..{tokenizer.vocab_size - 1}")
+    check_known(weights.config, prompt, tokenizer.tokens, "the prompt")
     if (prompt == tokenizer.eos_id).any():
         raise UserError("the prompt holds <E>: nothing can follow the end of a piece; leave it out")
     if condition_E is not None and weights.adapter_ExD is None:

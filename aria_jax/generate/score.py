@@ -8,8 +8,10 @@ import jax
 import numpy as np
 from flax import nnx
 
+from aria_jax.config import ModelConfig
 from aria_jax.losses.cross_entropy import CHUNK_TOKENS, token_nll
-from aria_jax.models.heads import Model
+from aria_jax.models.heads import Model, check_known
+from aria_jax.models.transformer import token_rows
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizer import Kind, Tokenizer
 
@@ -80,12 +82,13 @@ def windows(piece: int, n_inputs: int, context: int) -> Iterator[_Window]:
         start = max(stop - context // 2, 0)
 
 
-def check_piece(ids: np.ndarray, vocab_size: int) -> None:
-    """Raises UserError for ids that cannot be scored."""
+def check_piece(ids: np.ndarray, config: ModelConfig, tokenizer: Tokenizer) -> None:
+    """Raises UserError for ids that cannot be scored: infinitely unlikely ones too."""
     if len(ids) < 2:
         raise UserError("a piece of fewer than two tokens has nothing to score")
-    if ids.min() < 0 or ids.max() >= vocab_size:
-        raise UserError(f"token ids must lie in 0..{vocab_size - 1}")
+    if ids.min() < 0 or ids.max() >= config.vocab_size:
+        raise UserError(f"token ids must lie in 0..{config.vocab_size - 1}")
+    check_known(config, ids, tokenizer.tokens, "the piece")
 
 
 def score_pieces(
@@ -104,7 +107,7 @@ def score_pieces(
         progress: told (tokens done, tokens in all).
 
     Raises:
-        UserError: no language model, ids beyond its vocabulary, a piece of one token, or a model
+        UserError: no language model, ids it gives no probability, a piece of one token, or a model
             whose predictions are not finite.
     """
     if model.config.head != "lm" or model.head is None:
@@ -115,7 +118,7 @@ def score_pieces(
     if context < 2:
         raise UserError(f"a context of {context} tokens predicts nothing; use 2 or more")
     for ids in pieces:
-        check_piece(ids, model.config.vocab_size)
+        check_piece(ids, model.config, tokenizer)
     nll = [np.zeros(len(ids) - 1, np.float32) for ids in pieces]
     all_windows = [w for i, ids in enumerate(pieces) for w in windows(i, len(ids) - 1, context)]
     total, done = sum(w.stop - w.start for w in all_windows), 0
@@ -164,7 +167,8 @@ def _nll_function(
     ) -> jax.Array:
         hidden_BxLxD = nnx.merge(graph, state).hidden(inputs_BxL)
         hidden_TxD = hidden_BxLxD.reshape(-1, hidden_BxLxD.shape[-1])
-        nll_T, _ = token_nll(hidden_TxD, head_DxV, targets_BxL.reshape(-1), CHUNK_TOKENS)
+        targets_T = token_rows(model.config, targets_BxL.reshape(-1))
+        nll_T, _ = token_nll(hidden_TxD, head_DxV, targets_T, CHUNK_TOKENS)
         return nll_T.reshape(inputs_BxL.shape)
 
     return partial(compute, state, head_DxV)

@@ -80,8 +80,7 @@ class DecoderWeights:
         norm_scale_D, norm_bias_D: the last norm.
         head: logits.
         adapter_ExD: maps a conditioning embedding to a first "token"; None where there is none.
-        n_heads: attention heads.
-        max_seq_len: positions the model was made for.
+        config: of the model; says which token ids have weights.
     """
 
     embedding_VxD: jax.Array
@@ -90,8 +89,17 @@ class DecoderWeights:
     norm_bias_D: jax.Array
     head: DecodingMatrix
     adapter_ExD: jax.Array | None
-    n_heads: int = flax.struct.field(pytree_node=False)
-    max_seq_len: int = flax.struct.field(pytree_node=False)
+    config: ModelConfig = flax.struct.field(pytree_node=False)
+
+    @property
+    def n_heads(self) -> int:
+        """Attention heads."""
+        return self.config.n_heads
+
+    @property
+    def max_seq_len(self) -> int:
+        """Positions the model was made for."""
+        return self.config.max_seq_len
 
 
 @partial(jax.jit, static_argnames=("precision", "sharding"))
@@ -210,6 +218,5 @@ def _decoder_layout(
         norm_bias_D=backbone["norm_bias"],
         head=matrix(params["head"], ()),
         adapter_ExD=params.get("adapter"),
-        n_heads=config.n_heads,
-        max_seq_len=config.max_seq_len,
+        config=config,
     )

@@ -1,11 +1,12 @@
 """The network with its head: next-token logits, an embedding, or class logits."""
 
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from aria_jax.config import ComputeConfig, Head, ModelConfig
@@ -17,7 +18,8 @@ from aria_jax.models.parameters import (
     specs_of,
     uniform_init,
 )
-from aria_jax.models.transformer import Transformer
+from aria_jax.models.transformer import Transformer, row_table
+from data_pipeline.errors import UserError
 
 HEAD_TENSORS: dict[Head, str] = {
     "lm": "lm_head.weight",
@@ -34,7 +36,8 @@ class Model(nnx.Module):
 
     Attributes:
         backbone: the `Transformer`.
-        head: float32 [D, V, E or C]; None for `config.head == "none"`.
+        head: float32 [D, V, E or C]; None for `config.head == "none"`. Of V only the columns of
+            the ids that `config.vocabulary` names.
         adapter: float32 [E, D], projects a conditioning embedding to a prefix token; None unless
             the model is a language model with `config.emb_size`.
         log_temperature: float32 scalar, log of the contrastive temperature over its first value;
@@ -89,8 +92,12 @@ class Model(nnx.Module):
         return hidden if prefix is None or pool_at_B is not None else hidden[:, 1:]
 
     def __call__(self, tokens_BxL: jax.Array, **inputs: Any) -> jax.Array:
-        """Head outputs at every position, float32; `inputs` as for `hidden`."""
-        return self._read(self.hidden(tokens_BxL, **inputs))
+        """Head outputs at every position, float32; `inputs` as for `hidden`.
+
+        A language model gives -inf to ids that `config.vocabulary` leaves out.
+        """
+        out = self._read(self.hidden(tokens_BxL, **inputs))
+        return all_logits(self.config, out, -jnp.inf) if self.config.head == "lm" else out
 
     def pooled(
         self, tokens_BxL: jax.Array, eos_B: jax.Array, pooling: str = "eos", **inputs: Any
@@ -118,10 +125,67 @@ class Model(nnx.Module):
         return jnp.matmul(hidden, matrix, preferred_element_type=jnp.float32)
 
 
+def all_logits(config: ModelConfig, logits_ZxK: jax.Array, missing: float) -> jax.Array:
+    """Logits [..., V] of every id, from those [..., K] of the ids that have weights."""
+    if config.n_rows == config.vocab_size:
+        return logits_ZxK
+    row_V, known_V = row_table(config)
+    return jnp.where(known_V, logits_ZxK[..., row_V], missing)
+
+
+def check_known(config: ModelConfig, ids: np.ndarray, tokens: Sequence[Any], what: str) -> None:
+    """Raises `UserError` where the model has no weights for some of `ids`.
+
+    Args:
+        tokens: token of each id of the vocabulary, to name them by.
+        what: whose ids these are, the beginning of a sentence.
+    """
+    missing = np.unique(ids[~row_table(config)[1][ids]])
+    if len(missing):
+        named = ", ".join(str(tokens[i]) for i in missing[:3])
+        raise UserError(
+            f"{what} holds {len(missing)} tokens to which this model gives no probability, such as "
+            f"{named}: no piece that it was trained on has them (model.vocabulary=corpus)"
+        )
+
+
+def with_vocabulary(
+    params: Parameters, config: ModelConfig, wanted: ModelConfig, fresh: Parameters | None = None
+) -> tuple[Parameters, int]:
+    """`params` of a model of `config` with the embedding rows and head columns that `wanted` has.
+
+    Args:
+        fresh: parameters of `wanted`, for the ids that `config` has no weights of; zeros without.
+
+    Returns:
+        The parameters, and the number of such ids.
+    """
+    if config.n_rows == wanted.n_rows and config.vocabulary == wanted.vocabulary:
+        return params, 0
+    row_V, there_V = row_table(config)
+    ids = np.flatnonzero(row_table(wanted)[1])
+    rows_K, there_K = row_V[ids], there_V[ids]
+
+    @partial(jax.jit, static_argnames="axis")
+    def rearranged(old: jax.Array, new: jax.Array | float, axis: int) -> jax.Array:
+        there = there_K[:, None] if axis == 0 else there_K
+        return jnp.where(there, jnp.take(old, rows_K, axis), new)
+
+    def of(name: str, place: Parameters, axis: int) -> jax.Array:
+        new = 0.0 if fresh is None else (fresh["backbone"] if axis == 0 else fresh)[name]
+        return rearranged(place[name], new, axis=axis)
+
+    backbone = {**params["backbone"], "embedding": of("embedding", params["backbone"], 0)}
+    chosen = {**params, "backbone": backbone}
+    if config.head == "lm":
+        chosen["head"] = of("head", params, 1)
+    return chosen, int((~there_K).sum())
+
+
 def head_width(config: ModelConfig) -> int:
     """Outputs of the head: vocabulary, embedding size or number of classes; 0 for none."""
     return {
-        "lm": config.vocab_size,
+        "lm": config.n_rows,
         "embedding": config.emb_size or 0,
         "class": len(config.class_names),
         "none": 0,

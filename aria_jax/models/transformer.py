@@ -28,6 +28,7 @@ from aria_jax.kernels.attention import (
 )
 from aria_jax.models.parameters import parameter, uniform_init
 from aria_jax.sharding import active_mesh, constrain
+from data_pipeline.vocabulary import ids_in
 
 ACTIVATIONS = ("batch", "length", None)
 """Logical axes of hidden states [B, L, D]."""
@@ -38,12 +39,34 @@ PROJECTION = "projection"
 
 EPSILON = 1e-5
 """Of layer normalisation."""
+UNKNOWN_ID = 3
+"""Token `<U>` of every tokenizer."""
 MOMENTS = "moments"
 """Checkpoint name of each row's mean and inverse deviation: a thousandth of the row itself."""
 
 LayerWeights = Mapping[str, jax.Array]
 """Weights of one layer: qkv [D, 3, D], out [D, D], gate and up [D, F], down [F, D], and
 norm1_scale, norm1_bias, norm2_scale, norm2_bias [D]."""
+
+
+def row_table(config: ModelConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Where the weights of each token id are: its row, int32 [V], and whether it has one, bool [V].
+
+    An id without weights is read as `<U>`.
+    """
+    ids = ids_in(config.vocabulary) if config.n_rows < config.vocab_size else []
+    known_V = np.zeros(config.vocab_size, bool)
+    known_V[ids or slice(None)] = True
+    row_V = np.cumsum(known_V) - 1
+    row_V[~known_V] = row_V[UNKNOWN_ID]
+    return row_V.astype(np.int32), known_V
+
+
+def token_rows(config: ModelConfig, ids: jax.Array) -> jax.Array:
+    """Rows of the embedding, and columns of a language head, that belong to token ids."""
+    if config.n_rows == config.vocab_size:
+        return ids
+    return jnp.asarray(row_table(config)[0])[ids]
 
 
 class Blocks(nnx.Module):
@@ -86,7 +109,7 @@ class Transformer(nnx.Module):
         self.config, self.compute = config, compute
         d = config.d_model
         self.embedding = parameter(
-            0.02 * jax.random.normal(rngs.params(), (config.vocab_size, d)),
+            0.02 * jax.random.normal(rngs.params(), (config.n_rows, d)),
             (None, "embed"),
             published="model.tok_embeddings.weight",
         )
@@ -117,7 +140,8 @@ class Transformer(nnx.Module):
                 last layer computes no more than keys and values of the others.
         """
         # The table is looked up in float32, so that its gradient is summed in float32.
-        x_BxLxD = self.embedding[...][tokens_BxL].astype(self.compute.dtype)
+        rows_BxL = token_rows(self.config, tokens_BxL)
+        x_BxLxD = self.embedding[...][rows_BxL].astype(self.compute.dtype)
         if prefix_BxD is not None:
             prefix = prefix_BxD[:, None].astype(x_BxLxD.dtype)
             x_BxLxD = jnp.concatenate([prefix, x_BxLxD[:, :-1]], axis=1)

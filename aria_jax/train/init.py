@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from aria_jax.checkpoints import DIRECTORY, model_digest, newest_step
+from aria_jax.checkpoints import (
+    DIRECTORY,
+    model_digest,
+    model_path,
+    newest_step,
+    released_names,
+)
 from aria_jax.config import RunConfig, from_dict, to_dict
 from data_pipeline.artifact import json_digest
 from data_pipeline.errors import UserError
@@ -77,7 +83,7 @@ def init_of_new_run(init_from: str | Path | None) -> InitFrom:
     """
     if init_from is None:
         return InitFrom("scratch", None, "starting from scratch: random weights")
-    path = Path(init_from)
+    path = model_path(init_from)
     if path.suffix == ".safetensors" and path.is_file():
         _check_safetensors(path)
         return InitFrom("published", path, f"starting from the published weights {path}")
@@ -85,7 +91,10 @@ def init_of_new_run(init_from: str | Path | None) -> InitFrom:
         if newest_step(path) is None:
             raise UserError(f"--init-from {path}: no complete checkpoint in {path / DIRECTORY}")
         return InitFrom("checkpoint", path, f"starting from the weights of {path}")
-    raise UserError(f"--init-from {path}: neither a checkpoint nor a .safetensors file")
+    raise UserError(
+        f"--init-from {path}: neither a checkpoint nor a .safetensors file, nor one of the "
+        f"released models ({', '.join(released_names())})"
+    )
 
 
 def _check_safetensors(path: Path) -> None:
@@ -101,7 +110,7 @@ def _check_safetensors(path: Path) -> None:
 
 def source_record(init_from: str | Path) -> dict[str, str]:
     """What a run's checkpoints say of the weights it began from."""
-    return {"path": str(Path(init_from).resolve()), "digest": model_digest(init_from)}
+    return {"path": str(model_path(init_from).resolve()), "digest": model_digest(init_from)}
 
 
 def check_same_init(

@@ -163,7 +163,7 @@ def _activations(config: RunConfig, sizes: dict[str, int]) -> int:
     kept = {"none": 6 * d + 2 * wide, "dots": products, "full": d, "offload": 0}
     held = m.n_layers * tokens * kept[config.compute.remat] * itemsize
     at_work = tokens * (6 * d + 2 * wide) * itemsize
-    logits = min(CHUNK_TOKENS, tokens) * m.vocab_size * 4 * 2 if m.head == "lm" else 0
+    logits = min(CHUNK_TOKENS, tokens) * m.n_rows * 4 * 2 if m.head == "lm" else 0
     return int(held + at_work + logits)
 
 

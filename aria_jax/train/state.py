@@ -1,5 +1,6 @@
 """The first state of a run: restored, given weights, or random; always born on the mesh."""
 
+import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +19,7 @@ from aria_jax.models.heads import (
     init_sharded,
     parameter_specs,
     split_model,
+    with_vocabulary,
 )
 from aria_jax.models.lora import LoraTraining
 from aria_jax.models.parameters import Parameters, Specs, abstract_parameters
@@ -110,7 +112,8 @@ def first_state(
         saved = checkpointer.record(step)
         record |= {name: saved[name] for name in ("init_from", "lora") if name in saved}
         if lora is not None:
-            base_params = base_weights(Path(saved["lora"]["base"]), saved["lora"], read)
+            base = Path(saved["lora"]["base"])
+            base_params = base_weights(base, saved["lora"], read, config.model)
             frozen = jax.tree.map(
                 lambda new, old: jax.device_put(new, old.sharding),
                 {name: base_params[name] for name in like.frozen},
@@ -175,7 +178,15 @@ def _with_weights_of(
     params: Parameters, source: Model, config: RunConfig, path: Path
 ) -> Parameters:
     """`params` with the backbone of `source`, and its head and adapter where of the same kind."""
-    source_params = split_model(source)[1]
+    source_params, n_new = with_vocabulary(
+        split_model(source)[1], source.config, config.model, params
+    )
+    if n_new:
+        warnings.warn(
+            f"{path} has no weights for {n_new:,} of the {config.model.n_rows:,} token ids of this "
+            "run; they start from random ones",
+            stacklevel=2,
+        )
     same_head = (source.config.head, source.config.class_names) == (
         config.model.head,
         config.model.class_names,

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aria_jax.config import SLICE_NOTES, RunConfig
+from aria_jax.config import CORPUS, SLICE_NOTES, ModelConfig, RunConfig
 from aria_jax.losses.contrastive import contrastive_loss
 from aria_jax.losses.cross_entropy import classification_loss, file_probabilities, next_token_loss
-from aria_jax.models.heads import Model
+from aria_jax.models.heads import Model, check_known
+from aria_jax.models.transformer import token_rows
+from data_pipeline.artifact import json_digest
 from data_pipeline.errors import UserError
 from data_pipeline.loaders import BatchStream
 from data_pipeline.loaders.slice_batches import contrastive_pairs, label_values, labelled_slices
 from data_pipeline.loaders.windows import lm_windows
-from data_pipeline.shards import TokenShards, load_manifest
+from data_pipeline.shards import TokenShards, load_manifest, occurring_ids
 from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.vocabulary import ranges_of, reachable_ids
 
 Batch = dict[str, Any]
 Aux = dict[str, jax.Array]
@@ -97,6 +101,8 @@ def resolve(config: RunConfig, data_dir: str | Path) -> RunConfig:
     """`config` with what only the data can say: vocabulary, names of the classes, steps."""
     preset = load_manifest(data_dir)["tokenizer"]["preset"]
     model = dataclasses.replace(config.model, vocab_size=Tokenizer.preset(preset).vocab_size)
+    if model.vocabulary:
+        model = dataclasses.replace(model, vocabulary=_vocabulary(model, preset, data_dir))
     if config.task == "classify" and config.data.label and not model.class_names:
         names = label_values(data_dir, config.data.label)
         model = dataclasses.replace(model, class_names=names)
@@ -106,6 +112,27 @@ def resolve(config: RunConfig, data_dir: str | Path) -> RunConfig:
     rows = config.train.epochs * build_task(config, data_dir).train.n_examples
     steps = max(1, math.ceil(rows / config.data.global_batch))
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
+
+
+def _vocabulary(model: ModelConfig, preset: str, data_dir: str | Path) -> tuple[str, ...]:
+    """The ids that a run has weights for: those asked for, or those the data can hold.
+
+    Raises:
+        UserError: those asked for lack some.
+    """
+    tokenizer = Tokenizer.preset(preset)
+    reachable = _reachable(str(data_dir), json_digest(load_manifest(data_dir)), preset)
+    if model.vocabulary == CORPUS:
+        return ranges_of(reachable)
+    check_known(model, reachable, tokenizer.tokens, str(data_dir))
+    return model.vocabulary
+
+
+@lru_cache(maxsize=2)
+def _reachable(data_dir: str, corpus_digest: str, preset: str) -> np.ndarray:
+    del corpus_digest  # of the corpus there, which another one may replace
+    tokenizer = Tokenizer.preset(preset)
+    return reachable_ids(occurring_ids(data_dir, tokenizer.vocab_size), tokenizer)
 
 
 def build_task(
@@ -223,7 +250,7 @@ def _language_model(config: RunConfig) -> LossFunction:
         value, aux = next_token_loss(
             hidden,
             head[...],
-            batch["targets"],
+            token_rows(model.config, batch["targets"]),
             batch["loss_mask"],
             z_loss=config.train.z_loss,
         )

@@ -336,7 +336,7 @@ def test_nothing_of_the_development_data_is_lost(real_midi, tmp_path, filters):
 @pytest.mark.parametrize("dedup", ["exact", "near"])
 def test_what_is_like_an_excluded_file_is_left_out(copies, tmp_path, dedup, monkeypatch):
     """Also where the excluded file is the shorter one, or one of several units."""
-    monkeypatch.setattr("data_pipeline.building.journal.UNIT_FILES", 2)
+    monkeypatch.setattr("data_pipeline.build.journal.UNIT_FILES", 2)
     other, empty = tmp_path / "eval", tmp_path / "other.tar"
     other.mkdir()
     source = "a-cut" if dedup == "near" else "zz-same"
