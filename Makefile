@@ -11,7 +11,7 @@ FILES ?= 500000
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-dedup bench-generate bench-probe bench-train bench-contrastive bench-embed compile-check compile-check-gpu compile-table smoke-gpu wheel clean
+.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-dedup bench-generate bench-probe bench-train bench-contrastive bench-embed train-mini scaling-study compile-check compile-check-gpu compile-table smoke-gpu wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,20 @@ bench-train: setup ## training tokens/s against the same network in PyTorch (TOR
 	@# The default wheel on Linux brings CUDA along; TORCH='--index-url ...' takes the CPU build.
 	@$(PIP) $(TORCH) -e '.[bench]'
 	$(BIN)/python -m benchmarks.bench_train
+
+MINI_OUT ?= mini-out
+train-mini: setup ## the released models from the start (machine-hours; GIANTMIDI=archive EXCLUDE="evaluation sets")
+	@test -n "$(GIANTMIDI)" || { echo 'name the archive: make train-mini GIANTMIDI=giantmidi.tar.xz EXCLUDE="asap pianist8"'; exit 2; }
+	$(BIN)/aria-jax data build $(GIANTMIDI) $(MINI_OUT)/corpus --dedup near --val-fraction 0.02 $(EXCLUDE:%=--exclude %)
+	$(BIN)/aria-jax train pretrain --preset mini --data $(MINI_OUT)/corpus --workdir $(MINI_OUT)/pretrain
+	$(BIN)/aria-jax train continue --preset mini --data $(MINI_OUT)/corpus --workdir $(MINI_OUT)/continue --init-from $(MINI_OUT)/pretrain
+	$(BIN)/aria-jax train contrastive --preset mini --data $(MINI_OUT)/corpus --workdir $(MINI_OUT)/contrastive --init-from $(MINI_OUT)/pretrain
+	$(BIN)/aria-jax convert to-safetensors $(MINI_OUT)/continue $(MINI_OUT)/mini.safetensors --dtype bfloat16 --compact
+	$(BIN)/aria-jax convert to-safetensors $(MINI_OUT)/contrastive $(MINI_OUT)/mini-embedding.safetensors --dtype bfloat16 --compact
+
+scaling-study: setup ## loss against compute, three sizes by three budgets (hours; DATA=shards)
+	@test -n "$(DATA)" || { echo "name the token shards: make scaling-study DATA=corpus"; exit 2; }
+	$(BIN)/python -m benchmarks.scaling_study $(DATA) bench-out/scaling --budgets 5e13,1e14,1.5e14 --plot docs/scaling.png
 
 compile-check: setup ## compile for TPU topologies that are not here (minutes; installs libtpu)
 	@$(PIP) -e '.[aot]'

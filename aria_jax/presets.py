@@ -69,9 +69,22 @@ RECIPES: dict[tuple[str, Task], dict[str, Any]] = {
     },
     # May be stopped at any step N: resumed with steps=N/0.8, the rate falls over the last fifth.
     ("mini", "pretrain"): {
-        "data": DataConfig(seq_len=1024, global_batch=8),
-        "optimizer": OptimizerConfig(peak_lr=1.5e-3, warmup_steps=50, schedule="wsd"),
-        "train": TrainConfig(steps=10_000, eval_every=100, eval_batches=8),
+        # Few tokens a step: far below the critical batch, steps are what the first hours lack.
+        "data": DataConfig(seq_len=1024, global_batch=2),
+        "optimizer": OptimizerConfig(peak_lr=1e-3, warmup_steps=100, b2=0.98, schedule="wsd"),
+        "train": TrainConfig(steps=10_000, eval_every=200, eval_batches=16),
+    },
+    # The fall of the rate belongs to this stage, which also learns <D> and where pieces end.
+    ("mini", "continue"): {
+        "data": DataConfig(seq_len=1024, global_batch=2),
+        "optimizer": OptimizerConfig(peak_lr=1e-3, warmup_steps=10, b2=0.98, end_ratio=0.02),
+        "train": TrainConfig(steps=2_000, eval_every=100, eval_batches=16),
+    },
+    ("mini", "contrastive"): {
+        "data": DataConfig(seq_len=384, global_batch=16, min_slice_notes=100, max_slice_notes=127),
+        "augmentation": AugmentConfig(tempo=0.0, velocity=0, mixup=False),
+        "optimizer": OptimizerConfig(peak_lr=5e-4, warmup_steps=20, end_ratio=0.02),
+        "train": TrainConfig(steps=2_000, eval_every=100, eval_batches=4),
     },
     ("tiny", "contrastive"): {
         "data": DataConfig(seq_len=384, global_batch=32, min_slice_notes=100, max_slice_notes=127),
