@@ -155,6 +155,7 @@ def with_vocabulary(
     """`params` of a model of `config` with the embedding rows and head columns that `wanted` has.
 
     Args:
+        wanted: of the same shape, but perhaps with another head, which is not looked at then.
         fresh: parameters of `wanted`, for the ids that `config` has no weights of; zeros without.
 
     Returns:
@@ -177,7 +178,7 @@ def with_vocabulary(
 
     backbone = {**params["backbone"], "embedding": of("embedding", params["backbone"], 0)}
     chosen = {**params, "backbone": backbone}
-    if config.head == "lm":
+    if config.head == wanted.head == "lm":
         chosen["head"] = of("head", params, 1)
     return chosen, int((~there_K).sum())
 
