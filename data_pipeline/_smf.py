@@ -88,7 +88,7 @@ def time_division(division: int, name: str, standard: bool) -> tuple[int, int | 
 def decoded_tracks(
     data: bytes, name: str, standard: bool, repair: bool
 ) -> tuple[int, int, list[list[np.ndarray]], str]:
-    """Format, division, the tables of each track, and what is missing of a file that is cut.
+    """Format, division, the tables of each track, and what is missing of a truncated file.
 
     By the standard tracks go on to the end of the file whatever the header says, a track ends
     where it says so, and chunks of other types are skipped.
@@ -121,13 +121,13 @@ def decoded_tracks(
             with suppress(InvalidMidi):  # perhaps its length was too small
                 longer = _decode_track(data, start, len(data), name, standard)
                 track = longer if longer[2] else track
-        tables, stop, ended, cut = track
+        tables, stop, ended, truncated = track
         tracks.append(tables)
         if standard and ended:
             behind = _behind_padding(data, stop)
             if stop > end or data[behind : behind + 4] == b"MTrk":
                 position = behind  # its length was wrong
-        elif cut or end > len(data):
+        elif truncated or end > len(data):
             where = f"after {len(data) - start} of" if end > len(data) else "in the last event of"
             missing.append(f"{number} is cut {where} {end - start} bytes")
     if len(tracks) < n_declared:
@@ -154,7 +154,7 @@ def _decode_track(
     data: bytes, start: int, end: int, name: str, standard: bool
 ) -> tuple[list[np.ndarray], int, bool, bool]:
     """Notes, pedals, tempi, programs and places of texts of one track, int64 [N, columns] each;
-    where it stops, whether it says that it ends, and whether it is cut inside an event.
+    where it stops, whether it says that it ends, and whether it is truncated inside an event.
     """
     # No kind of event can outgrow these: (fewest bytes one takes, columns).
     sizes = ((3, 5), (3, 3), (7, 2), (2, 3), (4, 2))
@@ -172,7 +172,7 @@ def _decode_track(
 
 @_compiled
 def _varint(data: np.ndarray, position: Int, standard: bool) -> tuple[Int, Int]:
-    """Value and next position of a variable-length number; value -1 when cut, -2 when absurd."""
+    """Value and next position of a variable-length number; -1 when truncated, -2 when absurd."""
     value = 0
     begin = position
     while position < len(data):
@@ -212,7 +212,7 @@ def decode_track(
         start, end: the chunk's content.
         standard: which reading; False is aria-utils.
         notes: int64 [_, 5] out: start tick, end tick, pitch, velocity, channel. By the standard
-            also notes without an end: they end at `OPEN`, or where a track that is cut breaks off.
+            also notes without an end: they end at `OPEN`, or where a truncated track breaks off.
         pedals: int64 [_, 3] out: tick, value, channel. By the standard also channel mode messages,
             in place of the value `CHANNEL_MODE` + controller.
         tempi: int64 [_, 2] out: tick, microseconds per beat.

@@ -107,14 +107,14 @@ def look(
     asked: Identity,
     *,
     finished: Identity | None = None,
-    begun: Identity | None = None,
+    unfinished: Identity | None = None,
     overwrite: bool = False,
     details: Callable[[Identity], Mapping[str, str]] | None = None,
 ) -> There:
     """Holds what was asked against what is there.
 
     Args:
-        finished, begun: identities of the complete and of the unfinished artefact at `out`.
+        finished, unfinished: identities of the complete and of the unfinished artefact at `out`.
         overwrite: whatever is there may be replaced.
         details: what can be said of inputs that differ from those of the given identity.
 
@@ -122,12 +122,12 @@ def look(
         UserError: something else is there, and `overwrite` was not said.
     """
     if overwrite:
-        return There.RESUME if begun == asked else There.FRESH
+        return There.RESUME if unfinished == asked else There.FRESH
     if finished == asked:
         return There.DONE
-    if finished is None and begun == asked:
+    if finished is None and unfinished == asked:
         return There.RESUME
-    other = finished or begun
+    other = finished or unfinished
     if other is None:
         return There.FRESH
     found = asked.differences(other, details(other) if details else None)

@@ -109,7 +109,7 @@ def change_tempo(
         rng: shuffles the events of one onset (mix-up); None keeps their order.
         rubato: how the local tempo is modulated, before `factor`: depth below 1, period in ms.
 
-    Events cut by the window's edge are dropped, and so are `<U>` and `<P>`.
+    Events truncated by the window's edge are dropped, and so are `<U>` and `<P>`.
     """
     ids = np.ascontiguousarray(ids, np.uint16)
     draws = np.empty(0) if rng is None else rng.random(len(ids))

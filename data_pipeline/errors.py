@@ -11,7 +11,7 @@ Kind = TypeVar("Kind")
 def printable(text: str) -> str:
     """The text as any format can hold it: lone surrogates become U+FFFD.
 
-    They stand for the bytes of a file name that is not UTF-8, or come from JSON that was cut in
+    They stand for the bytes of a file name that is not UTF-8, or come from JSON truncated in
     the middle of a character.
     """
     if text.isascii():

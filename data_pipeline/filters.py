@@ -163,7 +163,7 @@ def note_density_in_interval(
 ) -> Outcome:
     """In no window more notes, or notes of one pitch, than so many a second.
 
-    The value is (window, most notes a second, most of one pitch, where) of the first failure or
+    The value is (window, most notes per second, most of one pitch, where) of the first failure or
     of the last test.
     """
     notes = _pitched(performance)

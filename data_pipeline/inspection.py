@@ -24,7 +24,7 @@ class Inspection:
         notes_quantiles: notes of the shortest, quartile, median, quartile and longest piece.
         length_histogram: pieces below each power of two of tokens (and not below the one before).
         reading: how MIDI files were read, "standard" or "aria-utils".
-        n_repaired: pieces of files that are cut, read up to the break.
+        n_repaired: pieces of truncated files, read up to the break.
         rejected: files by "stage/reason".
         first_lines: the first tokens of the first piece.
     """

@@ -72,7 +72,7 @@ class Performance:
         programs: `PROGRAM` [>= 1] program changes sorted by tick.
         texts: text and copyright messages.
         compat: the reading it comes from; times, programs in force and pedal follow it.
-        repaired: why a file that is cut was read in part only; empty for a whole one.
+        repaired: why a truncated file was read in part only; empty for a whole one.
     """
 
     ticks_per_beat: int
@@ -200,7 +200,7 @@ def read_midi(
     Args:
         source: a path, or the file's bytes; a RIFF envelope (.rmi) or .gz is opened.
         compat: None for the standard; one of `COMPAT` for that program's reading.
-        repair: of a file that is cut, read what is whole before the break; `repaired` says so.
+        repair: of a truncated file, read what is whole before the break; `repaired` says so.
             Notes that still sound end at the break (under `compat` they are left out, as in a
             whole file).
 

@@ -58,7 +58,7 @@ class Record:
     Attributes:
         ids: token ids, uint16 [L].
         meta: path (relative to the source), sha256 (of the MIDI file), duration_ms, n_notes,
-            labels (dict of str to str); of a cut file that was read up to the break also
+            labels (dict of str to str); of a truncated file that was read up to the break also
             repaired, the reason.
     """
 
@@ -251,8 +251,8 @@ class TokenShards:
             where ids are not interpreted.
 
     Raises:
-        UserError: no shards there, unknown split, wrong tokenizer, missing or cut shard file; when
-            a record is read, a damaged one.
+        UserError: no shards there, unknown split, wrong tokenizer, missing or truncated shard file;
+            when a record is read, a damaged one.
     """
 
     def __init__(self, data_dir: str | Path, split: str, tokenizer: Any = None):

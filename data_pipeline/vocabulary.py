@@ -85,7 +85,7 @@ def reachable_ids(occurring: np.ndarray, tokenizer: "Tokenizer") -> np.ndarray:
     return np.flatnonzero(occurring | notes | always)
 
 
-def nearest(n_values: int, limit: int, step: int) -> np.ndarray:
+def nearest_index(n_values: int, limit: int, step: int) -> np.ndarray:
     """For 0..limit, the index of the closest of 0, step, 2 step, … ; int64 [limit + 1].
 
     Ties fall as the reference's binary search lets them fall: the value it met first wins.
@@ -104,7 +104,7 @@ def nearest(n_values: int, limit: int, step: int) -> np.ndarray:
 
 
 # Value -> index of its token within the block of durations, onsets or velocities.
-DUR_INDEX = nearest(SEGMENT_MS // STEP_MS + 1, SEGMENT_MS, STEP_MS)
-ONSET_INDEX = nearest(SEGMENT_MS // STEP_MS, SEGMENT_MS - 1, STEP_MS)
-VELOCITY_INDEX = nearest(13, 127, VELOCITY_STEP)
+DUR_INDEX = nearest_index(SEGMENT_MS // STEP_MS + 1, SEGMENT_MS, STEP_MS)
+ONSET_INDEX = nearest_index(SEGMENT_MS // STEP_MS, SEGMENT_MS - 1, STEP_MS)
+VELOCITY_INDEX = nearest_index(13, 127, VELOCITY_STEP)
 VELOCITY_INDEX[1:] = np.maximum(VELOCITY_INDEX[1:], 1)  # a played note never becomes silent

@@ -153,7 +153,7 @@ class IsolatedWorker:
         return _WorkerDiedError(in_hand, "worker-died", name)
 
     def _start(self) -> socket.socket:
-        connection, theirs = socket.socketpair()
+        connection, worker_end = socket.socketpair()
         environment = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(
@@ -164,10 +164,10 @@ class IsolatedWorker:
             "OPENBLAS_NUM_THREADS": "1",
             "NUMBA_NUM_THREADS": "1",
         }
-        with tempfile.TemporaryFile() as errors, theirs:
+        with tempfile.TemporaryFile() as errors, worker_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", _WORKER, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-m", _WORKER, str(worker_end.fileno())],
+                pass_fds=[worker_end.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
@@ -175,7 +175,7 @@ class IsolatedWorker:
                 # Ctrl-C reaches the parent only: a worker that dies of it would accuse its file.
                 start_new_session=True,
             )
-            theirs.close()
+            worker_end.close()
             self._connection = connection
             try:
                 send_frame(connection, pack([self._settings, astuple(self._limits)]))
@@ -338,7 +338,7 @@ def map_in_order(
     if not workers:
         yield from map(function, items)
         return
-    others = set(multiprocessing.active_children())
+    before = set(multiprocessing.active_children())
     context = multiprocessing.get_context("spawn")  # forking a process that runs jax can hang
     pool = ProcessPoolExecutor(workers, context, _remember, (function,))
     waiting: deque[Future[list[Result]]] = deque()
@@ -356,8 +356,8 @@ def map_in_order(
             "on, with fewer --workers"
         ) from None
     finally:
-        # What is begun is not waited for: whoever stops early, stops now.
-        own = set(multiprocessing.active_children()) - others if waiting else set()
+        # What has started is not waited for: whoever stops early, stops now.
+        own = set(multiprocessing.active_children()) - before if waiting else set()
         for process in own:  # first: one that still starts would complain of a pool that is gone
             process.kill()
         pool.shutdown(wait=not waiting, cancel_futures=True)

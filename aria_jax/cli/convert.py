@@ -174,7 +174,7 @@ if TYPE_CHECKING:
 
 _TOKENIZE = """\
 Print the token ids of a MIDI file on one line, or as JSON {"ids": [...], "n_notes": N, "preset",
-"reading": "standard" or "aria-utils", "repaired": why a file that is cut was read in part, or ""}.
+"reading": "standard" or "aria-utils", "repaired": why a truncated file was read in part, or ""}.
 
 examples:
   aria-jax tokenize nocturne.mid
@@ -191,7 +191,7 @@ def _tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--solo-piano", action="store_true", help="drop other instruments")
     add_compat(parser, "default: standard")
     parser.add_argument(
-        "--repair", action="store_true", help="of a file that is cut, take what is before the break"
+        "--repair", action="store_true", help="of a truncated file, take what is before the break"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

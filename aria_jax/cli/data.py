@@ -84,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--preset", default="aria", help="tokenizer: aria or pedal (aria)")
     add_compat(build, "default: standard")
     build.add_argument(
-        "--repair", action="store_true", help="of files that are cut, take what is before the break"
+        "--repair", action="store_true", help="of truncated files, take what is before the break"
     )
     build.add_argument("--solo-piano", action="store_true", help="drop other instruments")
     build.add_argument(
@@ -221,7 +221,7 @@ def _build(args: argparse.Namespace) -> None:
     if summary.done_before:
         text += "\nalready built of the same files with the same settings: nothing to do"
     if summary.n_repaired:
-        text += f"\n{summary.n_repaired:,} repaired: cut files, read up to the break"
+        text += f"\n{summary.n_repaired:,} repaired: truncated files, read up to the break"
     if summary.n_rejected:
         reasons = ", ".join(f"{reason} {n:,}" for reason, n in summary.rejected.items())
         text += f"\n{summary.n_rejected:,} rejected ({reasons}): see {args.out_dir}/rejected.jsonl"
@@ -242,7 +242,7 @@ def _inspect(args: argparse.Namespace) -> None:
         *_coverage_table(found.coverage),
         *(line for label, counts in found.labels.items() for line in _label_table(label, counts)),
         *_rejection_table(found.rejected),
-        f"read by: {found.reading}; repaired: {found.n_repaired:,} (cut files, up to the break)",
+        f"read by: {found.reading}; repaired: {found.n_repaired:,} (truncated)",
     ]
     if found.first_lines:
         lines += [
@@ -258,7 +258,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
 _BAR = 40
 _SHOWN_VALUES = 12
-_MOST_VALUES = 60
+_MAX_VALUES = 60
 
 
 def _split_table(splits: dict[str, dict[str, float]]) -> list[str]:
@@ -332,7 +332,7 @@ def _plot(args: argparse.Namespace, found: "Inspection") -> None:
     top = {
         label: dict(list(counts.items())[:_SHOWN_VALUES])
         for label, counts in found.labels.items()
-        if len(counts) <= _MOST_VALUES
+        if len(counts) <= _MAX_VALUES
     }
     save_chart(corpus_chart(lengths, top, "notes a piece"), args.plot, args.command_line)
 

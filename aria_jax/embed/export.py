@@ -265,9 +265,9 @@ class _Parts:
         if self._out.is_dir():
             raise UserError(f"{self._out} is a folder; name a file for the embeddings")
         with _locked(self._out.parent):
-            finished, begun = read_identity(self._out), self._begun()
+            finished, unfinished = read_identity(self._out), self._unfinished()
             if finished == self._identity:
-                if begun == self._identity:  # killed between joining and tidying up
+                if unfinished == self._identity:  # killed between joining and tidying up
                     shutil.rmtree(self._folder, ignore_errors=True)
                 return None
             if finished is None and self._out.exists() and not overwrite:
@@ -280,7 +280,7 @@ class _Parts:
                 self._out,
                 self._identity,
                 finished=None if update else finished,
-                begun=begun,
+                unfinished=unfinished,
                 overwrite=overwrite,
                 details=lambda _: {"files": "other files", "labels": "other labels"},
             )
@@ -290,7 +290,7 @@ class _Parts:
             write_atomically(self._folder / "identity.json", json.dumps(self._identity.to_json()))
             return KnownVectors(self._out if update else None)
 
-    def _begun(self) -> Identity | None:
+    def _unfinished(self) -> Identity | None:
         try:
             return Identity.from_json(json.loads((self._folder / "identity.json").read_text()))
         except FileNotFoundError:

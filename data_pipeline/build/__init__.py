@@ -1,6 +1,6 @@
 """A folder or archive of MIDI files to token shards: parallel, and safe to kill at any moment.
 
-The source is listed once and cut into work units; each unit's results are kept on disk as soon
+The source is listed once and split into work units; each unit's results are kept on disk as soon
 as they are complete; a merge that depends on nothing but those results writes the shards. Run
 again after a kill, it goes on with the units that are missing and ends with the same bytes.
 """
@@ -48,7 +48,7 @@ class BuildSummary:
 
     Attributes:
         n_test: pieces that the metadata's split keeps for testing; their shards are apart.
-        n_repaired: accepted files that are cut and were read up to the break.
+        n_repaired: accepted files that are truncated and were read up to the break.
         rejected: number of files by "stage/reason".
         warnings: what was not done, and had better be known.
         hours: of music in the accepted pieces.
@@ -105,7 +105,7 @@ def build(
         split_column: label whose train/val/test is followed; None: "split", if every piece has it
             (a test piece is never trained on); "none": no published split is followed.
         compat: None to read files by the standard; "aria-utils" to read them as it does.
-        repair: of files that are cut in a track, take what is whole before the break.
+        repair: of files that are truncated in a track, take what is whole before the break.
         cleaning: what to take out of every performance first; None for nothing.
         dedup: "exact", "near" or "none"; see `MergeSettings`.
         exclude: further sources, such as evaluation sets: what is a duplicate of one of their
@@ -202,7 +202,7 @@ def _prepare(
         return {"files": files, "labels": "other labels of the same files"}
 
     there = look(
-        out, asked, finished=finished, begun=journal.identity(), overwrite=overwrite,
+        out, asked, finished=finished, unfinished=journal.identity(), overwrite=overwrite,
         details=details,
     )  # fmt: skip
     if there is There.DONE:

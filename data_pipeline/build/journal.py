@@ -125,15 +125,15 @@ class Journal:
 
     @property
     def listing(self) -> "Listing":
-        """The source of the build that was begun."""
+        """The source of the unfinished build."""
         return Listing(self._source)
 
     def digests(self) -> Iterator[tuple[str, str | None]]:
-        """(path, sha256) of what the begun build is made of; nothing where a kill left none."""
+        """(path, sha256) of what the unfinished build is made of; nothing where a kill left none."""
         return self.listing.digests() if self.listing.path.is_file() else iter(())
 
     def identity(self) -> Identity | None:
-        """What the unfinished build is made of; None where nothing was begun."""
+        """What the unfinished build is made of; None where there is none."""
         if not self._identity.is_file():
             return None
         return Identity.from_json(json.loads(self._identity.read_text()))
@@ -158,7 +158,7 @@ class Journal:
 
     @property
     def excluded(self) -> list["Listing"]:
-        """The sources that the begun build is compared with."""
+        """The sources that the unfinished build is compared with."""
         folders = sorted(self._source.glob("exclude-*"), key=lambda p: int(p.name.split("-")[1]))
         return [Listing(folder) for folder in folders]
 

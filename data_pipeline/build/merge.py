@@ -73,27 +73,27 @@ class Excluded:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The fate of pieces 0..N-1, numbered in the order of the units.
+class MergePlan:
+    """What is decided of pieces 0..N-1, numbered in the order of the units.
 
     Attributes:
-        side: of each piece its number in SPLITS, int8 [N].
+        split_of: of each piece its number in SPLITS, int8 [N].
         published: whether the split of the metadata was followed.
         warnings: what was not done about it.
         n_pieces, n_tokens: of the kept pieces of each split.
     """
 
-    side: np.ndarray
+    split_of: np.ndarray
     published: bool
     warnings: list[str]
     n_pieces: dict[str, int]
     n_tokens: dict[str, int]
-    _fate: np.ndarray
-    _same_as: dict[int, str]
+    _decision: np.ndarray
+    _duplicate_of: dict[int, str]
 
     def split(self, piece: int) -> str:
         """Where a piece goes."""
-        return SPLITS[int(self.side[piece])]
+        return SPLITS[int(self.split_of[piece])]
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -102,11 +102,11 @@ class Plan:
 
     def dropped(self, piece: int, labels: dict[str, str]) -> tuple[str, str] | None:
         """Reason and value for rejected.jsonl; None for a piece that is kept."""
-        fate = int(self._fate[piece])
-        if fate == _KEPT:
+        decision = int(self._decision[piece])
+        if decision == _KEPT:
             return None
-        value = labels["composition"] if fate == _CAPPED else self._same_as[piece]
-        return _REASONS[fate], value
+        value = labels["composition"] if decision == _CAPPED else self._duplicate_of[piece]
+        return _REASONS[decision], value
 
     def n_shards(self, split: str, wanted: int | None) -> int:
         """As many as asked for, or by size; at least one, and none that would be empty."""
@@ -114,34 +114,34 @@ class Plan:
         return max(1, min(wanted, self.n_pieces[split]))
 
 
-def make_plan(
+def plan_merge(
     units: Sequence[Path], settings: MergeSettings, excluded: Excluded | None = None
-) -> Plan:
+) -> MergePlan:
     """Reads the units' summaries and decides."""
     pieces = _read(units, with_fingerprints=settings.dedup == "near")
-    fate, representative = _without_duplicates(pieces, settings.dedup)
+    decision, representative = _without_duplicates(pieces, settings.dedup)
     like = {} if excluded is None else _like_excluded(pieces, excluded, settings.dedup)
-    fate[list(like)] = _EXCLUDED
+    decision[list(like)] = _EXCLUDED
     if settings.max_per_composition is not None:
-        kept = np.flatnonzero(fate == _KEPT)
+        kept = np.flatnonzero(decision == _KEPT)
         groups = np.where(
             pieces.labelled, np.unique(pieces.work, return_inverse=True)[1], _NO_GROUP
         )
-        stays = dedup.cap_per_group(
+        keep = dedup.cap_per_group(
             groups[kept], pieces.content[kept], settings.max_per_composition
         )
-        fate[kept[~stays]] = _CAPPED
-    kept = fate == _KEPT
-    side, published = _sides(pieces, kept, representative, settings)
-    here = {split: kept & (side == i) for i, split in enumerate(SPLITS)}
-    return Plan(
-        side=side,
+        decision[kept[~keep]] = _CAPPED
+    kept = decision == _KEPT
+    split_of, published = _split_of_each(pieces, kept, representative, settings)
+    here = {split: kept & (split_of == i) for i, split in enumerate(SPLITS)}
+    return MergePlan(
+        split_of=split_of,
         published=published,
         warnings=_warnings(pieces.split, published, settings),
         n_pieces={split: int(mask.sum()) for split, mask in here.items()},
         n_tokens={split: int(pieces.n_tokens[mask].sum()) for split, mask in here.items()},
-        _fate=fate,
-        _same_as={**_paths_of(units, fate, representative), **like},
+        _decision=decision,
+        _duplicate_of={**_paths_of(units, decision, representative), **like},
     )
 
 
@@ -175,7 +175,7 @@ def in_validation(works: np.ndarray, kept: np.ndarray, val_fraction: float) -> n
     return in_val
 
 
-def _sides(
+def _split_of_each(
     pieces: "_Pieces", kept: np.ndarray, representative: np.ndarray, settings: MergeSettings
 ) -> tuple[np.ndarray, bool]:
     """Number in SPLITS of each piece, int8 [N], and whether the published split decided.
@@ -194,11 +194,11 @@ def _sides(
     )
     np.maximum.at(said, representative, said.copy())
     by_composition = in_validation(pieces.work, kept & (said != _TEST), settings.val_fraction)
-    side = by_composition.astype(np.int8)
+    split_of = by_composition.astype(np.int8)
     if published and (said[kept] == _VAL).any():
-        side = np.where(said == _UNSAID, side, said)
-    side[said == _TEST] = _TEST
-    return side, published
+        split_of = np.where(said == _UNSAID, split_of, said)
+    split_of[said == _TEST] = _TEST
+    return split_of, published
 
 
 def _warnings(said: np.ndarray, published: bool, settings: MergeSettings) -> list[str]:
@@ -286,10 +286,10 @@ def _without_duplicates(pieces: _Pieces, how: str) -> tuple[np.ndarray, np.ndarr
     else:
         _, first, group = np.unique(pieces.content, return_index=True, return_inverse=True)
         representative = first[group]  # of equal pieces the first by path
-    fate = np.full(len(numbers), _KEPT, np.int8)
-    fate[representative != numbers] = _NEAR
-    fate[(fate == _NEAR) & (pieces.content == pieces.content[representative])] = _EXACT
-    return fate, representative
+    decision = np.full(len(numbers), _KEPT, np.int8)
+    decision[representative != numbers] = _NEAR
+    decision[(decision == _NEAR) & (pieces.content == pieces.content[representative])] = _EXACT
+    return decision, representative
 
 
 def _like_excluded(pieces: _Pieces, excluded: Excluded, how: str) -> dict[int, str]:
@@ -317,10 +317,10 @@ def _like_excluded(pieces: _Pieces, excluded: Excluded, how: str) -> dict[int, s
 
 
 def _paths_of(
-    units: Sequence[Path], fate: np.ndarray, representative: np.ndarray
+    units: Sequence[Path], decision: np.ndarray, representative: np.ndarray
 ) -> dict[int, str]:
     """Path of the piece that stands for each duplicate; only those paths are ever in memory."""
-    duplicates = np.flatnonzero((fate == _EXACT) | (fate == _NEAR))
+    duplicates = np.flatnonzero((decision == _EXACT) | (decision == _NEAR))
     if not len(duplicates):
         return {}
     wanted: Collection[int] = set(representative[duplicates].tolist())
@@ -343,7 +343,7 @@ def merge_units(
     Returns the manifest's counts ("splits", "rejected", the totals) and warnings. May be repeated
     after a kill: everything is made in `work` first.
     """
-    plan = make_plan(units, settings, excluded)
+    plan = plan_merge(units, settings, excluded)
     work.mkdir(exist_ok=True)
     writers = {
         split: SplitWriter(split, plan.n_shards(split, settings.shards), work)

@@ -100,7 +100,7 @@ class PieceMaker:
     Args:
         settings: tokenizer_preset, filters (resolved thresholds), cleaning (fields of
             `cleaning.Cleaning`), fingerprints (whether near-duplicates will be looked for),
-            reading (as `midi.reading_name` calls it), repair (whether cut files are).
+            reading (as `midi.reading_name` calls it), repair (whether truncated files are).
     """
 
     def __init__(self, settings: dict[str, Any]):

@@ -38,9 +38,9 @@ def lm_windows(
 ) -> BatchStream:
     """Batches for next-token prediction (reference: aria/datasets.py PretrainingDataset).
 
-    "concat" joins the pieces, in another order every epoch, and cuts the stream every `seq_len`
+    "concat" joins the pieces, in another order every epoch, and splits the stream every `seq_len`
     tokens; the windows are then shuffled. A window's last target is the first token of the next
-    window, so that every token but the first of the epoch is predicted once. "best-fit" cuts
+    window, so that every token but the first of the epoch is predicted once. "best-fit" splits
     only pieces longer than a window and packs the parts into rows so that attention need not
     cross pieces.
 

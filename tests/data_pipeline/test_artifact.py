@@ -37,7 +37,7 @@ def test_identities_are_equal_where_nothing_differs(one, other):
 @given(identities, st.one_of(st.none(), identities), st.one_of(st.none(), identities))
 def test_only_the_same_goes_on_and_only_overwriting_replaces(asked, finished, begun):
     try:
-        there = look("out", asked, finished=finished, begun=begun)
+        there = look("out", asked, finished=finished, unfinished=begun)
     except UserError as error:
         other = finished or begun
         assert other is not None and other != asked
@@ -51,7 +51,7 @@ def test_only_the_same_goes_on_and_only_overwriting_replaces(asked, finished, be
             else There.FRESH
         )
         assert there is not There.FRESH or (finished is None and begun is None)
-    assert look("out", asked, finished=finished, begun=begun, overwrite=True) is (
+    assert look("out", asked, finished=finished, unfinished=begun, overwrite=True) is (
         There.RESUME if begun == asked else There.FRESH
     )
 
