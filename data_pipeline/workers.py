@@ -73,8 +73,7 @@ class IsolatedWorker:
     """A process that does units; it is replaced when a file kills it, and that file set aside."""
 
     def __init__(self, settings: dict[str, Any], limits: Limits):
-        self._settings = settings
-        self._limits = limits
+        self._settings, self._limits = settings, limits
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: socket.socket | None = None
         self._stopped = False
@@ -86,8 +85,7 @@ class IsolatedWorker:
             UserError: processes die that have no file in hand, or do not start.
         """
         results: list[tuple[dict[str, Any], bytes]] = []
-        deaths: Counter[int] = Counter()
-        idle_deaths = 0
+        deaths, idle_deaths = Counter[int](), 0
         while len(results) < len(job.entries):
             try:
                 self._attempt(job, results, progress)
@@ -249,9 +247,7 @@ def run_ray(
     try:
         import ray
     except ImportError as error:
-        raise UserError(
-            "--runner ray needs the package ray: pip install 'aria-jax[ray]'"
-        ) from error
+        raise UserError("--runner ray needs ray: pip install 'aria-jax[ray]'") from error
     started_here = not ray.is_initialized()
     if started_here:
         local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
@@ -365,20 +361,36 @@ def map_in_order(
 
 @contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
-    """Processes and threads started inside never see SIGINT, which a terminal sends to all."""
+    """Processes and threads started inside never see SIGINT, which a terminal sends to all.
+
+    The main thread, for which any other may take it, hears of it when it leaves: an exception in
+    the middle of starting a process would lose that process, which waits for work for ever.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    heard: list[Any] = []
+    handler = signal.signal(signal.SIGINT, lambda *told: heard.append(told)) or signal.SIG_DFL
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.signal(signal.SIGINT, handler)
+        if heard and callable(handler):
+            handler(*heard[-1])
 
 
 def _remember(function: Callable[[Any], Any]) -> None:
     global _function
     _function = function
+    if (parent := multiprocessing.parent_process()) is not None:  # killed, it says no goodbye
+        threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: Any) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _do_chunk(items: Sequence[Any]) -> list[Any]:

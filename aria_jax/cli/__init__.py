@@ -8,6 +8,8 @@ what the verb printed. The same command run again prints that and does nothing m
 make something else, or replace a file that is not its own, is refused before any slow work.
 
 `data build`, `train` and `embed` keep their identities in what they make, and go by the same rule.
+
+Arguments that several verbs take, and how they are checked, are here too.
 """
 
 import argparse
@@ -81,6 +83,57 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_KNOWN_SUFFIXES = {
+    ".csv", ".gz", ".html", ".jpg", ".json", ".jsonl", ".kar", ".mid", ".midi", ".mp3", ".npy",
+    ".npz", ".parquet", ".pdf", ".png", ".safetensors", ".svg", ".tar", ".tgz", ".tsv", ".txt",
+    ".wav", ".yaml", ".yml", ".zip",
+}  # fmt: skip
+
+
+def check_suffix(path: str, content: str, *suffixes: str) -> None:
+    """Raises `UserError` where a file to write is named as if it held something else."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in _KNOWN_SUFFIXES and suffix not in suffixes:
+        raise UserError(f"{path}: this will be {content}, not {suffix}; name it …{suffixes[0]}")
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """Positive whole numbers of a comma-separated argument, in ascending order."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{option} {text}: expected positive numbers such as 1,5,10")
+    return sorted({int(part) for part in parts})
+
+
+def add_compat(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds --compat, which says how MIDI files are read."""
+    from data_pipeline.midi import COMPAT, STANDARD
+
+    parser.add_argument(
+        "--compat",
+        choices=(*COMPAT, STANDARD),
+        help=f"read MIDI files as aria-utils does, faults included, or by the standard ({default})",
+    )
+
+
+def chosen_reading(compat: str | None, model_reading: str, model: object) -> str:
+    """How to read files for a model: as --compat says, else as its corpus was read."""
+    reading = compat or model_reading
+    warn_of_reading(reading, model_reading, model)
+    return reading
+
+
+def warn_of_reading(reading: str, model_reading: str, model: object) -> None:
+    """Says on stderr that files are not read as those of a model's corpus were."""
+    if reading != model_reading:
+        from aria_jax.cli.console import note
+
+        note(
+            f"aria-jax: warning: reading MIDI files by {reading}; those of {model} were read by "
+            f"{model_reading}"
+        )
+
+
 def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
     """Runs a verb unless what it would make is there; its exit status.
 
@@ -91,6 +144,9 @@ def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
     outputs = [Path(output) for output in writes.outputs(args)] if writes is not None else []
     if writes is None or not outputs:
         return verb.run(args) or 0
+    from aria_jax.cli.console import note, stage
+
+    stage("comparing with what is there")
     identity = _identity(name, args, writes)
     if outputs[0].parent.is_file():
         raise UserError(f"{outputs[0].parent} is a file; name a folder")
@@ -105,8 +161,6 @@ def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
     printed = before.get("printed", {}) if finished == identity else {}
     if there is There.DONE and form in printed:
         print(printed[form], end="")
-        from aria_jax.cli.console import note
-
         note(f"{outputs[0]}: already made of the same: nothing to do")
         return 0
     with ExitStack() as stack:
@@ -116,6 +170,7 @@ def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
         if outputs[0].is_dir() and finished is not None:
             shutil.rmtree(outputs[0])  # a model that a verb has made, not a run
         tee = stack.enter_context(redirect_stdout(_Tee(sys.stdout)))
+        stage("starting")
         status = verb.run(args) or 0
         if status == 0:
             files = {

@@ -70,9 +70,11 @@ def run(args: argparse.Namespace) -> int:
         )
     config = with_overrides(start, settings).validate()
 
-    prepare()
-    from aria_jax.aot.report import compile_report
     from aria_jax.cli.console import print_result, stage
+
+    prepare()
+    stage("loading jax and the compiler")
+    from aria_jax.aot.report import compile_report
 
     report = compile_report(
         config,

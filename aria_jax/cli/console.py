@@ -1,12 +1,11 @@
 """What the command line shows: named stages, progress and results, for a person or for a script.
 
-While a verb runs (`working`), a thread says on stderr what it is doing: on a terminal one line that
-is redrawn, a bar once work is counted; where stderr is piped, a line every few seconds. A stage
-that is over at once is never shown. Rates are of this run's own work, the time left follows the
-present speed.
+While a verb runs (`working`), a thread says on stderr what it is doing, so that it is never silent
+for two seconds: on a terminal in one line that is redrawn, a bar once work is counted; where stderr
+is piped, in a line at a time. A stage that is over at once is never shown. Rates are of this run's
+own work, the time left follows the present speed.
 """
 
-import argparse
 import ctypes
 import json
 import os
@@ -17,18 +16,19 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
-from data_pipeline.errors import UserError, printable
+from data_pipeline.errors import printable
 
 Progress = Callable[[int, int], None]
 """Libraries report `progress(done, total)`; they never print."""
 
 SHOWN_AFTER_S = 1.0
-"""On a terminal a stage is shown once it has lasted so long."""
-LINE_EVERY_S = (1.8, 5.0)
-"""Of piped output: at first, and of a job that lasts."""
+"""On a terminal a stage is shown once so much time has passed without a word."""
+LINE_EVERY_S = 1.6
+"""Of piped output; with a tick, less than two seconds."""
 PRESENT_S = 20.0
 """Over which the present speed is measured."""
 _TICK_S = 0.2
@@ -110,26 +110,32 @@ def _clock_text(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-class _Screen:
-    """The one place that writes what a verb is doing; may be told from any thread."""
+class Screen:
+    """The one place that writes what a verb is doing; may be told from any thread.
 
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
+    Args:
+        clock: in seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._lock, self._clock = threading.RLock(), clock
         self._verb = self._stage = ""
-        self._since = self._began = self._written = 0.0
+        self._since = self._written = 0.0
         self._counter: Counter | None = None
         self._last = ""
         self._drawn = False
 
     def begin(self, verb: str) -> None:
+        """What follows is this verb's."""
         with self._lock:
             self._verb, self._counter, self._last = verb, None, ""
-            self._began = self._written = time.monotonic()
+            self._written = self._clock()
             self.stage("starting")
 
     def stage(self, name: str) -> None:
+        """What is done from now on."""
         with self._lock:
-            self._stage, self._since = name, time.monotonic()
+            self._stage, self._since = name, self._clock()
 
     def count(self, counter: Counter | None) -> None:
         """Shows a counter from its first report on, until the next call."""
@@ -139,19 +145,20 @@ class _Screen:
                 if self._drawn or text != self._last:
                     self._write(text)
             self._counter = counter
-            self._since = time.monotonic()
+            self._since = self._clock()
 
     def tick(self) -> None:
+        """Says what is done, if it is time; to be called every _TICK_S."""
         with self._lock:
-            now = time.monotonic()
+            silent = self._clock() - self._written
             counted = self._counter is not None and self._counter.begun
             if sys.stderr.isatty():
-                if counted or now - self._since >= SHOWN_AFTER_S:
+                if counted or self._drawn or silent >= SHOWN_AFTER_S:
                     columns = shutil.get_terminal_size().columns
                     sys.stderr.write("\r" + self._now_text()[: columns - 1] + "\x1b[K")
                     sys.stderr.flush()
                     self._drawn = True
-            elif now - self._written >= self._every(now):
+            elif silent >= LINE_EVERY_S:
                 self._write(self._now_text())
 
     def note(self, text: str) -> None:
@@ -159,22 +166,24 @@ class _Screen:
         with self._lock:
             self._write(text)
 
+    def say(self, text: str) -> None:
+        """Prints a line on stdout."""
+        with self._lock:
+            self.clear()
+            print(printable(text))
+
     def clear(self) -> None:
         """Takes away the line that is redrawn."""
         with self._lock:
             if self._drawn:
                 sys.stderr.write("\r\x1b[K")
                 sys.stderr.flush()
-                self._drawn = False
-
-    def _every(self, now: float) -> float:
-        least, most = LINE_EVERY_S
-        return min(most, max(least, (now - self._began) / 60))
+                self._drawn, self._written = False, self._clock()
 
     def _now_text(self) -> str:
         if self._counter is not None and self._counter.begun:
             return self._text(self._counter)
-        return f"{self._verb}: {self._stage} ({time.monotonic() - self._since:.0f} s)"
+        return f"{self._verb}: {self._stage} ({self._clock() - self._since:.0f} s)"
 
     def _text(self, counter: Counter) -> str:
         return counter.text(bar_width=20 if sys.stderr.isatty() else 0)
@@ -183,10 +192,10 @@ class _Screen:
         self.clear()
         sys.stderr.write(printable(line) + "\n")
         sys.stderr.flush()
-        self._last, self._written = line, time.monotonic()
+        self._last, self._written = line, self._clock()
 
 
-_screen = _Screen()
+_screen = Screen()
 _active: "Interrupts | None" = None
 
 
@@ -252,6 +261,14 @@ def _end_at_once() -> NoReturn:
 
     for child in multiprocessing.active_children():
         child.kill()
+    # One that is being started is in no list yet, and would complain of a parent that is gone.
+    for listed in Path("/proc/self/task").glob("*/children"):
+        for pid in listed.read_text().split():
+            with suppress(OSError):
+                # The tracker of semaphores tidies up behind this process, and ends with it.
+                command = Path(f"/proc/{pid}/cmdline").read_bytes()
+                if b"multiprocessing.resource_tracker" not in command:
+                    os.kill(int(pid), signal.SIGKILL)
     os._exit(130)
 
 
@@ -270,7 +287,7 @@ def working(verb: str) -> Iterator[None]:
 
     _active = Interrupts()
     _screen.begin(verb)
-    ticker = threading.Thread(target=tick, daemon=True)
+    ticker = threading.Thread(target=tick, name="progress", daemon=True)
     ticker.start()
     try:
         yield
@@ -336,8 +353,12 @@ def print_result(
     """
     for warning in warnings:
         note(f"aria-jax: warning: {warning}")
-    _screen.clear()
-    print(json.dumps(_printable(result)) if as_json else printable(text))
+    say(json.dumps(_printable(result)) if as_json else text)
+
+
+def say(text: str) -> None:
+    """Prints a line on stdout, where no progress stands before it."""
+    _screen.say(text)
 
 
 def _printable(value: Any) -> Any:
@@ -346,53 +367,3 @@ def _printable(value: Any) -> Any:
     if isinstance(value, dict):
         return {_printable(key): _printable(item) for key, item in value.items()}
     return [_printable(item) for item in value] if isinstance(value, list | tuple) else value
-
-
-_KNOWN_SUFFIXES = {
-    ".csv", ".gz", ".html", ".jpg", ".json", ".jsonl", ".kar", ".mid", ".midi", ".mp3", ".npy",
-    ".npz", ".parquet", ".pdf", ".png", ".safetensors", ".svg", ".tar", ".tgz", ".tsv", ".txt",
-    ".wav", ".yaml", ".yml", ".zip",
-}  # fmt: skip
-
-
-def check_suffix(path: str, content: str, *suffixes: str) -> None:
-    """Raises `UserError` where a file to write is named as if it held something else."""
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix in _KNOWN_SUFFIXES and suffix not in suffixes:
-        raise UserError(f"{path}: this will be {content}, not {suffix}; name it …{suffixes[0]}")
-
-
-def numbers(text: str, option: str) -> list[int]:
-    """Positive whole numbers of a comma-separated argument, in ascending order."""
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"{option} {text}: expected positive numbers such as 1,5,10")
-    return sorted({int(part) for part in parts})
-
-
-def add_compat(parser: argparse.ArgumentParser, default: str) -> None:
-    """Adds --compat, which says how MIDI files are read."""
-    from data_pipeline.midi import COMPAT, STANDARD
-
-    parser.add_argument(
-        "--compat",
-        choices=(*COMPAT, STANDARD),
-        help=f"read MIDI files as aria-utils does, faults included, or by the standard ({default})",
-    )
-
-
-def chosen_reading(compat: str | None, model_reading: str, model: object) -> str:
-    """How to read files for a model: as --compat says, else as its corpus was read."""
-    reading = compat or model_reading
-    warn_of_reading(reading, model_reading, model)
-    return reading
-
-
-def warn_of_reading(reading: str, model_reading: str, model: object) -> None:
-    """Says on stderr that files are not read as those of a model's corpus were."""
-    if reading != model_reading:
-        print(
-            f"aria-jax: warning: reading MIDI files by {reading}; those of {model} were read by "
-            f"{model_reading}",
-            file=sys.stderr,
-        )

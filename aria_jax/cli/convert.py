@@ -4,11 +4,10 @@ finetuning run), `tokenize` and `detokenize` (MIDI files and token ids).
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aria_jax.cli import Verb, Writes, add_overwrite
+from aria_jax.cli import Verb, Writes, add_compat, add_overwrite, check_suffix
 
 if TYPE_CHECKING:
     from aria_jax.models.heads import Model
@@ -147,11 +146,12 @@ def _merge(args: argparse.Namespace) -> None:
 def _adapters(args: argparse.Namespace) -> None:
     from aria_jax.checkpoints.models import load_adapters
     from aria_jax.checkpoints.safetensors import save_lora
+    from aria_jax.cli.console import say
 
     _check_file_name(args.out)
     lora = load_adapters(args.source)
     save_lora(args.out, lora)
-    print(f"{args.out}: {lora.n_params:,} parameters, adapters of rank {lora.rank}")
+    say(f"{args.out}: {lora.n_params:,} parameters, adapters of rank {lora.rank}")
 
 
 def _check_file_name(out: str) -> None:
@@ -162,11 +162,12 @@ def _check_file_name(out: str) -> None:
 
 
 def _report(out: str, model: "Model") -> None:
+    from aria_jax.cli.console import say
     from aria_jax.models.heads import parameter_specs
     from aria_jax.models.parameters import parameter_count
 
     number = parameter_count(parameter_specs(model.config))
-    print(f"{out}: {number:,} parameters, {model.config.head} head")
+    say(f"{out}: {number:,} parameters, {model.config.head} head")
 
 
 if TYPE_CHECKING:
@@ -184,8 +185,6 @@ examples:
 
 def _tokenize_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax tokenize`."""
-    from aria_jax.cli.console import add_compat
-
     parser.add_argument("file", help="MIDI file")
     parser.add_argument("--preset", default="aria", help="aria or pedal (default: aria)")
     parser.add_argument("--solo-piano", action="store_true", help="drop other instruments")
@@ -198,8 +197,7 @@ def _tokenize_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _tokenize(args: argparse.Namespace) -> None:
     """Tokenises and prints."""
-
-    from aria_jax.cli.console import print_result
+    from aria_jax.cli.console import note, print_result
     from data_pipeline.cleaning import Cleaning
     from data_pipeline.errors import UserError
     from data_pipeline.midi import STANDARD, compat_of, read_midi, reading_name
@@ -213,7 +211,7 @@ def _tokenize(args: argparse.Namespace) -> None:
     except OSError as error:
         raise UserError(f"{args.file}: {error.strerror}") from None
     if performance.repaired:
-        print(f"{args.file}: repaired: {performance.repaired}", file=sys.stderr)
+        note(f"{args.file}: repaired: {performance.repaired}")
     performance = Cleaning(solo_piano=args.solo_piano).clean(performance)
     ids = tokenizer.encode(performance).tolist()
     result = {
@@ -247,7 +245,7 @@ def _detokenize_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _detokenize(args: argparse.Namespace) -> None:
     """Detokenises and writes."""
-    from aria_jax.cli.console import check_suffix
+    from aria_jax.cli.console import say
     from data_pipeline.errors import UserError, check_file
     from data_pipeline.midi import write_midi
     from data_pipeline.tokenizer import Tokenizer
@@ -264,7 +262,7 @@ def _detokenize(args: argparse.Namespace) -> None:
         write_midi(performance, args.out)
     except OSError as error:
         raise UserError(f"{args.out}: cannot write ({error.strerror})") from None
-    print(f"{args.out}: {len(performance.notes)} notes")
+    say(f"{args.out}: {len(performance.notes)} notes")
 
 
 DETOKENIZE = Verb(

@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aria_jax.cli import Verb, Writes, add_overwrite
+from aria_jax.cli import Verb, Writes, add_compat, add_overwrite
 
 if TYPE_CHECKING:
     from data_pipeline.inspection import Inspection
@@ -52,8 +52,6 @@ needs the output folder. The corpus has the same bytes, also where a node dies u
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the verbs build, inspect and sample."""
-    from aria_jax.cli.console import add_compat
-
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="{build,inspect,sample}")
 
     def verb(name: str, text: str, details: str | None = None) -> argparse.ArgumentParser:
@@ -179,7 +177,9 @@ DATA = Verb(DESCRIPTION, add_arguments, run, Writes(_outputs, ("data_dir",)))
 
 
 def _build(args: argparse.Namespace) -> None:
-    from aria_jax.cli.console import print_result, progress_bar
+    from aria_jax.cli.console import print_result, progress_bar, stage
+
+    stage("listing the files")
     from data_pipeline.build import build
     from data_pipeline.cleaning import Cleaning
     from data_pipeline.midi import STANDARD, compat_of
@@ -229,12 +229,13 @@ def _build(args: argparse.Namespace) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    from aria_jax.cli.console import print_result
+    from aria_jax.cli.console import print_result, stage
     from aria_jax.report import check_picture
     from data_pipeline.inspection import inspect
 
     if args.plot:
         check_picture(args.plot)
+    stage("reading the corpus")
     found = inspect(args.data_dir)
     lines = [
         *_split_table(found.splits),
@@ -252,6 +253,7 @@ def _inspect(args: argparse.Namespace) -> None:
             *("  " + line for line in found.first_lines),
         ]
     if args.plot:
+        stage("drawing")
         _plot(args, found)
     print_result(dataclasses.asdict(found), args.json, "\n".join(lines))
 
@@ -338,9 +340,10 @@ def _plot(args: argparse.Namespace, found: "Inspection") -> None:
 
 
 def _sample(args: argparse.Namespace) -> None:
-    from aria_jax.cli.console import print_result, progress_bar
+    from aria_jax.cli.console import print_result, progress_bar, stage
     from data_pipeline.sample import sample
 
+    stage("choosing the scores")
     with progress_bar("render", "score") as progress:
         summary = sample(
             args.out_dir, per_composer=args.per_composer, workers=args.workers, progress=progress

@@ -7,7 +7,6 @@ import io
 import json
 import shlex
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from aria_jax.cli import Verb, Writes, add_overwrite, input_digest
+from aria_jax.cli.console import note, say, stage
 from aria_jax.report import (
     Provenance,
     Section,
@@ -35,7 +35,7 @@ from aria_jax.report import (
 )
 from aria_jax.report.piano_roll import Part, figure_svg, piano_roll_svg
 from data_pipeline.artifact import Identity, write_atomically
-from data_pipeline.errors import UserError, printable
+from data_pipeline.errors import UserError
 from data_pipeline.midi import read_midi
 
 DESCRIPTION = """\
@@ -163,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
     prompt = _held_out_piece(out / "data", Path(args.midi or out / "midi"))
     steps.append(generation_step(out, prompt))
     results["generate"] = _run_step(out, steps[-1], total, total, corpus)
+    stage("writing the report")
     page = out / "report.html"
     embeddings = read_embeddings(out / "embeddings-contrastive.parquet")
     write_demo_report(
@@ -177,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
             made_by=args.command_line,
         ),
     )
-    print(printable(f"done in {time.perf_counter() - began:.0f} s\nopen {page}"))
+    say(f"done in {time.perf_counter() - began:.0f} s\nopen {page}")
     return 0
 
 
@@ -201,23 +202,24 @@ def _check_corpus(folder: Path) -> None:
 
 def _run_step(out: Path, step: Step, number: int, total: int, corpus: str | None) -> dict:
     """The step's JSON result; from its file where the same command has finished before."""
-    from aria_jax.cli.main import main
+    from aria_jax.cli.main import run_verb
 
     kept = out / "steps" / f"{step.name}.json"
     identity = Identity("a step of the demo", 1, {"midi": corpus}, {"command": step.command})
     if kept.is_file():
         before = json.loads(kept.read_text())
         if Identity.from_json(before.get("identity")) == identity:
-            print(f"[{number}/{total}] {step.title}: done before", file=sys.stderr)
+            note(f"[{number}/{total}] {step.title}: done before")
             return before["result"]
-    print(f"[{number}/{total}] {step.title}\n  $ {step.command}", file=sys.stderr)
+    note(f"[{number}/{total}] {step.title}\n  $ {step.command}")
     began = time.perf_counter()
-    with redirect_stdout(io.StringIO()) as printed:
-        status = main(step.arguments)
-    if status != 0:
-        raise UserError(
-            f"step {number} ({step.title}) stopped; run the same command again to go on"
-        )
+    try:
+        with redirect_stdout(io.StringIO()) as printed:
+            status = run_verb(step.arguments[0], step.arguments[1:])
+    except UserError as error:
+        raise UserError(f"step {number} ({step.title}): {error}") from error
+    if status == 130:  # a training that was interrupted has saved what it learnt
+        raise KeyboardInterrupt
     result = json.loads(printed.getvalue().splitlines()[-1])
     result["wall_s"] = round(time.perf_counter() - began, 1)
     kept.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from aria_jax.cli import Verb
+from aria_jax.cli import Verb, add_compat, check_suffix, chosen_reading, warn_of_reading
 
 if TYPE_CHECKING:
     from aria_jax.embed.pieces import Source
@@ -33,8 +33,6 @@ examples:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax embed`."""
-    from aria_jax.cli.console import add_compat
-
     parser.add_argument(
         "sources",
         nargs="+",
@@ -90,7 +88,6 @@ def reading_of_source(args: argparse.Namespace, source: "Source", reading: str) 
     Raises:
         UserError: --compat names another reading than the shards were built with.
     """
-    from aria_jax.cli.console import warn_of_reading
     from data_pipeline.errors import UserError
 
     if source.reading != reading and args.compat:
@@ -105,7 +102,7 @@ def reading_of_source(args: argparse.Namespace, source: "Source", reading: str) 
 
 def run(args: argparse.Namespace) -> None:
     """Embeds and writes."""
-    from aria_jax.cli.console import check_suffix, print_result, progress_bar, stage
+    from aria_jax.cli.console import print_result, progress_bar, stage
     from data_pipeline.artifact import refuse_inside
     from data_pipeline.errors import UserError
 
@@ -123,7 +120,7 @@ def run(args: argparse.Namespace) -> None:
 
     host_index, host_count = _host(args)
     _refuse_other_output(args)
-    stage("loading the model")
+    stage("loading the libraries" if args.baseline else "loading jax and the model")
     encode, settings = _encoder(args)
     stage("listing the files")
     slicing = Slicing(
@@ -245,7 +242,6 @@ def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         encode = baseline_encoder(args.baseline, Tokenizer.preset("aria"))
         return encode, {"fingerprint": args.baseline, **settings}
     from aria_jax.checkpoints.models import load_model
-    from aria_jax.cli.console import chosen_reading
     from aria_jax.config import ComputeConfig
     from aria_jax.embed.encode import model_encoder
     from aria_jax.sharding import local_mesh

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aria_jax.cli import Verb, Writes, add_overwrite
+from aria_jax.cli import Verb, Writes, add_compat, add_overwrite, chosen_reading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,8 +41,6 @@ MIN_P = 0.035
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax generate`."""
-    from aria_jax.cli.console import add_compat
-
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="C", help="workdir of a language model's run")
     add("--out", metavar="DIR", help="folder for the files; only --json can do without")
@@ -107,12 +105,12 @@ def _outputs(args: argparse.Namespace) -> list[Path]:
 
 def run(args: argparse.Namespace) -> None:
     """Generates and saves."""
-    limits = _checked_limits(args)
-    settings = _settings(args)
-
     from aria_jax.cli.console import note, print_result, stage
 
     stage("loading jax")
+    limits = _checked_limits(args)
+    settings = _settings(args)
+
     from aria_jax.checkpoints.models import load_model
     from aria_jax.generate.continuation import fitting_tokens
     from aria_jax.generate.weights import decoder_weights
@@ -276,7 +274,6 @@ def _prompt(
     model_reading: str,
     limits: dict[str, Any],
 ) -> "np.ndarray":
-    from aria_jax.cli.console import chosen_reading
     from aria_jax.cli.convert import read_ids
     from aria_jax.generate.continuation import prompt_of_file, unconditional_prompt
     from data_pipeline.midi import compat_of
@@ -298,7 +295,6 @@ def _condition(args: argparse.Namespace, emb_size: int | None) -> "np.ndarray | 
             f"{args.checkpoint}: this model takes no embedding (it was trained without an adapter, "
             "model.emb_size); leave --embedding out"
         )
-    from aria_jax.cli.console import chosen_reading
     from aria_jax.embed.encode import performance_encoder
     from data_pipeline.midi import compat_of, read_midi
 
@@ -351,12 +347,14 @@ def _save(
     prompt: "np.ndarray",
     continuations: "list[Continuation]",
 ) -> list[dict[str, str]]:
+    from aria_jax.cli.console import stage
     from aria_jax.models.heads import parameter_specs
     from aria_jax.models.parameters import parameter_count
     from aria_jax.report import Provenance
     from aria_jax.report.listening import Result, save_continuations
     from data_pipeline.tokenizer import Tokenizer
 
+    stage("writing the files")
     name = _prompt_name(args)
     results = [
         Result(c.full, c.prompt, c.continuation, c.continuation_from_zero, _remark(c))

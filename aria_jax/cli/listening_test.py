@@ -93,7 +93,7 @@ LISTENING_TEST = Verb(
 def _make(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from aria_jax.cli.console import print_result
+    from aria_jax.cli.console import print_result, stage
     from aria_jax.eval.comparison import design
     from aria_jax.report.listening import Question, write_judge_page
     from data_pipeline.errors import UserError
@@ -119,6 +119,7 @@ def _make(args: argparse.Namespace) -> None:
         rng=np.random.default_rng(args.seed),
     )
     study = f"{out.name}-{args.seed}"
+    stage("reading the clips")
     loaded = {
         (system, prompt): _load_clip(clips[system][prompt])
         for system in clips
@@ -126,6 +127,7 @@ def _make(args: argparse.Namespace) -> None:
     }
     warnings = _check_pairs(loaded, trials, args)
     out.mkdir(parents=True, exist_ok=True)
+    stage("writing the pages")
     for judge in range(args.judges):
         questions = []
         for trial in (t for t in trials if t.judge == judge):
@@ -304,9 +306,10 @@ def _print_comparisons(
 def _compare(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from aria_jax.cli.console import print_result
+    from aria_jax.cli.console import print_result, stage
     from aria_jax.eval.comparison import frechet_distance, music_statistics, summarise
 
+    stage("reading the files")
     sets = {side: _performances(getattr(args, side)) for side in ("generated", "reference")}
     summary = {
         side: summarise([music_statistics(performance) for performance in performances])
@@ -329,6 +332,7 @@ def _compare(args: argparse.Namespace) -> None:
         ]
         lines.append(f"{name.replace('_', ' '):<26} {cells[0]:<20} {cells[1]}")
     if args.checkpoint:
+        stage("loading jax and embedding")
         from aria_jax.embed.encode import performance_encoder
         from data_pipeline.midi import compat_of
 
@@ -344,8 +348,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 def _performances(folder: str, compat: str | None = None) -> list:
     """Every readable MIDI file with notes under a folder."""
-    import sys
-
+    from aria_jax.cli.console import note
     from data_pipeline.errors import InvalidMidi, UserError
     from data_pipeline.midi import read_midi
 
@@ -354,7 +357,7 @@ def _performances(folder: str, compat: str | None = None) -> list:
         try:
             performance = read_midi(path, compat=compat)
         except InvalidMidi as error:
-            print(f"left out: {error}", file=sys.stderr)
+            note(f"left out: {error}")
             continue
         if len(performance.notes):
             found.append(performance)

@@ -119,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         with working(given[0]):
-            return _run(given[0], given[1:])
+            return run_verb(given[0], given[1:])
     except UserError as error:
         print(f"aria-jax: error: {printable(str(error))}", file=sys.stderr)
         return 2
@@ -141,7 +141,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(name: str, argv: Sequence[str]) -> int:
+def run_verb(name: str, argv: Sequence[str]) -> int:
+    """Runs a verb; its exit status. Raises what `main` tells the user."""
     if name not in VERBS:
         hint = did_you_mean(name, VERBS) or "; `aria-jax --help` lists them"
         raise UserError(f"unknown verb {name!r}{hint}")
@@ -149,6 +150,8 @@ def _run(name: str, argv: Sequence[str]) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     logging.getLogger("absl").setLevel(logging.ERROR)
+    # Told to the processes that start from here: what a Ctrl-C leaves behind is tidied up silently.
+    sys.warnoptions.append("ignore:resource_tracker")
     module = importlib.import_module(f"aria_jax.cli.{VERBS[name][0]}")
     verb: Verb = getattr(module, name.replace("-", "_").upper())
     parser = Parser(

@@ -5,7 +5,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from aria_jax.cli import Verb, Writes, add_overwrite
+from aria_jax.cli import Verb, Writes, add_overwrite, numbers, warn_of_reading
 from data_pipeline.artifact import write_atomically
 
 _PROBE = """\
@@ -61,7 +61,7 @@ def _probe(args: argparse.Namespace) -> None:
     """Probes and prints."""
     from dataclasses import asdict
 
-    from aria_jax.cli.console import numbers, print_result, progress_bar, stage
+    from aria_jax.cli.console import print_result, progress_bar, stage
 
     stage("loading the libraries")
     from aria_jax.embed.table import read_embeddings, with_metadata
@@ -213,7 +213,9 @@ def _bench_suite_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _bench_suite(args: argparse.Namespace) -> None:
     """Embeds, probes and prints."""
-    from aria_jax.cli.console import print_result, progress_bar
+    from aria_jax.cli.console import print_result, progress_bar, stage
+
+    stage("loading the libraries")
     from aria_jax.embed.table import read_embeddings
     from aria_jax.eval.suite import find_tasks, markdown_table, rows_by_path, run_suite
     from aria_jax.report import program_version
@@ -221,6 +223,7 @@ def _bench_suite(args: argparse.Namespace) -> None:
     others = [_named(text) for text in args.embeddings]
     out = Path(args.out)
     files = {name: out / f"{name}.parquet" for name in ("pitch-class", "statistics")}
+    stage("listing the files")
     for name, path in files.items():
         _embed(args, path, f"embed: {name}", *_baseline(name, args))
     if args.checkpoint:
@@ -235,6 +238,7 @@ def _bench_suite(args: argparse.Namespace) -> None:
         name: rows_by_path(read_embeddings(path), table.path, name)
         for name, path in (*files.items(), *others)
     }
+    stage("fitting")
     with progress_bar("probe", "probe") as progress:
         results = run_suite(
             tasks,
@@ -337,7 +341,7 @@ def _networks(args: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]
 def _embed(
     args: argparse.Namespace, out: Path, title: str, encode: Any, settings: dict[str, Any]
 ) -> None:
-    from aria_jax.cli.console import progress_bar, warn_of_reading
+    from aria_jax.cli.console import progress_bar
     from aria_jax.embed.export import export
     from aria_jax.embed.pieces import Slicing, open_source
 

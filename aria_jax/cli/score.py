@@ -6,7 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from aria_jax.cli import Verb, Writes, add_overwrite
+from aria_jax.cli import Verb, Writes, add_compat, add_overwrite, check_suffix, chosen_reading
 from data_pipeline.artifact import write_atomically
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ examples:
 
 def _score_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax score`."""
-    from aria_jax.cli.console import add_compat
-
     parser.add_argument("files", nargs="+", metavar="FILE", help="MIDI file, folder or IDS.json")
     parser.add_argument("--checkpoint", required=True, metavar="C", help="workdir of a run")
     parser.add_argument("--context", type=int, help="tokens a window holds (the model's)")
@@ -47,7 +45,7 @@ def _score(args: argparse.Namespace) -> int:
     paths, left_out = _listed(args.files)
     if not paths:
         raise UserError("nothing to score: " + "; ".join(left_out))
-    from aria_jax.cli.console import chosen_reading, note, print_result, progress_bar, stage
+    from aria_jax.cli.console import note, print_result, progress_bar, stage
 
     stage("loading jax")
     from aria_jax.checkpoints.models import load_model
@@ -146,7 +144,6 @@ examples:
 
 def _classify_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax classify`."""
-    from aria_jax.cli.console import add_compat
     from aria_jax.cli.embed import add_slicing
 
     parser.add_argument("source", help="folder of MIDI files, .tar of them, or token shards")
@@ -167,14 +164,16 @@ def _classify_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _classify(args: argparse.Namespace) -> None:
     """Classifies and prints."""
-    from aria_jax.cli.console import check_suffix, print_result
-    from aria_jax.eval.classifiers import Prediction
+    from aria_jax.cli.console import print_result, stage
     from data_pipeline.errors import UserError
 
     if args.out:
         check_suffix(args.out, "a file of JSON lines", ".jsonl", ".json")
     if not Path(args.source).exists():
         raise UserError(f"{args.source}: no such folder or archive")
+    stage("loading jax")
+    from aria_jax.eval.classifiers import Prediction
+
     names, corpus, found = _predictions(args)
     predictions = [
         one
@@ -262,10 +261,8 @@ def _scores(
 
 def _predictions(args: argparse.Namespace) -> tuple[tuple[str, ...], str, list[Any]]:
     """Names of the classes, the training corpus, and what is said of each file."""
-    from aria_jax.cli.console import chosen_reading, progress_bar, stage
-
-    stage("loading jax")
     from aria_jax.checkpoints.models import load_model
+    from aria_jax.cli.console import progress_bar, stage
     from aria_jax.cli.embed import reading_of_source
     from aria_jax.embed.encode import class_encoder
     from aria_jax.embed.pieces import Slicing, open_source

@@ -4,7 +4,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from aria_jax.cli import Verb, Writes, add_overwrite
+from aria_jax.cli import (
+    Verb,
+    Writes,
+    add_compat,
+    add_overwrite,
+    check_suffix,
+    chosen_reading,
+    numbers,
+)
 
 _SEARCH = """\
 Embed a MIDI file as `aria-jax embed` embedded the others, and list the files (or slices) nearest
@@ -21,8 +29,6 @@ examples:
 
 def _search_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax search`."""
-    from aria_jax.cli.console import add_compat
-
     parser.add_argument("query", metavar="QUERY.mid", help="MIDI file to start from")
     parser.add_argument("embeddings", metavar="EMB", help="made by `aria-jax embed`")
     parser.add_argument("--checkpoint", required=True, help="the model that made EMB")
@@ -47,7 +53,7 @@ def _search(args: argparse.Namespace) -> None:
 
     import numpy as np
 
-    from aria_jax.cli.console import check_suffix, chosen_reading, print_result, stage
+    from aria_jax.cli.console import print_result, stage
 
     stage("loading jax")
     from aria_jax.embed.encode import performance_encoder
@@ -103,6 +109,8 @@ def _search(args: argparse.Namespace) -> None:
         share = "" if row["quantile"] is None else f"{row['quantile']:.1%}"
         itself = "  (the query itself)" if row["same_file"] else ""
         lines.append(f"{row['rank']:>3}  {row['score']:.4f}  {share:>13}  {row['path']}{itself}")
+    if args.html:
+        stage("writing the page")
     warnings = _write_page(args, query, shown, settings) if args.html else []
     if args.html:
         lines.append(f"page: {args.html}")
@@ -209,7 +217,9 @@ def _retrieve(args: argparse.Namespace) -> None:
     """Measures and prints."""
     from dataclasses import asdict
 
-    from aria_jax.cli.console import numbers, print_result
+    from aria_jax.cli.console import print_result, stage
+
+    stage("reading the embeddings")
     from aria_jax.embed.search import retrieval
     from aria_jax.embed.table import read_embeddings, with_metadata
     from data_pipeline.errors import UserError, did_you_mean
@@ -235,6 +245,7 @@ def _retrieve(args: argparse.Namespace) -> None:
             "with --per-slice, search in another file with --against, or compare by a label: --by "
             + (" or ".join(tables[0].label_names()) or "LABEL")
         )
+    stage("comparing every row with all others")
     apart = None if args.by == "path" else [table.files() for table in tables]
     result = retrieval(
         tables[0].embedding,

@@ -1,6 +1,9 @@
 """Progress that tells the truth: rates of the whole, a resumed part not counted, present speed."""
 
+import io
+import itertools
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -8,14 +11,20 @@ import sys
 import threading
 import time
 import weakref
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aria_jax.cli import console
-from aria_jax.cli.console import Counter
+from aria_jax.cli.console import Counter, Screen
+from tests.first_hour.uses import SILENCE_S, Silence, first_threads
 
 SMALL = ["d_model=16", "n_heads=2", "n_layers=1", "seq_len=32", "global_batch=8"]
 
@@ -79,26 +88,145 @@ def test_listing_before_the_total_is_known_is_no_speed():
     assert counter.rate == pytest.approx(10) and counter.seconds_left == pytest.approx(490)
 
 
-def interrupted(arguments: list[str], *after: str, **env: str) -> tuple[int, str]:
-    """Status and stderr of a verb that gets Ctrl-C, with all its workers, once each is told."""
+class Heard(io.StringIO):
+    """A stderr that is a terminal or not, and notes when something comes."""
+
+    def __init__(self, terminal: bool, clock: Clock):
+        super().__init__()
+        self.isatty = lambda: terminal
+        self.times, self._clock = [clock.now], clock
+
+    def write(self, text: str) -> int:
+        self.times.append(self._clock.now)
+        return super().write(text)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.sampled_from(["stage", "count", "report", "over"]), st.integers(0, 40)))
+)
+def test_nothing_that_a_verb_does_is_silent_for_two_seconds(terminal, actions):
+    """Whatever follows on what: stages that are over soon, counts without news, and neither."""
+    clock = Clock()
+    screen, counter = Screen(clock), Counter("build", "file", clock)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "stderr", heard := Heard(terminal, clock))
+        screen.begin("train")
+        for action, ticks in [*actions, ("stage", 20)]:
+            if action == "stage":
+                screen.stage("loading")
+            elif action == "count":
+                screen.count(counter := Counter("build", "file", clock))
+            elif action == "report":
+                counter.report(1, 2)
+            else:
+                screen.count(None)
+            for _ in range(ticks):
+                clock.now += 0.2
+                screen.tick()
+    gaps = [b - a for a, b in itertools.pairwise([*heard.times, clock.now])]
+    assert max(gaps) < 2
+
+
+def test_a_terminal_is_not_left_waiting_while_libraries_load(tmp_path):
+    """A real terminal and a real start: a line that is redrawn, gone where the result stands."""
+    rng = np.random.default_rng(0)
+    columns = {"composer": ["bach", "liszt"] * 20, "embedding": list(rng.normal(size=(40, 8)))}
+    pq.write_table(pa.table(columns), table := tmp_path / "some.parquet")
+    mine, terminal = pty.openpty()
+    line = [sys.executable, "-m", "aria_jax.cli.main", "probe", str(table)]
+    line += ["--label", "composer", "--cv", "2", "--classifier", "knn"]
+    process = subprocess.Popen(line, stdout=terminal, stderr=terminal, stdin=terminal)
+    os.close(terminal)
+    silence, told = Silence(process.pid, lambda: first_threads(process.pid)), b""
+    with suppress(OSError):  # the terminal is closed
+        while True:
+            told += os.read(mine, 4096)
+            if b"accuracy" not in told:
+                silence.word()
+    os.close(mine)
+    assert process.wait() == 0 and silence.longest < SILENCE_S
+    text = told.decode()
+    assert "\rprobe: loading the libraries (1 s)" in text, text
+    lines = [part.rpartition("\r")[2] for part in text.replace("\r\n", "\n").splitlines()]
+    assert any(part.removeprefix("\x1b[K").startswith("accuracy ") for part in lines), lines
+
+
+@dataclass
+class Stopped:
+    """What became of a verb that got Ctrl-C.
+
+    Attributes:
+        status: exit status. told: all of its stderr.
+        answered_s: from Ctrl-C to its answer, as far as the program could help it.
+        silent_s: the longest time without a word, likewise.
+        left: processes that it has left behind.
+    """
+
+    status: int
+    told: str
+    answered_s: float
+    silent_s: float
+    left: list[str]
+
+
+def interrupted(arguments: list[str], *after: str, **env: str) -> Stopped:
+    """Runs a verb that gets Ctrl-C, with all its workers, once each of the words is told."""
     waited_for = list(after)
     process = subprocess.Popen(
         [sys.executable, "-m", "aria_jax.cli.main", *arguments],
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True,
         env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0", **env},
     )  # fmt: skip
-    guard = threading.Timer(120, process.kill)
+    guard = threading.Timer(120, os.killpg, (process.pid, signal.SIGKILL))
     guard.start()
-    told = ""
+    silence = Silence(process.pid, lambda: first_threads(process.pid))
+    told, answered, answer = "", 0.0, None
     try:
         for line in process.stderr:
+            silence.word()
             told += line
+            if answer is not None and "Ctrl-C again to stop now" in line:
+                answer.word()
+                answered, answer = answer.longest, None
             if waited_for and re.search(waited_for[0], line):
+                answer = Silence(process.pid, lambda: first_threads(process.pid))
                 os.killpg(process.pid, signal.SIGINT)
                 del waited_for[0]
-        return process.wait(), told
+        status = process.wait()
+        return Stopped(status, told, answered, silence.longest, left_of(process.pid))
     finally:
         guard.cancel()
+
+
+def left_of(group: int) -> list[str]:
+    """Command lines of what still runs in a process group, given time to end."""
+    for _ in range(100):
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return []
+        time.sleep(0.1)
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if int((process / "stat").read_text().rpartition(")")[2].split()[2]) == group:
+                found.append((process / "cmdline").read_text().replace("\0", " "))
+    os.killpg(group, signal.SIGKILL)
+    return found
+
+
+def check_stopped(stopped: Stopped, *answer: str) -> None:
+    """At once, in order, and without a word from anybody else."""
+    assert stopped.status == 130, stopped.told
+    for words in answer:
+        assert words in stopped.told
+    for noise in ("Traceback", "KeyboardInterrupt", "resource_tracker"):
+        assert noise not in stopped.told, stopped.told
+    assert not stopped.left
+    assert stopped.answered_s < 1, stopped.told
+    assert stopped.silent_s < SILENCE_S, stopped.told
 
 
 @pytest.fixture
@@ -111,21 +239,23 @@ def many_files(midi_corpus, tmp_path) -> Path:
     return folder
 
 
+AGAIN = "interrupted; run the same command again to go on"
+SAVING, STOPPING = "saving; Ctrl-C again to stop now", "stopping; Ctrl-C again to stop now"
+
+
 def test_ctrl_c_in_training_saves_and_says_so(corpus, tmp_path):
     run = tmp_path / "run"
     arguments = ["train", "pretrain", "--data", str(corpus), "--workdir", str(run), *SMALL]
-    status, told = interrupted([*arguments, "steps=100000", "log_every=1"], "steps, ")
-    assert status == 130, told
-    assert "saving; Ctrl-C again to stop now" in told and "Traceback" not in told
+    check_stopped(interrupted([*arguments, "steps=100000", "log_every=1"], "steps, "), SAVING)
     assert [step for step in (run / "checkpoints").iterdir() if step.name.isdigit()]
 
 
 def test_a_second_ctrl_c_ends_it_at_once(corpus, tmp_path):
     run = tmp_path / "run"
     arguments = ["train", "pretrain", "--data", str(corpus), "--workdir", str(run), *SMALL]
-    status, told = interrupted([*arguments, "steps=100000"], "starting from scratch", "saving;")
-    assert status == 130, told
-    assert "Traceback" not in told and "pretrain: " not in told
+    stopped = interrupted([*arguments, "steps=100000"], "starting from scratch", "saving;")
+    check_stopped(stopped, SAVING)
+    assert "pretrain: " not in stopped.told
 
 
 def test_ctrl_c_while_libraries_load_is_not_lost(corpus, tmp_path):
@@ -135,9 +265,8 @@ def test_ctrl_c_while_libraries_load_is_not_lost(corpus, tmp_path):
     path = os.pathsep.join([str(slow.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     run = tmp_path / "run"
     arguments = ["train", "pretrain", "--data", str(corpus), "--workdir", str(run), *SMALL]
-    status, told = interrupted([*arguments, "steps=9"], "train: loading jax", PYTHONPATH=path)
-    assert status == 130, told
-    assert "stopping; Ctrl-C again" in told and "Traceback" not in told
+    stopped = interrupted([*arguments, "steps=9"], "train: loading jax", PYTHONPATH=path)
+    check_stopped(stopped, STOPPING, AGAIN)
     assert not run.exists()
 
 
@@ -153,21 +282,45 @@ def test_a_ctrl_c_that_a_callback_swallowed_is_raised_again():
         assert ref() is None, "it was lost"
 
 
-@pytest.mark.parametrize("workers", ["0", "2"])
-def test_ctrl_c_in_embedding_goes_on_later_and_no_worker_complains(workers, many_files, tmp_path):
-    out = tmp_path / "emb.parquet"
-    arguments = ["embed", str(many_files), str(out), "--baseline", "pitch-class"]
-    arguments += ["--workers", workers]
-    status, told = interrupted(arguments, "embed: .*files")
-    assert status == 130, told
-    assert "Traceback" not in told and "KeyboardInterrupt" not in told
-    assert "stopping; Ctrl-C again to stop now" in told
-    assert "run the same command again to go on" in told
-    assert not out.exists()
+LONG = {
+    "generate": ("--checkpoint {lm} --max-tokens 500000 --sliding --out out", "tokens, "),
+    "score": ("{many} --checkpoint {lm}", "reading the files"),
+    "search": ("{many}/0.mid {big} --checkpoint {encoder}", "loading jax"),
+    "probe": ("{big} --label composer", "fitting"),
+    "retrieve": ("{big} --by composer", "comparing"),
+    "bench-suite": ("{many} --out out --workers 2", "embed: .*files"),
+    "convert": ("to-safetensors {lm} out.safetensors", "loading"),
+    "classify": ("{many} --checkpoint {classifier} --workers 2", "classify: .*files"),
+    "listening-test": ("compare {many} {many}", "reading"),
+    "demo": ("out --midi {many}", "build: .*files"),
+    "data sample": ("out", "render: .*scores"),
+    "data build": ("{many} out --dedup none", "build: .*files"),
+    "embed": ("{many} out.parquet --baseline pitch-class --workers 2", "embed: .*files"),
+    "embed alone": ("{many} out.parquet --baseline pitch-class --workers 0", "embed: .*files"),
+}
+"""verb -> arguments that keep it busy, and words after which it is."""
 
 
-def test_ctrl_c_in_building_is_one_sentence(many_files, tmp_path):
-    arguments = ["data", "build", str(many_files), str(tmp_path / "data"), "--dedup", "none"]
-    status, told = interrupted(arguments, "build: .*files")
-    assert status == 130, told
-    assert "Traceback" not in told and "run the same command again to go on" in told
+@pytest.fixture(scope="module")
+def big_table(tmp_path_factory) -> Path:
+    """Embeddings that take some seconds to compare or to learn from."""
+    n, rng = 30_000, np.random.default_rng(0)
+    columns = {
+        "path": [f"{i}.mid" for i in range(n)],
+        "composer": ["bach", "liszt"] * (n // 2),
+        "embedding": list(rng.normal(size=(n, 128)).astype(np.float32)),
+    }
+    pq.write_table(pa.table(columns), path := tmp_path_factory.mktemp("big") / "big.parquet")
+    return path
+
+
+@pytest.mark.parametrize("verb", LONG)
+def test_ctrl_c_is_answered_and_nothing_stays_behind(
+    verb, many_files, big_table, tiny_models, tmp_path, monkeypatch
+):
+    arguments, words = LONG[verb]
+    places = {"many": many_files, "big": big_table, **tiny_models}
+    monkeypatch.chdir(tmp_path)
+    line = [*verb.removesuffix(" alone").split(), *arguments.format(**places).split()]
+    check_stopped(interrupted(line, words), AGAIN)
+    assert not [path for path in tmp_path.iterdir() if path.is_file()], "none is finished"
