@@ -11,7 +11,7 @@ FILES ?= 500000
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-dedup bench-generate bench-probe bench-train bench-contrastive bench-embed train-mini scaling-study compile-check compile-check-gpu compile-table smoke-gpu wheel clean
+.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-dedup bench-generate bench-probe bench-train bench-contrastive bench-embed train-mini scaling-study compile-check compile-check-gpu compile-table compile-table-gpu calibrate smoke-gpu wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -110,6 +110,15 @@ $(GPU_VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 compile-table: setup ## the table of docs/tpu.md (an hour)
 	@$(PIP) -e '.[aot]'
 	$(BIN)/python -m benchmarks.compile_table v5p:4x4x4 v5p:4x8x8 v5e:8x8 v5e:16x16 v6e:8x8 v6e:16x16
+
+compile-table-gpu: $(GPU_VENV)/.ready ## the table of docs/gpu.md (half an hour)
+	for task in pretrain contrastive embed decode; do $(GPU_VENV)/bin/python -m benchmarks.compile_table \
+	  h100:1 h100:8 '2x h100:8' h200:8 a100:8 b200:8 rtx4090:1 l4:1 -- --task $$task; done
+
+calibrate: setup $(GPU_VENV)/.ready ## estimates for TPUs and GPUs against public measured runs (an hour)
+	@$(PIP) -e '.[aot]'
+	$(GPU_VENV)/bin/python -m benchmarks.calibrate gpu
+	$(BIN)/python -m benchmarks.calibrate tpu
 
 wheel: setup ## a wheel of this checkout in dist/, which launch.cluster's scripts install
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .

@@ -1,4 +1,4 @@
-"""Compiles several settings for TPU topologies and prints one table row each.
+"""Compiles several settings for topologies of TPUs or GPUs and prints one table row each.
 
     python -m benchmarks.compile_table v5p:4x4x4 v5e:8x8 -- --preset medium remat=full
     python -m benchmarks.compile_table v5p:4x4x4 --each remat=full,dots --each global_batch=256,512
@@ -14,7 +14,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-COLUMNS = ("topology", "settings", "GiB a chip", "of", "s a step", "MFU", "compiled in")
+COLUMNS = (
+    "topology", "settings", "GiB a chip", "of", "s a call", "tokens/s a chip", "MFU (all scores)",
+    "kernels that spill", "compiled in",
+)  # fmt: skip
 
 
 def combinations(topologies: Sequence[str], each: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -37,17 +40,21 @@ def row(topology: str, settings: Sequence[str], arguments: Sequence[str]) -> lis
     done = subprocess.run(command, capture_output=True, text=True)
     if not done.stdout.strip():
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        return [topology, " ".join(settings), reason[:80], "", "", "", ""]
+        return [topology, " ".join(settings), reason[:80], *[""] * (len(COLUMNS) - 3)]
     report = json.loads(done.stdout.splitlines()[-1])
     gib = 2**30
     settings = [*settings] or ["the preset's"]
+    seconds, kernels = report["seconds"], report["kernels"]
+    spilling = [k["name"] for k in kernels or () if k["spill_stores"]]
     return [
         topology,
         " ".join(settings),
         f"{report['memory']['total'] / gib:.1f}" + ("" if report["fits"] else " (does not fit)"),
         f"{report['hbm'] / gib:.0f}",
-        f"{report['seconds']:.3g}" if report["seconds"] else "",
-        f"{report['mfu']:.1%}" if report["mfu"] else "",
+        f"{seconds:.3g}" if seconds else "",
+        f"{report['tokens'] / report['chips'] / seconds:,.0f}" if seconds else "",
+        f"{report['mfu']:.1%} ({report['mfu_full']:.1%})" if seconds else "",
+        "" if kernels is None else f"{len(spilling)} of {len(kernels)}",
         f"{report['compile_seconds']:.0f} s",
     ]
 

@@ -24,6 +24,12 @@ _SETTINGS = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
+MEASURED = {
+    "a100": (0.92, 1.10),
+    "h100": (0.77, 1.09),
+}
+"""Estimated over measured time of public runs on such chips, least and most: `make calibrate`, and
+the tables of docs/tpu.md and docs/gpu.md. Estimates for other chips were held against nothing."""
 _GPUS = re.compile(r"(?:(\d+)x )?([a-z0-9]+):(\d+)")
 
 
@@ -63,6 +69,22 @@ def chip_count(topology: str) -> int:
     if not all(side.isdigit() and int(side) for side in sides):
         raise UserError(wrong_topology(topology))
     return math.prod(map(int, sides))
+
+
+def measured_band(family: str, seconds: float | None) -> tuple[tuple[float, float] | None, str]:
+    """Between which seconds an estimate may lie, by what such ones were of measured runs.
+
+    Returns:
+        (least, most), None where nothing was measured; and that in words.
+    """
+    if seconds is None or family not in MEASURED:
+        return None, "none: estimates for such chips were held against no measured run"
+    least, most = MEASURED[family]
+    words = (
+        f"estimates were {least:.2f} to {most:.2f} times the time that public runs on such chips "
+        "measured (make calibrate)"
+    )
+    return (seconds / most, seconds / least), words
 
 
 def wrong_topology(topology: str) -> str:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -258,7 +259,7 @@ def compile_for_gpus(
         mesh: of `gpu_devices`, where it has axes to speak of; in place of `topology`.
 
     Raises:
-        UserError: see `gpu_devices`; no `ptxas`.
+        UserError: see `gpu_devices`; no `ptxas`, or no PTX to read.
     """
     if mesh is None:
         mesh = make_mesh(MeshConfig(), gpu_devices(topology or "h100:1"))
@@ -276,8 +277,23 @@ def compile_for_gpus(
             "xla_dump_to": folder,
             "xla_gpu_collect_cost_model_stats": gpus()[family]["cost_model"],
         }
-        executable = lowered.compile(compiler_options=options)
-        return GpuProgram(executable, executable.as_text(), read_kernels(Path(folder)))
+        with _uncached():
+            executable = lowered.compile(compiler_options=options)
+        text, kernels = executable.as_text(), read_kernels(Path(folder))
+        if not kernels and " fusion(" in text:
+            raise UserError("the compiler has left no PTX of its kernels: another version of jax?")
+        return GpuProgram(executable, text, kernels)
+
+
+@contextmanager
+def _uncached() -> Iterator[None]:
+    """A program out of jax's compilation cache would leave no PTX."""
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 _FUNCTION = re.compile(r"Function properties for (\S+)")

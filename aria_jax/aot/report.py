@@ -11,6 +11,8 @@ Three kinds of figures, never mixed up (`Report.sources` says which is which):
   of the vocabulary loss but the first, since they are a loop too.
 - assumption: the share of the peak that the splash kernel reaches, and data sheet speeds.
 
+How far such times were from those of measured runs stands in `Report.band`.
+
 Where the compiler gives no time of the whole (v5e, v6e), it is the sum of what runs one after the
 other: the cycles that it estimates for each operation at the chip's clock, the kernels' cost
 estimates at its peak, and collectives at the speed of its network, as if nothing overlapped.
@@ -30,7 +32,7 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from aria_jax.aot import is_gpu, wrong_topology
+from aria_jax.aot import is_gpu, measured_band, wrong_topology
 from aria_jax.aot.programs import (
     TRAINING,
     Program,
@@ -236,24 +238,13 @@ def compile_report(
     made = program(config, task, mesh)
     on_compile("the whole program")
     memory = _memory(made, mesh)
-    splash = uses_splash(config, task, mesh)
-    attention = attention_flops(config, made, mesh) if splash else 0.0
-    cached = cached_flops(config, task, made, mesh)
+    splash, attention = splash_flops(config, task, made, mesh)
     cost, moved = None, None
     if memory["total"] <= chip.hbm:
-        cost, moved = _counted(config, task, mesh, chip, on_compile)
-        cost = cost.with_flops(
-            uncounted_loss_flops(config, task, made, mesh)
-            + cached["blocks"]
-            + (
-                0.0
-                if splash
-                else packed_attention_flops(cached["attention"], config.model.d_head, chip)
-            )
-        )
-    attention += cached["attention"] if splash else 0.0
-    seconds, source = _estimate(cost, attention, config.model.d_head, chip)
+        cost, moved = program_cost(config, task, made, mesh, chip, on_compile)
+    seconds, source = estimated_seconds(cost, attention, config.model.d_head, chip)
     model_flops = needed_flops(config, made)
+    band, words = measured_band(topology.partition(":")[0], seconds)
     return Report(
         task=task,
         topology=topology,
@@ -266,6 +257,7 @@ def compile_report(
         attention_flops=attention,
         collectives=moved,
         seconds=seconds,
+        band=band,
         model_flops=model_flops,
         mfu=seconds and model_flops / (seconds * mesh.size * chip.flops),
         mfu_full=seconds
@@ -281,14 +273,32 @@ def compile_report(
             "its cost estimate, zeros and hidden scores included",
             "collectives": "compiler, as flops",
             "seconds": source,
+            "calibration": words,
         },
     )
 
 
-def _counted(
-    config: RunConfig, task: Task, mesh: Mesh, chip: Chip, on_compile: Callable[[str], None]
+def splash_flops(config: RunConfig, task: Task, made: Program, mesh: Mesh) -> tuple[bool, float]:
+    """Whether attention is the splash kernel, and its FLOPs per chip and call."""
+    if not uses_splash(config, task, mesh):
+        return False, 0.0
+    again = cached_flops(config, task, made, mesh)["attention"]
+    return True, attention_flops(config, made, mesh) + again
+
+
+def program_cost(
+    config: RunConfig,
+    task: Task,
+    made: Program,
+    mesh: Mesh,
+    chip: Chip,
+    on_compile: Callable[[str], None],
 ) -> tuple[Cost, dict[str, tuple[int, int]]]:
-    """What the compiler counts in programs of one and two layers, made into the whole."""
+    """What the compiler counts in programs of one and two layers, made into the whole.
+
+    Returns:
+        The cost of one call, without the splash kernel; and its collectives.
+    """
     accumulation = config.train.grad_accumulation if task in TRAINING else 1
     costs, per_program = [], []
     for n in (1, 2):
@@ -297,8 +307,13 @@ def _counted(
         executable, text = compiled_text(program(part, task, mesh), mesh)
         per_program.append(collectives(text))
         costs.append(Cost.of(executable, text, per_program[-1], chip))
+    cost = costs[0].repeated(costs[1], config.model.n_layers, accumulation)
+    cached = cached_flops(config, task, made, mesh)
+    more = uncounted_loss_flops(config, task, made, mesh) + cached["blocks"]
+    if not uses_splash(config, task, mesh):
+        more += packed_attention_flops(cached["attention"], config.model.d_head, chip)
     return (
-        costs[0].repeated(costs[1], config.model.n_layers, accumulation),
+        cost.with_flops(more),
         _repeated(per_program[0], per_program[1], config.model.n_layers, accumulation),
     )
 
@@ -348,7 +363,7 @@ def _repeated(
     return total
 
 
-def _estimate(
+def estimated_seconds(
     cost: Cost | None, attention_flops: float, d_head: int, chip: Chip
 ) -> tuple[float | None, str]:
     """Seconds of one call, and where they come from."""

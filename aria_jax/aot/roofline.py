@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 import jax
 
+from aria_jax.aot import measured_band
 from aria_jax.aot.gpu import Kernel, Rates, compile_for_gpus, gpu_devices
 from aria_jax.aot.hlo import FREE, Module, Operation, collective
 from aria_jax.aot.programs import BACKWARD_ATTENTION, Task, needed_flops, program
@@ -240,6 +241,7 @@ def gpu_report(
     flops = found.flops + found.kernel_flops
     peak = found.seconds * mesh.size * rates.chip.flops
     model_flops = needed_flops(config, made)
+    band, words = measured_band(rates.topology.family, found.seconds)
     return Report(
         task=task,
         topology=topology,
@@ -254,6 +256,7 @@ def gpu_report(
         collectives=found.collectives,
         links=found.links,
         seconds=found.seconds,
+        band=band,
         parts=found.parts,
         xla_seconds=found.xla_seconds or None,
         model_flops=model_flops,
@@ -261,7 +264,7 @@ def gpu_report(
         mfu_full=needed_flops(config, made, causal=False) / peak,
         kernels=tuple(sorted(compiled.kernels, key=lambda k: k.name not in found.pallas)),
         compile_seconds=time.perf_counter() - began,
-        sources=_sources(found, rates),
+        sources={**_sources(found, rates), "calibration": words},
     )
 
 

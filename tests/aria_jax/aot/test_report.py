@@ -6,7 +6,7 @@ import json
 import jax
 import pytest
 
-from aria_jax.aot import accelerator_run, chip_count
+from aria_jax.aot import MEASURED, accelerator_run, chip_count, measured_band
 from aria_jax.aot.programs import (
     ATTENTION_EFFICIENCY,
     Program,
@@ -16,10 +16,13 @@ from aria_jax.aot.programs import (
 )
 from aria_jax.aot.report import Cost
 from aria_jax.cli.main import main
-from aria_jax.config import DataConfig, MeshConfig, with_overrides
+from aria_jax.config import DataConfig, MeshConfig, ModelConfig, with_overrides
 from aria_jax.losses.cross_entropy import CHUNK_TOKENS
+from aria_jax.models.heads import parameter_specs
+from aria_jax.models.parameters import parameter_count
 from aria_jax.presets import CHIPS, TOKENS_AT_ONCE, for_hardware, for_task
 from aria_jax.sharding import make_mesh
+from benchmarks.calibrate import CASES
 from data_pipeline.errors import UserError
 
 TINY = ["--preset", "tiny", "d_model=256", "n_heads=2", "n_layers=3", "seq_len=256", "--json"]
@@ -96,6 +99,26 @@ def test_topologies_are_parsed():
 def test_an_unknown_family_is_a_user_error(capsys):
     assert main(["compile", "--topology", "v9:2x2", *TINY]) == 2
     assert "expected e.g. v5p:4x4x4" in capsys.readouterr().err
+
+
+def test_published_runs_are_the_shapes_that_they_say():
+    published = {"marin 837M": (837_003_904, 1e-4), "maxtext Llama 2 7B": (6.74e9, 0.1)}
+    for name, (parameters, within) in published.items():
+        model = next(case for case in CASES if case.name == name).config().model
+        found = parameter_count(parameter_specs(model))
+        assert found == pytest.approx(parameters, rel=within)
+    for case in CASES:
+        config = case.config()
+        assert not dataclasses.replace(config, model=ModelConfig()).problems()
+        assert chip_count(case.topology) % (config.mesh.fsdp * config.mesh.tensor) == 0
+
+
+def test_a_band_stands_where_something_was_measured():
+    assert {case.topology.partition(":")[0] for case in CASES} >= MEASURED.keys()
+    least, most = MEASURED["h100"]
+    band, words = measured_band("h100", 10.0)
+    assert band == (10 / most, 10 / least) and f"{least:.2f} to {most:.2f}" in words
+    assert measured_band("b200", 10.0)[0] is None and measured_band("h100", None)[0] is None
 
 
 @pytest.mark.aot
