@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 GPU_VENV := .venv-gpu
 DEMO_OUT ?= demo-out
 FILES ?= 500000
+CHECKPOINT ?= mini
 # The pins were made with Python 3.11; a newer Python takes the tested ranges of setup.cfg.
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-dedup bench-generate bench-probe bench-train bench-contrastive bench-embed train-mini scaling-study compile-check compile-check-gpu compile-table compile-table-gpu calibrate smoke-gpu wheel clean
+.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-dedup bench-generate bench-probe bench-train bench-contrastive bench-embed train-mini scaling-study compile-check compile-check-gpu compile-table compile-table-gpu calibrate smoke-gpu eval-mini wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -74,6 +75,12 @@ bench-contrastive: setup ## time and peak memory of the contrastive loss, 1k to 
 bench-embed: setup ## files/s of embedding, one slice at a time against aria-jax embed (MIDI=folder)
 	@test -n "$(MIDI)" || { echo "name a folder of MIDI files: make bench-embed MIDI=my_midis"; exit 2; }
 	$(BIN)/python -m benchmarks.bench_embed $(MIDI)
+
+eval-mini: setup ## a language model on held-out pieces beside an n-gram, and a page (DATA=shards CHECKPOINT=model)
+	@test -n "$(DATA)" || { echo "name token shards with a validation split: make eval-mini DATA=my_data"; exit 2; }
+	$(BIN)/python -m benchmarks.eval_continuation $(DATA) --checkpoint $(CHECKPOINT) --out eval-mini $(EARLIER:%=--earlier %)
+	$(BIN)/aria-jax data sample eval-mini/prompts --per-composer 4
+	$(BIN)/python -m benchmarks.continuation_page eval-mini/prompts --checkpoint $(CHECKPOINT) --out eval-mini/continuations.html
 
 bench-train: setup ## training tokens/s against the same network in PyTorch (TORCH=pip options)
 	@# The default wheel on Linux brings CUDA along; TORCH='--index-url ...' takes the CPU build.

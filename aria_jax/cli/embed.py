@@ -228,23 +228,13 @@ def _host(args: argparse.Namespace) -> tuple[int, int]:
 
 def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The encoder, and all that its numbers depend on."""
-    from data_pipeline.midi import STANDARD
-    from data_pipeline.tokenizer import Tokenizer
-
     if args.baseline:
-        from aria_jax.embed.encode import baseline_encoder
-
-        settings = {
-            "tokenizer": "aria",
-            "max_tokens": args.max_tokens,
-            "reading": args.compat or STANDARD,
-        }
-        encode = baseline_encoder(args.baseline, Tokenizer.preset("aria"))
-        return encode, {"fingerprint": args.baseline, **settings}
+        return counting(args.baseline, args.max_tokens, args.compat)
     from aria_jax.checkpoints.models import load_model
     from aria_jax.config import ComputeConfig
     from aria_jax.embed.encode import model_encoder
     from aria_jax.sharding import local_mesh
+    from data_pipeline.tokenizer import Tokenizer
 
     mesh = local_mesh()
     compute = ComputeConfig(dtype="bfloat16" if args.bf16 else "float32")
@@ -260,4 +250,49 @@ def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
         "pooling": pooling,
         "reading": chosen_reading(args.compat, loaded.reading, args.checkpoint),
         "dtype": compute.dtype,
+    }
+
+
+def counting(name: str, max_tokens: int, compat: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """The encoder of a baseline, and all that its numbers depend on."""
+    from aria_jax.embed.encode import baseline_encoder
+    from data_pipeline.midi import STANDARD
+    from data_pipeline.tokenizer import Tokenizer
+
+    reading = {"tokenizer": "aria", "max_tokens": max_tokens, "reading": compat or STANDARD}
+    return baseline_encoder(name, Tokenizer.preset("aria")), {"fingerprint": name, **reading}
+
+
+def model_and_untrained(
+    args: argparse.Namespace, name: str
+) -> dict[str, tuple[Any, dict[str, Any]]]:
+    """The same of a model, and of its architecture with weights that it might have started from."""
+    from aria_jax.cli.console import stage
+
+    stage("loading the model")
+    from flax import nnx
+
+    from aria_jax.checkpoints.models import load_model
+    from aria_jax.config import ComputeConfig
+    from aria_jax.embed.encode import model_encoder
+    from aria_jax.models.heads import build_model
+    from data_pipeline.tokenizer import Tokenizer
+
+    loaded = load_model(args.checkpoint)
+    pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
+    pooling = args.pooling or loaded.pooling
+    settings = {
+        "tokenizer": loaded.tokenizer,
+        "max_tokens": min(args.max_tokens, loaded.config.max_seq_len),
+        "pooling": pooling,
+        "reading": loaded.reading,
+    }
+    untrained = build_model(loaded.config, ComputeConfig(), rngs=nnx.Rngs(params=args.seed))
+    made = {
+        "untrained": (untrained, f"untrained {loaded.config} seed {args.seed}"),
+        name: (loaded.model, loaded.fingerprint),
+    }
+    return {
+        row: (model_encoder(model, pad_id, pooling), {"fingerprint": fingerprint, **settings})
+        for row, (model, fingerprint) in made.items()
     }

@@ -32,7 +32,7 @@ VERBS = {
     "probe": ("probe", "how much a linear classifier reads from embeddings"),
     "retrieve": ("search", "retrieval metrics of embeddings: MRR, Hit@k"),
     "search": ("search", "the performances nearest to a query"),
-    "bench-suite": ("probe", "every labelled task in a folder, in one table beside the paper's"),
+    "bench-suite": ("probe", "every labelled task in one table, beside published figures"),
     "convert": ("convert", "weights from and to published PyTorch checkpoints"),
     "listening-test": ("listening_test", "blinded A/B pages, and the analysis of their votes"),
     "demo": ("demo", "the whole story on a small corpus, ending in an HTML report"),

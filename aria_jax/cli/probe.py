@@ -11,13 +11,14 @@ from data_pipeline.artifact import write_atomically
 _PROBE = """\
 Fit a classifier on frozen embeddings and score files it has not seen. Performances of one
 composition are never on both sides where the labels name compositions. Intervals are 95 %,
-bootstrapped over files. With rows per slice (`embed --per-slice`) it learns from slices and judges
-files by the mean of theirs.
+bootstrapped over compositions; with --seeds, scores are means over so many seeds. With rows per
+slice (`embed --per-slice`) it learns from slices and judges files by the mean of theirs.
 
 With --split-column it learns from "train" and judges each other split by itself, "test" first.
 
-Classifiers: logistic (logistic regression, C by inner cross-validation), linear (a linear layer
-trained as the reference trains it), knn (vote of the five nearest).
+Classifiers: logistic (logistic regression, C by inner cross-validation), forest (a random forest),
+best (the better of these two in inner validation), linear (a linear layer trained as the reference
+trains it), knn (vote of the five nearest).
 
 EMB may come from any model: Parquet with a column "embedding" of lists, or NPZ with an array
 "embedding"; labels are its text columns, or --metadata joined by the column "path".
@@ -38,9 +39,7 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
     side.add_argument(
         "--split-column", metavar="LABEL", help='label that is "train" for the files to learn from'
     )
-    parser.add_argument(
-        "--classifier", "--readout", choices=("logistic", "linear", "knn"), default="logistic"
-    )
+    _add_classifier(parser, "logistic")
     parser.add_argument("--metadata", help="labels to join by path (JSON or CSV)")
     parser.add_argument(
         "--group-column", default="composition", help="label kept on one side (composition)"
@@ -51,10 +50,29 @@ def _probe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--few-shot", metavar="N,N,…", help="also the score from so many files of each class"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of folds and bootstrap (0)")
+    _add_seeds(parser, 1)
     parser.add_argument("--plot", metavar="FILE.png", help="save the confusion matrix")
     add_overwrite(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
+
+
+def _add_classifier(parser: argparse.ArgumentParser, default: str) -> None:
+    """Adds --classifier."""
+    parser.add_argument(
+        "--classifier",
+        "--readout",
+        choices=("logistic", "forest", "best", "linear", "knn"),
+        default=default,
+        help=f"default: {default}",
+    )
+
+
+def _add_seeds(parser: argparse.ArgumentParser, default: int) -> None:
+    """Adds --seeds and --seed."""
+    parser.add_argument(
+        "--seeds", type=int, default=default, help=f"how many to take the mean over ({default})"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="the first; of folds and bootstrap (0)")
 
 
 def _probe(args: argparse.Namespace) -> None:
@@ -71,8 +89,8 @@ def _probe(args: argparse.Namespace) -> None:
 
     if args.plot:
         check_picture(args.plot)
-    if args.cv < 2:
-        raise UserError(f"--cv {args.cv}: at least 2 folds are needed")
+    if args.cv < 2 or args.seeds < 1:
+        raise UserError(f"--cv {args.cv}, --seeds {args.seeds}: at least 2 folds and 1 seed")
     stage("reading the embeddings")
     table = read_embeddings(args.embeddings)
     if args.metadata:
@@ -103,6 +121,7 @@ def _probe(args: argparse.Namespace) -> None:
                 table.embedding,
                 labels,
                 classifier=args.classifier,
+                repeats=args.seeds,
                 judge=split,
                 progress=progress,
                 **options,
@@ -168,96 +187,141 @@ def _text(result: Any, curve: list, args: argparse.Namespace) -> str:
 
 
 _BENCH_SUITE = """\
-Find every task that the labels in a folder make possible (genre, form, period, composer, pianist,
-emotion; one data set per top folder), embed all files, probe each task, and print one table of
-accuracy and macro-F1 in the shape of the paper's, its rows beside ours marked as quoted; then how
-far each feature set is from the handcrafted note statistics, with intervals.
+Find every task that labels make possible (genre, form, period, composer, pianist, emotion; one data
+set per top folder), embed the files, probe each task, and print one table of accuracy and macro-F1
+in the shape of the paper's, published figures below ours and marked as quoted; then how far each
+feature set is from the handcrafted note statistics and from the untrained network, with intervals.
 
-Feature sets: pitch-class histogram and handcrafted note statistics (always); with --checkpoint the
-model, and the same network untrained; with --embeddings NAME=FILE any other model's. Labels come
-from metadata files beside the MIDI files, {category: {split: {path: label}}} among the layouts. A
-published split, there or as a label "split" of the files, is used, and judged on "test" where it
-has one; otherwise 5-fold cross-validation that keeps compositions together.
+Sources are folders and archives, read in place; one whose metadata file is for all of its files is
+one data set. Feature sets: pitch-class histogram and handcrafted note statistics (always); with
+--checkpoint the model, the model with the statistics beside it, and the same network untrained;
+with --embeddings NAME=FILE any other model's. Data sets of one genre each make one task together.
+
+Labels come from metadata files beside the MIDI files, {category: {split: {path: label}}} among the
+layouts. A published split, there or as a label "split" of the files, is used, and judged on "test"
+where it has one (--cross-validate NAME: not that of this data set); otherwise cross-validation that
+keeps compositions together, five times with other seeds (--folds, --seeds). Of PiJAMA the pianists
+of 20 pieces or more are taken, of GiantMIDI the 30 most frequent composers. By default each feature
+set has the better of logistic regression and a random forest, chosen by inner validation.
 
 examples:
   aria-jax bench-suite benchmarks_dir --out suite --checkpoint run2
-  aria-jax bench-suite benchmarks_dir --checkpoint run2 --embeddings MERT=mert.parquet"""
+  aria-jax bench-suite benchmarks_dir --checkpoint run2 --embeddings MERT=mert.parquet
+  aria-jax bench-suite asap pijama.tar.xz giantmidi.tar.xz --max-per-class 200 --checkpoint run2"""
+
+
+MODEL = "aria_jax"
+"""The row of the model."""
 
 
 def _bench_suite_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax bench-suite`."""
-    from aria_jax.cli.embed import add_slicing
+    from aria_jax.cli.embed import add_pool_slices, add_slicing
 
-    parser.add_argument("dir", help="folder of labelled MIDI files")
+    parser.add_argument("sources", nargs="+", metavar="DIR_OR_ARCHIVE", help="labelled MIDI files")
     parser.add_argument("--out", default="bench-out", help="folder for embeddings and the table")
     parser.add_argument("--checkpoint", help="workdir of a contrastive run")
     parser.add_argument(
         "--embeddings", action="append", default=[], metavar="NAME=FILE", help="another model's"
     )
+    _add_classifier(parser, "best")
+    parser.add_argument("--folds", type=int, default=5, help="of cross-validation (5)")
+    _add_seeds(parser, 5)
     parser.add_argument(
-        "--classifier", "--readout", choices=("logistic", "linear", "knn"), default="logistic"
+        "--cross-validate",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="data set whose published split is not used",
     )
     parser.add_argument("--metadata", help="labels (default: metadata files beside the MIDI files)")
     add_slicing(parser)
+    add_pool_slices(parser)
     parser.add_argument(
         "--pooling", choices=("eos", "mean"), help="default: as the model was trained"
     )
     parser.add_argument(
         "--min-per-class", type=int, default=10, help="leave smaller classes out (10)"
     )
+    parser.add_argument(
+        "--max-per-class", type=int, metavar="N", help="draw so many files of a class, at most"
+    )
     parser.add_argument("--workers", type=int, default=1, help="tokenising processes (1; 0: none)")
-    parser.add_argument("--seed", type=int, default=0, help="of folds and bootstrap (0)")
     add_overwrite(parser)
     parser.add_argument("--json", action="store_true", help="print the result as one JSON line")
 
 
 def _bench_suite(args: argparse.Namespace) -> None:
     """Embeds, probes and prints."""
+    import numpy as np
+
     from aria_jax.cli.console import print_result, progress_bar, stage
 
     stage("loading the libraries")
+    from aria_jax.cli.embed import counting, model_and_untrained
+    from aria_jax.embed.pieces import open_sources
     from aria_jax.embed.table import read_embeddings
-    from aria_jax.eval.suite import find_tasks, markdown_table, rows_by_path, run_suite
+    from aria_jax.eval.suite import BASELINE, find_tasks, markdown_table, rows_by_path, run_suite
     from aria_jax.report import program_version
+    from data_pipeline.errors import UserError
 
+    if args.folds < 2 or args.seeds < 1:
+        raise UserError(f"--folds {args.folds}, --seeds {args.seeds}: at least 2 folds and 1 seed")
     others = [_named(text) for text in args.embeddings]
     out = Path(args.out)
-    files = {name: out / f"{name}.parquet" for name in ("pitch-class", "statistics")}
-    stage("listing the files")
-    for name, path in files.items():
-        _embed(args, path, f"embed: {name}", *_baseline(name, args))
-    if args.checkpoint:
-        for name, (encode, settings) in _networks(args).items():
-            files[name] = out / f"{name}.parquet"
-            _embed(args, files[name], f"embed: {name}", encode, settings)
-    table = read_embeddings(files["statistics"])
-    tasks = find_tasks(
-        table, min_per_class=args.min_per_class, published_split=_published_split(Path(args.dir))
-    )
+    files = {name: out / f"{name}.parquet" for name in ("pitch-class", BASELINE)}
+    with TemporaryDirectory() as folder:
+        stage("listing the files")
+        source = open_sources(
+            args.sources, _slicing(args), folder=Path(folder), metadata=args.metadata
+        )
+        for name, path in files.items():
+            _embed(args, source, path, f"embed: {name}", *counting(name, args.max_tokens))
+        table = read_embeddings(files[BASELINE])
+        tasks = find_tasks(
+            table,
+            min_per_class=args.min_per_class,
+            max_per_class=args.max_per_class,
+            published_split=_published_split(Path(args.sources[0])),
+            cross_validate=args.cross_validate,
+            seed=args.seed,
+        )
+        needed = sorted({int(row) for task in tasks for row in task.rows})
+        if args.checkpoint:
+            wanted = source.only({table.path[row] for row in needed})
+            for name, (encode, settings) in model_and_untrained(args, MODEL).items():
+                files[name] = out / f"{name}.parquet"
+                _embed(args, wanted, files[name], f"embed: {name}", encode, settings)
     features = {
-        name: rows_by_path(read_embeddings(path), table.path, name)
+        name: rows_by_path(read_embeddings(path), table.path, name, needed)
         for name, path in (*files.items(), *others)
     }
     stage("fitting")
-    with progress_bar("probe", "probe") as progress:
+    notes = []
+    if args.checkpoint and args.classifier in ("linear", "knn"):
+        notes.append(f"No row of model and statistics together: {args.classifier} does not scale.")
+    elif args.checkpoint:
+        both = np.concatenate([features[MODEL], features[BASELINE]], axis=1)
+        features[f"{MODEL} + {BASELINE}"] = both
+    with progress_bar("probe", "fit") as progress:
         results = run_suite(
             tasks,
             features,
             classifier=args.classifier,
-            min_per_class=args.min_per_class,
+            folds=args.folds,
+            repeats=args.seeds,
             seed=args.seed,
             progress=progress,
         )
-    text = (
-        f"{markdown_table(tasks, results)}\nMade by `{args.command_line}` ({program_version()}).\n"
-    )
+    made_by = f"Made by `{args.command_line}` ({program_version()})."
+    text = "\n".join([markdown_table(tasks, results), *notes, made_by]) + "\n"
     write_atomically(out / "results.md", text)
     shown = {
         name: {task: result.summary() for task, result in row.items()}
         for name, row in results.items()
     }
-    protocols = {task.name: task.protocol for task in tasks}
-    result = {"results": shown, "protocols": protocols, "table": str(out / "results.md")}
+    task_notes = {task.name: list(task.notes) for task in tasks}
+    result = {"results": shown, "notes": task_notes, "table": str(out / "results.md")}
     print_result(result, args.json, text)
 
 
@@ -267,7 +331,7 @@ BENCH_SUITE = Verb(
     _bench_suite,
     Writes(
         lambda args: [Path(args.out) / "results.md"],
-        ("dir", "checkpoint", "embeddings", "metadata"),
+        ("sources", "checkpoint", "embeddings", "metadata"),
         in_folder=True,
     ),
 )
@@ -291,74 +355,36 @@ def _named(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _baseline(name: str, args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
-    from aria_jax.embed.encode import baseline_encoder
-    from data_pipeline.midi import STANDARD
-    from data_pipeline.tokenizer import Tokenizer
+def _slicing(args: argparse.Namespace, settings: dict[str, Any] | None = None) -> Any:
+    """How files are sliced for a feature set; for a baseline without its settings."""
+    from aria_jax.cli.embed import counting
+    from aria_jax.embed.pieces import Slicing
 
-    settings = {
-        "fingerprint": name,
-        "tokenizer": "aria",
-        "max_tokens": args.max_tokens,
-        "reading": STANDARD,
-    }
-    return baseline_encoder(name, Tokenizer.preset("aria")), settings
-
-
-def _networks(args: argparse.Namespace) -> dict[str, tuple[Any, dict[str, Any]]]:
-    """The model, and the same architecture with the weights it might have started from."""
-    from aria_jax.cli.console import stage
-
-    stage("loading the model")
-    from flax import nnx
-
-    from aria_jax.checkpoints.models import load_model
-    from aria_jax.config import ComputeConfig
-    from aria_jax.embed.encode import model_encoder
-    from aria_jax.models.heads import build_model
-    from data_pipeline.tokenizer import Tokenizer
-
-    loaded = load_model(args.checkpoint)
-    pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
-    pooling = args.pooling or loaded.pooling
-    settings = {
-        "tokenizer": loaded.tokenizer,
-        "max_tokens": min(args.max_tokens, loaded.config.max_seq_len),
-        "pooling": pooling,
-        "reading": loaded.reading,
-    }
-    untrained = build_model(loaded.config, ComputeConfig(), rngs=nnx.Rngs(params=args.seed))
-    made = {
-        "untrained": (untrained, f"untrained {loaded.config} seed {args.seed}"),
-        "aria_jax": (loaded.model, loaded.fingerprint),
-    }
-    return {
-        name: (model_encoder(model, pad_id, pooling), {"fingerprint": fingerprint, **settings})
-        for name, (model, fingerprint) in made.items()
-    }
+    s = settings or counting("statistics", args.max_tokens)[1]
+    return Slicing(s["tokenizer"], args.slice_notes, s["max_tokens"], s["reading"])
 
 
 def _embed(
-    args: argparse.Namespace, out: Path, title: str, encode: Any, settings: dict[str, Any]
+    args: argparse.Namespace,
+    source: Any,
+    out: Path,
+    title: str,
+    encode: Any,
+    settings: dict[str, Any],
 ) -> None:
     from aria_jax.cli.console import progress_bar
     from aria_jax.embed.export import export
-    from aria_jax.embed.pieces import Slicing, open_source
 
-    slicing = Slicing(
-        settings["tokenizer"], args.slice_notes, settings["max_tokens"], settings["reading"]
-    )
-    with TemporaryDirectory() as folder, progress_bar(title, "file") as progress:
-        source = open_source(
-            args.dir, slicing, spool=Path(folder) / "spool", metadata=args.metadata
-        )
-        warn_of_reading(source.reading, settings["reading"], args.checkpoint)
+    sliced = source.sliced(_slicing(args, settings))
+    warn_of_reading(sliced.reading, settings["reading"], args.checkpoint)
+    with progress_bar(title, "file") as progress:
         export(
-            source,
+            sliced,
             encode,
             out,
-            settings={**settings, "reading": source.reading, "slice_notes": args.slice_notes},
-            origin=Path(args.dir).resolve(),
+            settings={**settings, "reading": sliced.reading, "slice_notes": args.slice_notes},
+            origin=Path(args.sources[0]).resolve() if len(args.sources) == 1 else "",
+            pool=args.pool_slices,
             workers=args.workers,
             overwrite=args.overwrite,
             progress=progress,

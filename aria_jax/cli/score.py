@@ -12,7 +12,7 @@ from data_pipeline.artifact import write_atomically
 if TYPE_CHECKING:
     import numpy as np
 
-    from aria_jax.eval.classifiers import Prediction
+    from aria_jax.eval.class_head import Prediction
     from data_pipeline.tokenizer import Tokenizer
 
 _SCORE = """\
@@ -172,7 +172,7 @@ def _classify(args: argparse.Namespace) -> None:
     if not Path(args.source).exists():
         raise UserError(f"{args.source}: no such folder or archive")
     stage("loading jax")
-    from aria_jax.eval.classifiers import Prediction
+    from aria_jax.eval.class_head import Prediction
 
     names, corpus, found = _predictions(args)
     predictions = [
@@ -216,7 +216,7 @@ def _scores(
     predictions: "list[Prediction]",
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """Scores as JSON, lines and warnings; files that the model learnt from are apart."""
-    from aria_jax.eval.classifiers import score_predictions, training_files
+    from aria_jax.eval.class_head import score_predictions, training_files
     from data_pipeline.errors import UserError
 
     warnings = []
@@ -266,7 +266,7 @@ def _predictions(args: argparse.Namespace) -> tuple[tuple[str, ...], str, list[A
     from aria_jax.cli.embed import reading_of_source
     from aria_jax.embed.encode import class_encoder
     from aria_jax.embed.pieces import Slicing, open_source
-    from aria_jax.eval.classifiers import predict
+    from aria_jax.eval.class_head import predict
     from aria_jax.sharding import local_mesh
     from data_pipeline.tokenizer import Tokenizer
 

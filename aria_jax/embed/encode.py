@@ -15,7 +15,8 @@ from flax import nnx
 
 from aria_jax.checkpoints.models import LoadedModel, load_model
 from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
-from aria_jax.embed.pieces import Slicing, check_slice_pool, midi_slices, pool_slices
+from aria_jax.embed.pieces import Slicing, midi_slices
+from aria_jax.embed.table import check_slice_pool, pool_slices
 from aria_jax.models.heads import Model, head_width
 from aria_jax.sharding import batch_sharding, put_batch, replicated, row_shards, usable_cpus
 from data_pipeline.errors import UserError

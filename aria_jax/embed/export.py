@@ -27,12 +27,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from aria_jax.embed.pieces import Piece, Rejection, Source, pool_slices
+from aria_jax.embed.pieces import Piece, Rejection, Source
 from aria_jax.embed.table import (
     Embeddings,
     KnownVectors,
     join_embeddings,
     open_parquet,
+    pool_slices,
     read_identity,
     write_embeddings,
 )
@@ -97,7 +98,7 @@ def export(
             must be among them.
         origin: where the files are, noted in OUT for whoever wants to show them.
         per_slice: one row per slice (path#0, path#1, …) instead of one per file.
-        pool: what a file's row is of its slices, see `pieces.pool_slices`.
+        pool: what a file's row is of its slices, see `table.pool_slices`.
         workers: processes that read and tokenise.
         overwrite: replaces embeddings by another model or with other settings.
 
@@ -204,7 +205,7 @@ def embed_pieces(
     pool: str = "mean",
     fingerprint: str = "",
 ) -> Embeddings:
-    """One row per file, `pieces.pool_slices` of its slices; or one row per slice."""
+    """One row per file, `table.pool_slices` of its slices; or one row per slice."""
     return _embed(pieces, encode, per_slice, pool, KnownVectors(None), fingerprint)[0]
 
 

@@ -5,8 +5,8 @@ Worker processes import this module, so it must not import jax.
 
 import hashlib
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
@@ -93,6 +93,12 @@ class Source(Protocol):
 
     def cut(self, i: int) -> Piece | Rejection:
         """Reads and slices file number i."""
+
+    def sliced(self, slicing: Slicing) -> "Source":
+        """The same files, sliced otherwise."""
+
+    def only(self, paths: Collection[str]) -> "Source":
+        """Those of the files that are called so; all of them where pieces have other names."""
 
     def digests(self) -> dict[str, str | None]:
         """Of the "files", by the bytes of each, and of the "labels" that their tables give them;
@@ -184,6 +190,89 @@ def _listed(sources: Sequence[str | Path], root: Path) -> list[Entry]:
     return list(files.values())
 
 
+def open_sources(
+    sources: Sequence[str | Path], slicing: Slicing, *, folder: Path, metadata: str | Path | None
+) -> Source:
+    """Several sources as one. Of one whose label table is for all of its files, a data set, the
+    name comes before theirs.
+
+    Args:
+        sources: folders, archives or Parquet, each as `open_source` takes it.
+        folder: for what compressed archives unpack to; must outlive the source.
+        metadata: labels, of a single source.
+
+    Raises:
+        UserError: as `open_source`; several sources with one table, or two files of one name.
+    """
+    opened = [
+        open_source(source, slicing, spool=folder / f"spool{number}", metadata=metadata)
+        for number, source in enumerate(sources)
+    ]
+    if len(opened) == 1:
+        return opened[0]
+    if metadata is not None:
+        raise UserError("one table of labels is for one source; let each have its own beside it")
+    prefixes: list[str] = []
+    seen: set[str] = set()
+    for source, one in zip(sources, opened, strict=True):
+        whole = isinstance(one, _MidiFiles) and any(not t.folder for t in one.labels.sources)
+        prefixes.append(f"{Path(source).name.split('.')[0]}/" if whole else "")
+        names = {prefixes[-1] + path for path in one.paths}
+        if both := seen & names:
+            raise UserError(f"{source}: another source has a file {min(both)} too; rename a folder")
+        seen |= names
+    return _Several(tuple(opened), tuple(prefixes))
+
+
+@dataclass(frozen=True)
+class _Several:
+    """Sources one after the other, and what comes before the names of the files of each."""
+
+    sources: tuple[Source, ...]
+    prefixes: tuple[str, ...]
+
+    @cached_property
+    def paths(self) -> Sequence[str]:
+        named = zip(self.prefixes, self.sources, strict=True)
+        return [prefix + path for prefix, source in named for path in source.paths]
+
+    @property
+    def reading(self) -> str:
+        readings = sorted({source.reading for source in self.sources})
+        if len(readings) > 1:
+            raise UserError(f"the sources were read differently: {' and '.join(readings)}")
+        return readings[0]
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        return [warning for source in self.sources for warning in source.warnings]
+
+    @cached_property
+    def _ends(self) -> np.ndarray:
+        return np.cumsum([len(source.paths) for source in self.sources])
+
+    def cut(self, i: int) -> Piece | Rejection:
+        number = int(np.searchsorted(self._ends, i, side="right"))
+        before = int(self._ends[number - 1]) if number else 0
+        found = self.sources[number].cut(i - before)
+        return replace(found, path=self.prefixes[number] + found.path)
+
+    def sliced(self, slicing: Slicing) -> Source:
+        return _Several(tuple(one.sliced(slicing) for one in self.sources), self.prefixes)
+
+    def only(self, paths: Collection[str]) -> Source:
+        def inside(prefix: str) -> set[str]:
+            return {path.removeprefix(prefix) for path in paths if path.startswith(prefix)}
+
+        named = zip(self.prefixes, self.sources, strict=True)
+        return _Several(tuple(one.only(inside(p)) for p, one in named), self.prefixes)
+
+    def digests(self) -> dict[str, str | None]:
+        of_each = [source.digests() for source in self.sources]
+        names = sorted({name for digests in of_each for name in digests})
+        return {n: json_digest([self.prefixes, [d.get(n) for d in of_each]]) for n in names}
+
+
 @dataclass(frozen=True)
 class _MidiFiles:
     root: Path
@@ -202,6 +291,12 @@ class _MidiFiles:
     @property
     def reading(self) -> str:
         return self.slicing.reading
+
+    def sliced(self, slicing: Slicing) -> Source:
+        return replace(self, slicing=slicing)
+
+    def only(self, paths: Collection[str]) -> Source:
+        return replace(self, entries=[e for e in self.entries if printable(e.path) in paths])
 
     def digests(self) -> dict[str, str | None]:
         hashes = hashed(self.entries, partial(entry_digest, self.root))
@@ -256,6 +351,12 @@ class _Shards:
     def reading(self) -> str:
         return reading_of(load_manifest(self.data_dir))
 
+    def sliced(self, slicing: Slicing) -> Source:
+        return replace(self, slicing=slicing)
+
+    def only(self, paths: Collection[str]) -> Source:
+        return self
+
     @cached_property
     def _opened(self) -> list[Pieces]:
         return [Pieces(self.data_dir, split) for split in self.splits]
@@ -297,26 +398,3 @@ def midi_slices(performance: Performance, slicing: Slicing) -> list[np.ndarray]:
     tokenizer = Tokenizer.preset(slicing.tokenizer)
     slices = encode_slices(with_tokens(performance), tokenizer, slicing.slice_notes)
     return [truncated(ids, slicing.max_tokens, tokenizer.eos_id) for ids in slices]
-
-
-SLICE_POOLS = ("mean", "mean+std")
-"""How slices become one vector of their file."""
-
-
-def check_slice_pool(how: str) -> str:
-    """Gives back one of `SLICE_POOLS`; UserError for anything else."""
-    if how not in SLICE_POOLS:
-        raise UserError(f"slices are pooled by {' or '.join(SLICE_POOLS)}, not by {how!r}")
-    return how
-
-
-def pool_slices(slices_SxE: np.ndarray, how: str = "mean") -> np.ndarray:
-    """One vector of the slices of a file, float [E], or [2E] with "mean+std".
-
-    "mean" is the reference's. "mean+std" adds the standard deviation over slices (0 for a single
-    one): how much a piece changes, which its mean cannot tell.
-    """
-    mean_E = slices_SxE.mean(axis=0)
-    if check_slice_pool(how) == "mean":
-        return mean_E
-    return np.concatenate([mean_E, slices_SxE.std(axis=0)])

@@ -66,6 +66,29 @@ class Embeddings:
         return sorted({name for row in self.labels for name in row})
 
 
+SLICE_POOLS = ("mean", "mean+std")
+"""How slices become one vector of their file."""
+
+
+def check_slice_pool(how: str) -> str:
+    """Gives back one of `SLICE_POOLS`; UserError for anything else."""
+    if how not in SLICE_POOLS:
+        raise UserError(f"slices are pooled by {' or '.join(SLICE_POOLS)}, not by {how!r}")
+    return how
+
+
+def pool_slices(slices_SxE: np.ndarray, how: str = "mean") -> np.ndarray:
+    """One vector of the slices of a file, float [E], or [2E] with "mean+std".
+
+    "mean" is the reference's. "mean+std" adds the standard deviation over slices (0 for a single
+    one): how much a piece changes, which its mean cannot tell.
+    """
+    mean_E = slices_SxE.mean(axis=0)
+    if check_slice_pool(how) == "mean":
+        return mean_E
+    return np.concatenate([mean_E, slices_SxE.std(axis=0)])
+
+
 def write_embeddings(table: Embeddings, out: str | Path) -> None:
     """Writes the file whole or not at all."""
     import pyarrow as pa

@@ -1,23 +1,19 @@
-"""Classifiers: those fitted on frozen embeddings, and what a finetuned class head says of files.
+"""Classifiers fitted on frozen embeddings.
 
-Fitted are logistic regression, the reference's linear layer and k-NN. Each is a function
-(x, y, group, seed) -> predict, where predict maps features [N, E] to classes.
+They are logistic regression, a random forest, the better of these two, the reference's linear
+layer and k-NN. Each is a function (x, y, group, seed) -> predict, where predict maps features
+[N, E] to classes.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aria_jax.embed.encode import Encode
-from aria_jax.embed.pieces import Piece, Rejection, Source
-from aria_jax.losses.cross_entropy import file_probabilities
-from data_pipeline.shards import TokenShards
-from data_pipeline.workers import map_in_order
+from aria_jax.sharding import usable_cpus
 
 Predict = Callable[[np.ndarray], np.ndarray]
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray, int], Predict]
@@ -31,27 +27,98 @@ def logistic(x: np.ndarray, y: np.ndarray, group: np.ndarray, seed: int) -> Pred
     The model of scikit-learn's LogisticRegression, whose C multiplies the loss. All inner folds
     are solved at once, C by C, each beginning where the last one ended.
     """
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    n_groups = min(len(set(group[y == c])) for c in np.unique(y))
-    if n_groups < 2:  # a class of one composition cannot be split: no inner validation
+    held_out_BxN = _inner_folds(y, group, seed)
+    if held_out_BxN is None:
         return plain_logistic(x, y, group, seed)
     problem = _Logistic(x, y)
-    inner = StratifiedGroupKFold(min(3, n_groups), shuffle=True, random_state=seed)
-    held_out_BxN = np.zeros((inner.get_n_splits(), len(x)), bool)
-    for fold, (_, test) in enumerate(inner.split(x, y, group)):
-        held_out_BxN[fold, test] = True
-    weights_BxRxK, accuracies = None, []
-    for c in C_GRID:
-        weights_BxRxK = problem.solve(~held_out_BxN, c, SELECTION_TOLERANCE, weights_BxRxK)
-        correct_BxN = (problem.predict(problem.z_NxR, weights_BxRxK) == y) & held_out_BxN
-        accuracies.append((correct_BxN.sum(1) / held_out_BxN.sum(1)).mean())
-    return problem.predictor(C_GRID[int(np.argmax(accuracies))])
+    return problem.predictor(_choose_c(problem, y, held_out_BxN)[0])
 
 
 def plain_logistic(x: np.ndarray, y: np.ndarray, group: np.ndarray, seed: int) -> Predict:
     """Logistic regression with C = 1, for samples too small to choose it."""
     return _Logistic(x, y).predictor(1.0)
+
+
+TREES, SELECTION_TREES = 300, 100
+"""Of a forest, and of those that are held against logistic regression."""
+
+
+def forest(x: np.ndarray, y: np.ndarray, group: np.ndarray, seed: int) -> Predict:
+    """scikit-learn's random forest on the features as they are; 300 trees, else its defaults."""
+    return _forest(x, y, seed, TREES)
+
+
+def _forest(x: np.ndarray, y: np.ndarray, seed: int, n_trees: int) -> Predict:
+    from sklearn.ensemble import RandomForestClassifier
+
+    model = RandomForestClassifier(n_trees, random_state=seed, n_jobs=usable_cpus())
+    # Votes are added in the order in which threads end: in one thread a draw is always the same.
+    return model.fit(x, y).set_params(n_jobs=1).predict
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A classifier that was chosen by inner validation.
+
+    Attributes:
+        name: of it, in `CLASSIFIERS`.
+    """
+
+    name: str
+    predict: Predict
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        """Classes of rows."""
+        return self.predict(x)
+
+
+def best(x: np.ndarray, y: np.ndarray, group: np.ndarray, seed: int) -> Predict:
+    """Logistic regression or a forest: which does better in the same inner grouped validation.
+
+    Of rows that are learnt from alone; where these allow no inner folds, logistic regression.
+    """
+    held_out_BxN = _inner_folds(y, group, seed)
+    if held_out_BxN is None:
+        return Chosen("logistic", plain_logistic(x, y, group, seed))
+    problem = _Logistic(x, y)
+    c, accuracy = _choose_c(problem, y, held_out_BxN)
+    of_forest = []
+    for held_out_N in held_out_BxN:
+        predict = _forest(x[~held_out_N], y[~held_out_N], seed, SELECTION_TREES)
+        of_forest.append((predict(x[held_out_N]) == y[held_out_N]).mean())
+    if np.mean(of_forest) > accuracy:
+        return Chosen("forest", forest(x, y, group, seed))
+    return Chosen("logistic", problem.predictor(c))
+
+
+def _inner_folds(y: np.ndarray, group: np.ndarray, seed: int) -> np.ndarray | None:
+    """Which rows each of up to three inner folds holds out, bool [B, N].
+
+    None unless two classes have two compositions: then nothing could be learnt and judged.
+    """
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    n_groups = sorted(len(set(group[y == c])) for c in np.unique(y))
+    n_folds = min(3, n_groups[-2] if len(n_groups) > 1 else 1)
+    if n_folds < 2:
+        return None
+    inner = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
+    held_out_BxN = np.zeros((n_folds, len(y)), bool)
+    with warnings.catch_warnings():  # a class with fewer rows than folds is in some of them only
+        warnings.filterwarnings("ignore", "The least populated class", UserWarning)
+        for fold, (_, test) in enumerate(inner.split(y, y, group)):
+            held_out_BxN[fold, test] = True
+    return held_out_BxN[held_out_BxN.any(1)]
+
+
+def _choose_c(problem: "_Logistic", y: np.ndarray, held_out_BxN: np.ndarray) -> tuple[float, float]:
+    """The best of `C_GRID`, and its mean accuracy over the inner folds."""
+    weights_BxRxK, accuracies = None, []
+    for c in C_GRID:
+        weights_BxRxK = problem.solve(~held_out_BxN, c, SELECTION_TOLERANCE, weights_BxRxK)
+        correct_BxN = (problem.predict(problem.z_NxR, weights_BxRxK) == y) & held_out_BxN
+        accuracies.append((correct_BxN.sum(1) / held_out_BxN.sum(1)).mean())
+    return C_GRID[int(np.argmax(accuracies))], float(np.max(accuracies))
 
 
 class _Logistic:
@@ -241,114 +308,10 @@ def _with_one(x: np.ndarray) -> np.ndarray:
     return np.concatenate([x, np.ones((len(x), 1))], axis=1).astype(np.float32)
 
 
-CLASSIFIERS: dict[str, Fit] = {"logistic": logistic, "linear": linear, "knn": nearest}
-
-
-FILES_AT_ONCE = 64
-"""Enough slices for full length-bucketed batches."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model says of a file.
-
-    Attributes:
-        sha256: of the MIDI file.
-        probabilities: float64 [C], mean over slices weighted by their tokens.
-        labels: what is known of the file.
-    """
-
-    path: str
-    sha256: str
-    probabilities: np.ndarray
-    labels: dict[str, str]
-
-    @property
-    def predicted(self) -> int:
-        """Number of the most likely class."""
-        return int(self.probabilities.argmax())
-
-
-def predict(
-    source: Source,
-    encode: Encode,
-    *,
-    workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Iterator[Prediction | Rejection]:
-    """A prediction for each file of `source`, in order.
-
-    Args:
-        encode: slices to probabilities, as `embed.encode.class_encoder` makes it.
-        workers: processes that read and tokenise.
-    """
-    n = len(source.paths)
-    cut = map_in_order(source.cut, range(n), workers=workers, ahead=2 * FILES_AT_ONCE)
-    done = 0
-    if progress is not None:
-        progress(0, n)
-    while files := list(islice(cut, FILES_AT_ONCE)):
-        predictions = _predictions([file for file in files if isinstance(file, Piece)], encode)
-        for file in files:
-            yield next(predictions) if isinstance(file, Piece) else file
-        done += len(files)
-        if progress is not None:
-            progress(done, n)
-
-
-def _predictions(pieces: Sequence[Piece], encode: Encode) -> Iterator[Prediction]:
-    if not pieces:
-        return
-    slices = [ids for piece in pieces for ids in piece.slices]
-    n_tokens = np.array([len(ids) for ids in slices])
-    of_piece = np.repeat(np.arange(len(pieces)), [len(piece.slices) for piece in pieces])
-    _, likely_FxC = file_probabilities(encode(slices), n_tokens, of_piece)
-    for piece, likely_C in zip(pieces, likely_FxC, strict=True):
-        yield Prediction(piece.path, piece.sha256, likely_C, piece.labels)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How well labels were predicted.
-
-    Attributes:
-        n_scored: files whose label is one of the classes; without any the scores are nan.
-        accuracy, macro_f1: in 0..1; F1 over the classes that occur or are predicted.
-        confusion: int64 [C, C], true class by row.
-    """
-
-    n_scored: int
-    accuracy: float
-    macro_f1: float
-    confusion: np.ndarray
-
-
-def score_predictions(
-    predictions: Sequence[Prediction], label: str, class_names: Sequence[str]
-) -> Scores:
-    """Compares predictions with the `label` of the files that have one of the classes."""
-    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
-
-    number = {name: i for i, name in enumerate(class_names)}
-    known = [p for p in predictions if p.labels.get(label) in number]
-    if not known:
-        empty = np.zeros((len(class_names), len(class_names)), int)
-        return Scores(0, float("nan"), float("nan"), empty)
-    y_true = [number[p.labels[label]] for p in known]
-    y_pred = [p.predicted for p in known]
-    return Scores(
-        n_scored=len(known),
-        accuracy=float(accuracy_score(y_true, y_pred)),
-        macro_f1=float(f1_score(y_true, y_pred, average="macro")),
-        confusion=confusion_matrix(y_true, y_pred, labels=range(len(class_names))),
-    )
-
-
-def training_files(corpus: str | Path) -> frozenset[str]:
-    """sha256 of the MIDI files that a model learnt from: the training split of its token shards.
-
-    Raises:
-        UserError: no token shards there.
-    """
-    shards = TokenShards(corpus, "train")
-    return frozenset(shards[i].meta["sha256"] for i in range(len(shards)))
+CLASSIFIERS: dict[str, Fit] = {
+    "logistic": logistic,
+    "forest": forest,
+    "best": best,
+    "linear": linear,
+    "knn": nearest,
+}

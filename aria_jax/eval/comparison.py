@@ -249,6 +249,7 @@ WINDOW_MS = 2000
 """Length of the stretches whose pitch classes are compared for self-similarity."""
 CHORD_MS = 30
 """Onsets closer than this sound together: no inter-onset interval lies between them."""
+PHRASE_NOTES = 4
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,9 @@ class MusicStatistics:
         onset_interval_median: seconds between successive onsets (chords count once).
         onset_interval_spread: interquartile range over median: 0 is mechanical.
         self_similarity: mean cosine of the pitch-class profiles of all pairs of 2 s windows.
+        repetition: share of `PHRASE_NOTES` (4) pitches in a row that have come before.
+        polyphony: mean number of notes sounding while any sounds.
+        semitone_clusters: share of notes that begin with another a semitone away.
         pitch_range: semitones from lowest to highest note.
         velocity_deviation: standard deviation of MIDI velocity.
     """
@@ -270,6 +274,9 @@ class MusicStatistics:
     onset_interval_median: float
     onset_interval_spread: float
     self_similarity: float
+    repetition: float
+    polyphony: float
+    semitone_clusters: float
     pitch_range: float
     velocity_deviation: float
 
@@ -285,6 +292,7 @@ def music_statistics(performance: Performance) -> MusicStatistics:
         raise UserError("a performance without notes has no statistics")
     start_ms = performance.ms(notes["start"])
     order = np.argsort(start_ms, kind="stable")
+    end_ms = performance.ms(notes["end"])[order]
     start_ms, pitch = start_ms[order], notes["pitch"][order].astype(int)
     seconds = (start_ms[-1] - start_ms[0]) / 1000
     intervals = np.diff(start_ms) / 1000
@@ -298,6 +306,9 @@ def music_statistics(performance: Performance) -> MusicStatistics:
         onset_interval_median=float(median),
         onset_interval_spread=float((high - low) / median),
         self_similarity=_self_similarity(start_ms - start_ms[0], pitch % 12),
+        repetition=_repetition(pitch),
+        polyphony=_polyphony(start_ms, end_ms),
+        semitone_clusters=_semitone_clusters(start_ms, pitch),
         pitch_range=float(pitch.max() - pitch.min()),
         velocity_deviation=float(notes["velocity"].astype(float).std()),
     )
@@ -319,6 +330,32 @@ def _self_similarity(start_ms: np.ndarray, pitch_class: np.ndarray) -> float:
     cosines = profiles @ profiles.T
     n = len(profiles)
     return float((cosines.sum() - n) / (n * (n - 1)))
+
+
+def _repetition(pitch: np.ndarray) -> float:
+    if len(pitch) <= PHRASE_NOTES:
+        return float("nan")
+    phrases = np.lib.stride_tricks.sliding_window_view(pitch, PHRASE_NOTES)
+    return 1 - len(np.unique(phrases, axis=0)) / len(phrases)
+
+
+def _polyphony(start_ms: np.ndarray, end_ms: np.ndarray) -> float:
+    """Over time; `start_ms` ascending."""
+    sounding_until = np.concatenate([start_ms[:1], np.maximum.accumulate(end_ms)[:-1]])
+    silence = np.maximum(start_ms - sounding_until, 0).sum()
+    sounding = end_ms.max() - start_ms[0] - silence
+    return float((end_ms - start_ms).sum() / sounding) if sounding > 0 else float("nan")
+
+
+def _semitone_clusters(start_ms: np.ndarray, pitch: np.ndarray) -> float:
+    apart = start_ms[-1] + 2 * CHORD_MS  # more than lies between onsets of neighbouring pitches
+    key = np.sort(pitch * apart + start_ms)
+    clustered = np.zeros(len(pitch), bool)
+    for other in (pitch - 1, pitch + 1):
+        at = other * apart + start_ms
+        low = np.searchsorted(key, at - CHORD_MS, side="right")
+        clustered |= np.searchsorted(key, at + CHORD_MS) > low
+    return float(clustered.mean())
 
 
 def summarise(statistics: Sequence[MusicStatistics]) -> dict[str, tuple[float, float]]:

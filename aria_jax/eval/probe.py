@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from aria_jax.eval.classifiers import CLASSIFIERS, Fit, Predict, plain_logistic
+from aria_jax.eval.classifiers import CLASSIFIERS, Chosen, Fit, Predict, plain_logistic
 from data_pipeline.errors import UserError
 
 BOOTSTRAPS = 1000
@@ -19,17 +19,20 @@ class ProbeResult:
 
     Attributes:
         classes: in the order of `confusion`.
-        accuracy, macro_f1: in 0..1.
-        accuracy_ci, macro_f1_ci: 95 % intervals, bootstrapped over files.
+        accuracy, macro_f1: in 0..1, means over repeats.
+        accuracy_ci, macro_f1_ci: 95 % intervals, bootstrapped over compositions.
+        accuracies: of each repeat.
         per_class: precision, recall, f1 and number of files of each class.
-        confusion: int [C, C], true class by row.
+        confusion: int [C, C], true class by row, summed over repeats.
+        chosen: how many fits each classifier was chosen for.
         majority_accuracy: of always predicting the most frequent training class.
         n_train, n_test: files; with folds every file is a test file once.
         left_out: classes with too few files, and how many they have.
         split: which of given splits was judged; None with folds.
         shared_groups: compositions that a given split has on both sides; 0 with folds.
-        correct: whether each held-out file was predicted correctly, bool [n_test]; the order
-            depends on labels and splits alone, so that results of different features can be paired.
+        correct: share of repeats in which each held-out file was predicted correctly, float
+            [n_test]; in the order of their names, so that results of different features can be
+            paired.
         group: number of the composition of each of these files, int [n_test].
     """
 
@@ -38,8 +41,10 @@ class ProbeResult:
     macro_f1: float
     accuracy_ci: tuple[float, float]
     macro_f1_ci: tuple[float, float]
+    accuracies: tuple[float, ...]
     per_class: dict[str, dict[str, float]]
     confusion: np.ndarray
+    chosen: dict[str, int]
     majority_accuracy: float
     n_train: int
     n_test: int
@@ -78,8 +83,8 @@ class Shots:
 
 @dataclass(frozen=True)
 class _Problem:
-    """Features [R, E], classes [R], composition [R] and file [R] of the rows used; the splits as
-    pairs of file numbers.
+    """Features [R, E], classes [R], composition [R] and file [R] of the rows used; how many folds,
+    or the given split as a pair of file numbers.
     """
 
     classes: tuple[str, ...]
@@ -88,8 +93,15 @@ class _Problem:
     y: np.ndarray
     group: np.ndarray
     file: np.ndarray
-    sides: list[tuple[np.ndarray, np.ndarray]]
+    folds: int
+    given: tuple[np.ndarray, np.ndarray] | None
     split: str | None
+
+    def sides(self, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Files to learn from and files to judge, fold by fold."""
+        if self.given is not None:
+            return [self.given]
+        return _folds(self.y[self.first_row], self.group[self.first_row], self.folds, seed)
 
     @property
     def first_row(self) -> np.ndarray:
@@ -114,11 +126,8 @@ class _Problem:
 
 def held_out_splits(splits: Sequence[str | None]) -> list[str]:
     """The names of splits to judge on, "test" first: every name but "train"."""
-    return sorted({name for name in splits if name and name != "train"}, key=_test_first)
-
-
-def _test_first(name: str) -> tuple[bool, str]:
-    return name != "test", name
+    names = {name for name in splits if name and name != "train"}
+    return sorted(names, key=lambda name: (name != "test", name))
 
 
 def probe(
@@ -130,6 +139,7 @@ def probe(
     judge: str | None = None,
     files: Sequence[str] | None = None,
     folds: int = 5,
+    repeats: int = 1,
     min_per_class: int = 10,
     seed: int = 0,
     classifier: str = "logistic",
@@ -147,28 +157,46 @@ def probe(
             files for validation and for testing are not one set.
         files: file of each row, where rows are slices: all slices are learnt from, files are
             judged by the mean of theirs (as the reference does).
+        repeats: with the seeds `seed`, `seed` + 1, …: of the folds, and of the classifier's own
+            draws. Scores are means over them.
         min_per_class: classes with fewer files are left out.
         classifier: name in `CLASSIFIERS`.
-        progress: told (folds done, folds in all).
+        progress: told (folds done, folds in all), those of all repeats.
 
     Raises:
         UserError: fewer than two classes are left, or one side of the split is empty.
     """
     if classifier not in CLASSIFIERS:
         raise UserError(f"no classifier {classifier!r}; there are {', '.join(CLASSIFIERS)}")
-    problem = _problem(
-        features_NxE, labels, groups, splits, judge, files, folds, min_per_class, seed
+    problem = _problem(features_NxE, labels, groups, splits, judge, files, folds, min_per_class)
+    y_F = problem.y[problem.first_row]
+    y_pred_RxF, majority_RxF = np.full((2, repeats, len(y_F)), -1)
+    chosen: Counter[str] = Counter()
+    done = 0
+    for repeat in range(repeats):
+        sides = problem.sides(seed + repeat)
+        for train, test in sides:
+            predict = problem.fitted(CLASSIFIERS[classifier], train, seed + repeat)
+            chosen[predict.name if isinstance(predict, Chosen) else classifier] += 1
+            y_pred_RxF[repeat, test] = predict(problem.means(test))
+            majority_RxF[repeat, test] = np.bincount(y_F[train]).argmax()
+            done += 1
+            if progress is not None:
+                progress(done, repeats * len(sides))
+    train, test = sides[0]
+    group = problem.group[problem.first_row]
+    judged = np.flatnonzero(y_pred_RxF[0] >= 0)
+    return ProbeResult(
+        **_scores(y_F[judged], y_pred_RxF[:, judged], group[judged], problem.classes, seed),
+        classes=problem.classes,
+        chosen=dict(chosen),
+        majority_accuracy=float((y_F[judged] == majority_RxF[:, judged]).mean()),
+        n_train=len(train),
+        n_test=len(judged),
+        left_out=problem.left_out,
+        split=problem.split,
+        shared_groups=len(set(group[train]) & set(group[test])),
     )
-    y_of_file = problem.y[problem.first_row]
-    y_true, y_pred, majority = [], [], []
-    for done, (train, test) in enumerate(problem.sides, start=1):
-        predict = problem.fitted(CLASSIFIERS[classifier], train, seed)
-        y_true.append(y_of_file[test])
-        y_pred.append(predict(problem.means(test)))
-        majority.append(np.full(len(test), np.bincount(y_of_file[train]).argmax()))
-        if progress is not None:
-            progress(done, len(problem.sides))
-    return _result(problem, *map(np.concatenate, (y_true, y_pred, majority)), seed=seed)
 
 
 def few_shot(
@@ -189,15 +217,13 @@ def few_shot(
 
     Arguments and errors as for `probe`.
     """
-    problem = _problem(
-        features_NxE, labels, groups, splits, judge, files, folds, min_per_class, seed
-    )
+    problem = _problem(features_NxE, labels, groups, splits, judge, files, folds, min_per_class)
     y_of_file, rng = problem.y[problem.first_row], np.random.default_rng(seed)
-    curve = []
+    sides, curve = problem.sides(seed), []
     for k in shots:
         scores = []
         for draw in range(draws):
-            train, test = problem.sides[draw % len(problem.sides)]
+            train, test = sides[draw % len(sides)]
             chosen = [
                 rng.permutation(train[y_of_file[train] == c])[:k] for c in set(y_of_file[train])
             ]
@@ -220,7 +246,6 @@ def _problem(
     files: Sequence[str] | None,
     folds: int,
     min_per_class: int,
-    seed: int,
 ) -> _Problem:
     """Checks the arguments and takes what can be used."""
     n = len(labels)
@@ -241,21 +266,19 @@ def _problem(
     _, file = np.unique(names[rows].astype(str), return_inverse=True)
     group = (names if groups is None else np.array(groups, dtype=object))[rows].astype(str)
     y = np.array([classes.index(labels[i]) for i in rows.tolist()])
-    first = np.unique(file, return_index=True)[1]
+    first, given = np.unique(file, return_index=True)[1], None
     if splits is not None:
         judge = judge or next(iter(held_out_splits(splits)), None)
         of_file = np.array(splits, dtype=object)[rows[first]]
-        sides = [(np.flatnonzero(of_file == "train"), np.flatnonzero(of_file == judge))]
-        if not all(map(len, sides[0])):
+        given = np.flatnonzero(of_file == "train"), np.flatnonzero(of_file == judge)
+        if not all(map(len, given)):
             raise UserError(
                 f"the split column puts all files on one side: {dict(Counter(of_file))}; it needs "
                 '"train" and another'
             )
-    else:
-        judge = None
-        sides = _folds(y[first], group[first], folds, seed)
     x = np.asarray(features_NxE, np.float64)[rows]
-    return _Problem(classes, left_out, x, y, group, file, sides, judge)
+    split = judge if given is not None else None
+    return _Problem(classes, left_out, x, y, group, file, folds, given, split)
 
 
 def _folds(y: np.ndarray, group: np.ndarray, folds: int, seed: int) -> list:
@@ -296,38 +319,47 @@ def macro_f1(confusion_CxC: np.ndarray) -> np.ndarray:
     return np.nanmean(f1_per_class(confusion_CxC), axis=-1)
 
 
-def _result(
-    problem: _Problem, y_true: np.ndarray, y_pred: np.ndarray, majority: np.ndarray, *, seed: int
-) -> ProbeResult:
-    n_classes = len(problem.classes)
-    counts = confusion_counts(y_true, y_pred, n_classes)
-    draws = np.random.default_rng(seed).integers(0, len(y_true), (BOOTSTRAPS, len(y_true)))
-    resampled = confusion_counts(y_true[draws], y_pred[draws], n_classes)
+def _scores(
+    y_true_F: np.ndarray,
+    y_pred_RxF: np.ndarray,
+    group_F: np.ndarray,
+    classes: Sequence[str],
+    seed: int,
+) -> dict[str, Any]:
+    """The part of a result that predictions decide, of R repeats on F files."""
+    from scipy.sparse import coo_array
 
-    def interval(values: np.ndarray) -> tuple[float, float]:
-        low, high = np.quantile(values, [0.025, 0.975])
+    n_classes, (repeats, n_files) = len(classes), y_pred_RxF.shape
+    counts_RxCxC = confusion_counts(np.tile(y_true_F, (repeats, 1)), y_pred_RxF, n_classes)
+    group_F = np.unique(group_F, return_inverse=True)[1]
+    n_groups = int(group_F.max()) + 1
+    drawn_BxG = np.stack([np.bincount(d, minlength=n_groups) for d in _drawn(n_groups, seed)])
+    resampled = []
+    for y_pred_F in y_pred_RxF:
+        at = (y_true_F * n_classes + y_pred_F, group_F)
+        of_group = coo_array((np.ones(n_files), at), shape=(n_classes**2, n_groups)).tocsr()
+        resampled.append((of_group @ drawn_BxG.T).T.reshape(BOOTSTRAPS, n_classes, n_classes))
+
+    def interval(values_RxB: np.ndarray) -> tuple[float, float]:
+        low, high = np.quantile(values_RxB.mean(0), [0.025, 0.975])
         return float(low), float(high)
 
-    train, test = problem.sides[0]
-    tested = np.concatenate([test for _, test in problem.sides])
-    group = problem.group[problem.first_row]
-    return ProbeResult(
-        classes=problem.classes,
-        accuracy=float(accuracy(counts)),
-        macro_f1=float(macro_f1(counts)),
-        accuracy_ci=interval(accuracy(resampled)),
-        macro_f1_ci=interval(macro_f1(resampled)),
-        per_class=_per_class(problem.classes, counts),
-        confusion=counts,
-        majority_accuracy=float((y_true == majority).mean()),
-        n_train=len(train),
-        n_test=len(y_true),
-        left_out=problem.left_out,
-        split=problem.split,
-        shared_groups=len(set(group[train]) & set(group[test])),
-        correct=y_true == y_pred,
-        group=np.unique(group[tested], return_inverse=True)[1],
-    )
+    return {
+        "accuracy": float(accuracy(counts_RxCxC).mean()),
+        "macro_f1": float(macro_f1(counts_RxCxC).mean()),
+        "accuracy_ci": interval(np.stack([accuracy(counts) for counts in resampled])),
+        "macro_f1_ci": interval(np.stack([macro_f1(counts) for counts in resampled])),
+        "accuracies": tuple(accuracy(counts_RxCxC).tolist()),
+        "per_class": _per_class(classes, counts_RxCxC.sum(0), repeats),
+        "confusion": counts_RxCxC.sum(0),
+        "correct": (y_pred_RxF == y_true_F).mean(0),
+        "group": group_F,
+    }
+
+
+def _drawn(n_groups: int, seed: int) -> np.ndarray:
+    """The compositions of each resample, int [BOOTSTRAPS, G]."""
+    return np.random.default_rng(seed).integers(0, n_groups, (BOOTSTRAPS, n_groups))
 
 
 def paired_difference(
@@ -335,23 +367,26 @@ def paired_difference(
 ) -> tuple[float, float, float]:
     """How much higher the accuracy of `one` is, and its 95 % interval.
 
-    Bootstrapped over compositions: performances of one are not independent of each other.
+    Bootstrapped over compositions, of which performances are not independent of each other; each
+    file counts with its mean over repeats.
 
     Raises:
         ValueError: the two judged different files.
     """
     if len(one.correct) != len(other.correct) or (one.group != other.group).any():
         raise ValueError("results of different files cannot be paired")
-    gain = one.correct.astype(float) - other.correct
+    gain = one.correct - other.correct
     n_groups = int(one.group.max()) + 1
     total_G = np.bincount(one.group, gain, n_groups)
     size_G = np.bincount(one.group, minlength=n_groups)
-    drawn = np.random.default_rng(seed).integers(0, n_groups, (BOOTSTRAPS, n_groups))
+    drawn = _drawn(n_groups, seed)
     low, high = np.quantile(total_G[drawn].sum(1) / size_G[drawn].sum(1), [0.025, 0.975])
     return float(gain.mean()), float(low), float(high)
 
 
-def _per_class(classes: Sequence[str], counts: np.ndarray) -> dict[str, dict[str, float]]:
+def _per_class(
+    classes: Sequence[str], counts: np.ndarray, repeats: int
+) -> dict[str, dict[str, float]]:
     hits, f1 = np.diagonal(counts), np.nan_to_num(f1_per_class(counts))
     predicted, true = np.maximum(counts.sum(0), 1), np.maximum(counts.sum(1), 1)
     return {
@@ -359,7 +394,7 @@ def _per_class(classes: Sequence[str], counts: np.ndarray) -> dict[str, dict[str
             "precision": float(hits[i] / predicted[i]),
             "recall": float(hits[i] / true[i]),
             "f1": float(f1[i]),
-            "n": int(counts[i].sum()),
+            "n": int(counts[i].sum()) // repeats,
         }
         for i, name in enumerate(classes)
     }

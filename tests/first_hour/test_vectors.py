@@ -63,7 +63,8 @@ SEARCH = [
 BENCH_SUITE = [
     Use("bench-suite --help", "usage: aria-jax bench-suite"),
     Use(
-        "bench-suite {midi} --out s --min-per-class 2 --workers 0 --metadata {midi}/metadata.json",
+        "bench-suite {midi} --out s --min-per-class 2 --workers 0 --seeds 1 "
+        "--metadata {midi}/metadata.json",
         ("composer", "statistics", "majority class"),
         made="s",
     ),
@@ -72,6 +73,8 @@ BENCH_SUITE = [
     wrong("bench-suite {empty} --checkpoint {encoder}", "empty"),
     wrong("bench-suite {midi} --checkpoint", "--checkpoint"),
     wrong("bench-suite", "required"),
+    wrong("bench-suite {midi} {nothing}", ("nothing", "no such")),
+    wrong("bench-suite {midi} --seeds 0", ("--seeds 0", "1 seed")),
     wrong("bench-suite {midi} --chekpoint {encoder}", "did you mean '--checkpoint'?"),
 ]
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import shutil
+import tarfile
 from urllib.parse import unquote
 
 import numpy as np
@@ -230,16 +231,47 @@ def test_bench_suite_prints_one_table_with_the_papers_rows(
 ):
     arguments = [
         "bench-suite", str(midi_corpus), "--out", str(tmp_path), "--checkpoint", checkpoint,
-        "--embeddings", f"again={embedded / 'files.parquet'}", "--min-per-class", "5", *SMALL,
+        "--embeddings", f"again={embedded / 'files.parquet'}", "--min-per-class", "5",
+        "--classifier", "logistic", "--seeds", "2", *SMALL,
     ]  # fmt: skip
     assert main(arguments) == 0
     text = capsys.readouterr().out
-    for name in ("majority class", "pitch-class", "statistics", "untrained", "aria_jax", "again"):
+    for name in ("majority class", "pitch-class", "statistics", "untrained", "aria_jax", "again",
+                 "aria_jax + statistics"):  # fmt: skip
         assert f"| {name} |" in text
     assert "Aria_Emb (quoted) | 90.50 / 90.49" in text and (tmp_path / "results.md").is_file()
     results = result_of(capsys, *arguments)["results"]  # a second run embeds nothing again
     assert results["again"] == results["aria_jax"]
     assert results["statistics"]["composer"]["accuracy"] == 1.0  # slow and low, or fast and high
+    assert len(results["statistics"]["composer"]["accuracies"]) == 2
+
+
+def test_bench_suite_reads_folders_and_archives_in_place(midi_corpus, checkpoint, tmp_path, capsys):
+    """A folder with two data sets, and an archive that is one: tasks of each, sampled."""
+    folder, packed = tmp_path / "sets", tmp_path / "more.tar.gz"
+    for name in ("asap", "p8"):
+        shutil.copytree(midi_corpus, folder / name)
+    with tarfile.open(packed, "w:gz") as archive:
+        archive.add(midi_corpus, ".")
+    arguments = [
+        "bench-suite", str(folder), str(packed), "--out", str(tmp_path / "out"), "--checkpoint",
+        checkpoint, "--min-per-class", "4", "--max-per-class", "4", "--classifier", "knn",
+        "--folds", "2", "--seeds", "1", *SMALL,
+    ]  # fmt: skip
+    result = result_of(capsys, *arguments)
+    names = ["asap composer", "more composer", "p8 composer"]
+    assert sorted(result["results"]["statistics"]) == names
+    assert result["results"]["statistics"]["more composer"]["n_test"] == 8
+    assert result["notes"]["more composer"] == ["at most 4 of a class: 8 of 10 files, seed 0"]
+    counted = read_embeddings(tmp_path / "out" / "statistics.parquet").path
+    assert len(counted) == 30 and "more/presto_3.mid" in counted
+    assert len(read_embeddings(tmp_path / "out" / "aria_jax.parquet").path) == 24
+    assert "knn does not scale" in (tmp_path / "out" / "results.md").read_text()
+    (folder / "more").mkdir()
+    shutil.copy(midi_corpus / "presto_3.mid", folder / "more" / "presto_3.mid")
+    elsewhere = [str(tmp_path / "other") if a == str(tmp_path / "out") else a for a in arguments]
+    assert main(elsewhere) == 2
+    assert "another source has a file more/presto_3.mid too" in capsys.readouterr().err
 
 
 def test_classify_answers_for_files_and_scores_them(midi_corpus, tmp_path, capsys):

@@ -19,8 +19,8 @@ from aria_jax.checkpoints.safetensors import import_model
 from aria_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from aria_jax.embed.encode import BASELINES, baseline_encoder, like_length, model_encoder
 from aria_jax.embed.export import embed_pieces, export
-from aria_jax.embed.pieces import Piece, Slicing, midi_slices, open_source, pool_slices
-from aria_jax.embed.table import read_embeddings, read_settings
+from aria_jax.embed.pieces import Piece, Slicing, midi_slices, open_source
+from aria_jax.embed.table import pool_slices, read_embeddings, read_settings
 from aria_jax.models.heads import build_model
 from aria_jax.sharding import make_mesh
 from data_pipeline.errors import UserError

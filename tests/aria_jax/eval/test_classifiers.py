@@ -11,15 +11,15 @@ from sklearn.model_selection import GridSearchCV, StratifiedGroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from aria_jax.eval import classifiers
+from aria_jax.eval.class_head import Prediction, score_predictions
 from aria_jax.eval.classifiers import (
     C_GRID,
     CLASSIFIERS,
     LinearRecipe,
-    Prediction,
     _Logistic,
     linear,
     nearest,
-    score_predictions,
 )
 from aria_jax.losses.cross_entropy import file_probabilities
 
@@ -71,6 +71,35 @@ def test_logistic_regression_chooses_as_well_as_a_grid_search():
     assert (ours == search.predict(x[test])).mean() > 0.99
     few = CLASSIFIERS["logistic"](x[:6], y[:6] + 4, np.zeros(6, str), 0)  # no inner folds
     assert set(few(x[test])) <= {4, 5, 6}
+
+
+def test_the_better_of_forest_and_logistic_regression_is_chosen(monkeypatch):
+    """A line is for logistic regression, the corners of a square for a forest."""
+    monkeypatch.setattr(classifiers, "TREES", 40)
+    monkeypatch.setattr(classifiers, "SELECTION_TREES", 20)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(240, 4))
+    group, rows = np.arange(240).astype(str), slice(0, 160)
+    for name, y in (
+        ("logistic", (x.sum(1) > 0).astype(int)),
+        ("forest", (x[:, 0] * x[:, 1] > 0).astype(int)),
+    ):
+        fitted = CLASSIFIERS["best"](x[rows], y[rows], group[rows], 0)
+        assert fitted.name == name
+        alone = CLASSIFIERS[name](x[rows], y[rows], group[rows], 0)
+        np.testing.assert_array_equal(fitted(x[160:]), alone(x[160:]))
+        assert (fitted(x[160:]) == y[160:]).mean() > 0.8
+
+
+def test_c_is_chosen_where_a_class_has_one_composition_only(monkeypatch):
+    x, y = clusters(n=60, signal=1.5)
+    x = np.concatenate([x, np.random.default_rng(2).normal(size=(60, 90))], axis=1)
+    group = np.where(y == 2, "the only one", np.arange(60).astype(str))
+    seen = []
+    monkeypatch.setattr(_Logistic, "predictor", lambda problem, c: seen.append(c))
+    CLASSIFIERS["logistic"](x, y, group, 0)
+    CLASSIFIERS["logistic"](x, y, np.array(["one", "two", "three"])[y], 0)
+    assert seen[0] < 1.0 and seen[1] == 1.0
 
 
 def test_linear_is_adamw_with_warm_up_and_decay():

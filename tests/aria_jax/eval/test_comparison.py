@@ -192,6 +192,28 @@ def test_self_similarity_tells_repetition_from_change():
     assert changing.self_similarity == pytest.approx(0.0, abs=0.1)
 
 
+def test_phrases_that_come_again_and_notes_that_sound_together():
+    """Eight notes twice: 5 of 13 phrases have come before. Each sounds 200 ms, then 300 ms not."""
+    pitches = [60, 62, 64, 65, 67, 69, 71, 72] * 2
+    found = music_statistics(piece(np.arange(16) * 500, pitches))
+    assert found.repetition == pytest.approx(5 / 13)
+    assert found.polyphony == pytest.approx(1) and found.semitone_clusters == 0
+    chords = music_statistics(piece(np.repeat(np.arange(4) * 100, 2), [60, 67] * 4))
+    assert chords.polyphony == pytest.approx(8 * 200 / 500)
+
+
+def test_clusters_are_semitones_struck_together():
+    together = music_statistics(
+        piece([0, 0, 0, 500, 520, 1000, 1040], [60, 61, 65, 70, 69, 50, 51])
+    )
+    assert together.semitone_clusters == pytest.approx(4 / 7)
+    rng = np.random.default_rng(0)
+    starts, pitches = np.sort(rng.integers(0, 2000, 300)), rng.integers(40, 80, 300)
+    near = np.abs(starts[:, None] - starts) < 30
+    expected = (near & (np.abs(pitches[:, None] - pitches) == 1)).any(1).mean()
+    assert music_statistics(piece(starts, pitches)).semitone_clusters == pytest.approx(expected)
+
+
 def test_what_cannot_be_known_is_nan_and_left_out_of_means():
     one = music_statistics(piece([0], [60]))
     assert np.isnan(one.notes_per_second) and np.isnan(one.self_similarity)

@@ -57,6 +57,36 @@ def test_a_given_split_is_kept():
     assert (result.n_train, result.n_test) == (60, 30)
 
 
+def test_repeats_are_cross_validations_with_other_seeds():
+    x, labels = made(signal=1.0)
+    works = [f"work {i // 3 % 15}" for i in range(90)]
+    options = {"groups": works, "classifier": "knn"}
+    three = probe(x, labels, repeats=3, seed=5, **options)
+    alone = [probe(x, labels, seed=seed, **options) for seed in (5, 6, 7)]
+    assert three.accuracies == tuple(one.accuracy for one in alone)
+    assert len(set(three.accuracies)) > 1
+    assert three.accuracy == pytest.approx(np.mean(three.accuracies))
+    assert three.macro_f1 == pytest.approx(np.mean([one.macro_f1 for one in alone]))
+    np.testing.assert_array_equal(three.confusion, sum(one.confusion for one in alone))
+    np.testing.assert_allclose(three.correct, np.mean([one.correct for one in alone], axis=0))
+    assert three.n_test == 90 and three.per_class["bach"]["n"] == 30
+    assert three.chosen == {"knn": 15} and three.summary()["accuracies"] == three.accuracies
+    gain = paired_difference(three, probe(0 * x, labels, repeats=3, seed=5, **options))[0]
+    assert gain == pytest.approx(three.accuracy - 1 / 3)
+
+
+def test_intervals_are_bootstrapped_over_compositions():
+    """Ten performances of each work say little more than one."""
+    x, labels = made(n=60, signal=1.0)
+    works = [f"work {i}" for i in range(60)]
+    alone = probe(x, labels, groups=works, classifier="knn")
+    rows = np.repeat(np.arange(60), 10)
+    many = probe(x[rows], [labels[i] for i in rows], groups=[works[i] for i in rows],
+                 classifier="knn")  # fmt: skip
+    width, of_many = (r.accuracy_ci[1] - r.accuracy_ci[0] for r in (alone, many))
+    assert of_many > 0.7 * width
+
+
 def test_validation_and_test_are_not_one_set():
     x, labels = made()
     x[75:] = 0  # nothing can be read of the test files
