@@ -86,7 +86,7 @@ class ComputeConfig:
     everything; "offload" is "full" with the layers' inputs waiting in the host's memory."""
     scan_layers: bool = True
     """One compiled block for all layers compiles fast; False unrolls them, to count one's cost."""
-    attention: Literal["auto", "packed", "splash", "cudnn", "blockwise", "plain"] = "auto"
+    attention: Literal["auto", "packed", "splash", "cudnn", "triton", "blockwise", "plain"] = "auto"
     """Kernel of attention; "auto" takes the fastest for platform, dtype and length."""
 
 

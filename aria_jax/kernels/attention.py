@@ -24,11 +24,13 @@ from jax.sharding import PartitionSpec
 
 from aria_jax.sharding import active_mesh, divisible_spec, platform
 
-Implementation = Literal["auto", "splash", "cudnn", "blockwise", "plain"]
+Implementation = Literal["auto", "splash", "cudnn", "triton", "blockwise", "plain"]
 
 ROPE_BASE = 500_000.0
 ATTENTION_RESIDUALS = "attention"
 """Checkpoint name of output and log-sum-exp: what a remat policy may keep."""
+TRITON_WIDTHS = (16, 32, 64, 128)
+"""Widths of heads whose blocks Triton can hold."""
 MIN_SPLASH_LENGTH = 128
 """Below this length splash attention would compute mostly padding."""
 TILE = 256
@@ -154,7 +156,7 @@ def attention(
         from aria_jax.kernels import packed_attention  # Pallas takes a second to import
 
         return packed_attention.splash_attend(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_ids, mesh)
-    kernel = {"cudnn": _cudnn, "blockwise": blockwise, "plain": plain}[implementation]
+    kernel = _on_one_device(implementation)
     if mesh is None:
         return kernel(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_ids)
     # Each device attends for its rows and heads; devices of the sequence axis do the same work.
@@ -169,32 +171,29 @@ def attention(
     return run(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, segment_ids)
 
 
+def _on_one_device(implementation: Implementation) -> Callable[..., jax.Array]:
+    if implementation in ("cudnn", "triton"):
+        from aria_jax.kernels import attention_gpu as gpu  # Pallas takes a second to import
+
+        return gpu.attend if implementation == "triton" else gpu.cudnn
+    return blockwise if implementation == "blockwise" else plain
+
+
 def automatic(q_BxLxHxK: jax.Array, segment_ids: jax.Array | None) -> Implementation:
     """The fastest implementation for these arrays on this platform."""
     if platform() == "tpu" and q_BxLxHxK.shape[1] >= MIN_SPLASH_LENGTH:
         return "splash"
     half = q_BxLxHxK.dtype in (jnp.bfloat16, jnp.float16)
-    if platform() == "gpu" and half and segment_ids is None:
+    if platform() != "gpu" or not half:
+        return "blockwise"
+    if segment_ids is None:
         return "cudnn"
-    return "blockwise"
+    return "triton" if q_BxLxHxK.shape[-1] in TRITON_WIDTHS else "blockwise"
 
 
-def _cudnn(
-    q_BxLxHxK: jax.Array,
-    k_BxLxHxK: jax.Array,
-    v_BxLxHxK: jax.Array,
-    segment_ids_BxL: jax.Array | None,
-) -> jax.Array:
-    """cuDNN's flash attention, for bfloat16 or float16.
-
-    Segments cost a mask of [B, 1, L, L]: cuDNN has no other form for them.
-    """
-    mask = None
-    if segment_ids_BxL is not None:
-        mask = segment_ids_BxL[:, None, :, None] == segment_ids_BxL[:, None, None, :]
-    return jax.nn.dot_product_attention(
-        q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, mask=mask, is_causal=True, implementation="cudnn"
-    )
+def keeps_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Remat policy that keeps what cuDNN's forward pass gives, none of which jax names."""
+    return primitive.name.startswith("dot_product_attention_fwd")
 
 
 def plain(

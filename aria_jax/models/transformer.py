@@ -22,6 +22,7 @@ from aria_jax.kernels.attention import (
     ATTENTION_RESIDUALS,
     apply_rope,
     attend_once,
+    keeps_cudnn,
     rope_tables,
     rotary_attention,
     split_heads,
@@ -265,7 +266,9 @@ def _rematerialised(layer: Callable, policy: str, *, prevent_cse: bool) -> Calla
         return layer
     policies = jax.checkpoint_policies
     kept = {
-        "dots": policies.save_only_these_names(ATTENTION_RESIDUALS, PROJECTION, MOMENTS),
+        "dots": policies.save_from_both_policies(
+            policies.save_only_these_names(ATTENTION_RESIDUALS, PROJECTION, MOMENTS), keeps_cudnn
+        ),
         "full": policies.nothing_saveable,
         "offload": policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],

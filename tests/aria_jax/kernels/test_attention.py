@@ -114,13 +114,13 @@ def test_cut_over_a_mesh(implementation, sizes):
         ("tpu", jnp.bfloat16, 512, True, "splash"),
         ("tpu", jnp.bfloat16, 64, True, "blockwise"),
         ("gpu", jnp.bfloat16, 512, False, "cudnn"),
-        ("gpu", jnp.bfloat16, 512, True, "blockwise"),
+        ("gpu", jnp.bfloat16, 512, True, "triton"),
         ("gpu", jnp.float32, 512, False, "blockwise"),
     ],
 )
 def test_automatic_choice(monkeypatch, platform, dtype, length, segments, expected):
     monkeypatch.setattr(kernels, "platform", lambda: platform)
-    q, _, _, ids = case(1, length, segments=segments, dtype=dtype)
+    q, _, _, ids = case(1, length, width=16, segments=segments, dtype=dtype)
     assert kernels.automatic(q, ids) == expected
 
 
