@@ -7,10 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from aria_jax.checkpoints.models import load_model
 from aria_jax.report import Provenance, Section, paragraph, write_page
 from aria_jax.report.piano_roll import PLAYER_SCRIPT, Part, player
-from benchmarks.eval_continuation import MIN_P, TEMPERATURE, Excerpt, by_model, excerpt
+from benchmarks.eval_continuation import MIN_P, TEMPERATURE, Excerpt, by_model, excerpt, opened
 from data_pipeline.errors import UserError
 from data_pipeline.midi import Performance, read_midi
 from data_pipeline.tokenizer import Tokenizer
@@ -62,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--notes", type=int, default=160, help="notes of a continuation (160)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    loaded = load_model(args.checkpoint)
+    loaded = opened(args.checkpoint)
     tokenizer = Tokenizer.preset(loaded.tokenizer)
     sizes = {"prompt_notes": args.prompt_notes, "notes": args.notes}
     places = places_in(Path(args.prompts), tokenizer, n=args.n, **sizes)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from aria_jax.checkpoints.models import load_model
+from aria_jax.checkpoints.models import LoadedModel, load_model
 from aria_jax.eval.comparison import MusicStatistics, music_statistics
 from aria_jax.generate.continuation import continue_prompt
 from aria_jax.generate.decoding import Decoding
@@ -86,9 +86,21 @@ def first_event(ids: np.ndarray, tokenizer: Tokenizer) -> int:
     return int(np.argmax(ids == tokenizer.bos_id)) + 1
 
 
+def opened(path: str) -> LoadedModel:
+    """A model; RUN@STEP is that of a step."""
+    run, at, step = path.rpartition("@")
+    return load_model(run, step=int(step)) if at and step.isdecimal() else load_model(path)
+
+
+def labels_of(paths: Sequence[str]) -> dict[str, str]:
+    """Names in tables -> paths: the last part of each where that tells them apart."""
+    short = [path.rstrip("/").rpartition("/")[2] for path in paths]
+    return dict(zip(short if len(set(short)) == len(set(paths)) else paths, paths, strict=True))
+
+
 def model_nats(path: str, pieces: Sequence[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
     """-ln p of each piece behind `<S>`, float64 [number of pieces]."""
-    loaded = load_model(path)
+    loaded = opened(path)
     if loaded.tokenizer != tokenizer.preset_name:
         raise UserError(f"{path}: its tokenizer is {loaded.tokenizer}, not {tokenizer.preset_name}")
     scores = score_pieces(loaded.model, tokenizer, pieces, progress=progress(f"score {path}"))
@@ -160,7 +172,7 @@ def by_model(
     seed: int,
 ) -> list[list[Performance]]:
     """Continuations of every prompt, at most `n_notes` long."""
-    weights = decoder_weights(load_model(path).model)
+    weights = decoder_weights(opened(path).model)
     # Three tokens a note, and one for every 5 s.
     sampler = choose_sampler(TEMPERATURE, min_p=MIN_P, top_p=None, top_k=None)
     settings = Decoding(sampler=sampler, max_tokens=int(3.5 * n_notes))
@@ -294,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = arguments().parse_args(argv)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    loaded = load_model(args.checkpoint)
+    loaded = opened(args.checkpoint)
     tokenizer = Tokenizer.preset(loaded.tokenizer)
     tune, judged, names = held_out(args.shards, tokenizer, args.max_pieces)
     records = TokenShards(args.shards, "train", tokenizer)
@@ -307,7 +319,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     ngram = NoteNgram.fit(train, [notes_of(ids, tokenizer) for ids in tune], min_count=2)
     del train
     notes = [notes_of(ids, tokenizer) for ids in judged]
-    models = {Path(path).name: path for path in (args.checkpoint, *args.earlier)}
+    models = labels_of([args.checkpoint, *args.earlier])
     nats = {NGRAM: ngram.nats(notes)}
     nats |= {name: model_nats(path, judged, tokenizer) for name, path in models.items()}
     lines = nats_table(nats, np.array(list(map(len, notes))))
@@ -358,7 +370,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("shards", help="folder of token shards with a validation split")
     parser.add_argument("--checkpoint", required=True, help="a language model")
     parser.add_argument(
-        "--earlier", action="append", default=[], metavar="MODEL", help="another to stand beside it"
+        "--earlier", action="append", default=[], metavar="MODEL", help="another, or RUN@STEP"
     )
     parser.add_argument("--out", default="eval-out", help="folder for what it writes")
     parser.add_argument("--train-pieces", type=int, help="pieces that the n-gram counts (all)")

@@ -107,6 +107,7 @@ def load_model(
     dtype: jax.typing.DTypeLike | None = None,
     compute: ComputeConfig | None = None,
     base: str | Path | None = None,
+    step: int | None = None,
 ) -> LoadedModel:
     """The newest intact model of a run or of `save_model`, on one device or cut over a mesh; or
     that of a .safetensors file or of released weights ("mini", "mini-embedding").
@@ -118,12 +119,15 @@ def load_model(
     Args:
         dtype: of the weights, e.g. bfloat16; None keeps them as they were saved.
         base: where the weights that adapters belong to are now, if not where they were.
+        step: of a run, whose checkpoint is taken instead of the newest intact one.
 
     Raises:
         UserError: no checkpoint there, or one that another version wrote, or adapters without
             their base.
     """
     if model_path(path).suffix == ".safetensors":
+        if step is not None:
+            raise UserError(f"{path}: a file of weights has one step, no others to choose from")
         return _from_safetensors(path, mesh, dtype, compute)
     checkpointer = _opened(Path(path))
 
@@ -163,7 +167,13 @@ def load_model(
         )
 
     try:
-        return checkpointer.newest(read)[1]
+        if step is None:
+            return checkpointer.newest(read)[1]
+        if step not in (kept := checkpointer.steps()):
+            raise UserError(
+                f"{path}: no checkpoint of step {step}; it keeps {', '.join(map(str, kept))}"
+            )
+        return read(step)
     finally:
         checkpointer.close()
 

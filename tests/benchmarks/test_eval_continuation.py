@@ -15,6 +15,8 @@ from benchmarks.eval_continuation import (
     distance,
     distances,
     excerpts,
+    labels_of,
+    opened,
     per_note,
     unlabelled,
 )
@@ -78,6 +80,18 @@ def test_labels_of_the_piece_are_left_out():
     left = [TOKENIZER.tokens[i] for i in unlabelled(ids, TOKENIZER)[:3]]
     assert ("prefix", "composer", "bach") in told
     assert left == [("prefix", "instrument", "piano"), ("prefix", "genre", "classical"), "<S>"]
+
+
+def test_models_are_named_and_opened_by_step(tiny_models):
+    assert labels_of(["a/run/best", "a/run@200/"]) == {
+        "best": "a/run/best",
+        "run@200": "a/run@200/",
+    }
+    assert list(labels_of(["a/best", "b/best"])) == ["a/best", "b/best"]
+    path = str(tiny_models["lm"])
+    assert opened(f"{path}@0").fingerprint == opened(path).fingerprint
+    with pytest.raises(UserError, match="no checkpoint of step 7; it keeps 0"):
+        opened(f"{path}@7")
 
 
 def test_a_run_from_end_to_end(tiny_models, tmp_path, capsys):
