@@ -12,7 +12,7 @@ from data_pipeline.artifact import write_atomically
 if TYPE_CHECKING:
     import numpy as np
 
-    from aria_jax.eval.class_head import Prediction
+    from aria_jax.eval.classifiers import Prediction
     from data_pipeline.tokenizer import Tokenizer
 
 _SCORE = """\
@@ -172,7 +172,7 @@ def _classify(args: argparse.Namespace) -> None:
     if not Path(args.source).exists():
         raise UserError(f"{args.source}: no such folder or archive")
     stage("loading jax")
-    from aria_jax.eval.class_head import Prediction
+    from aria_jax.eval.classifiers import Prediction
 
     names, corpus, found = _predictions(args)
     predictions = [
@@ -216,14 +216,17 @@ def _scores(
     predictions: "list[Prediction]",
 ) -> tuple[dict[str, Any], list[str], list[str]]:
     """Scores as JSON, lines and warnings; files that the model learnt from are apart."""
-    from aria_jax.eval.class_head import score_predictions, training_files
+    from aria_jax.eval.classifiers import score_predictions
     from data_pipeline.errors import UserError
+    from data_pipeline.shards import TokenShards
 
     warnings = []
+    learnt: set[str] = set()
     try:
-        learnt = training_files(corpus) if corpus else frozenset()
+        if corpus:
+            shards = TokenShards(corpus, "train")
+            learnt = {shards[i].meta["sha256"] for i in range(len(shards))}
     except UserError:
-        learnt = frozenset()
         corpus = ""
     if not corpus:
         warnings.append(
@@ -236,24 +239,17 @@ def _scores(
         "held out": score_predictions(held_out, args.label, names),
         "learnt from": score_predictions(seen, args.label, names),
     }
-    found = {name: scores for name, scores in groups.items() if scores.n_scored}
+    found = {name: scores for name, scores in groups.items() if scores is not None}
     if not found:
         raise UserError(f"no file of {args.source} has a {args.label} of {', '.join(names)}")
-    if n_seen := groups["learnt from"].n_scored:
+    if "learnt from" in found:
+        n_seen = found["learnt from"]["n_scored"]
         rest = "they are scored apart" if "held out" in found else "this says nothing of new files"
         warnings.append(f"the model learnt from {n_seen} of these files ({corpus}): {rest}")
-    as_json = {
-        name.replace(" ", "_"): {
-            "accuracy": one.accuracy,
-            "macro_f1": one.macro_f1,
-            "n_scored": one.n_scored,
-            "confusion": one.confusion.tolist(),
-        }
-        for name, one in found.items()
-    }
+    as_json = {name.replace(" ", "_"): one for name, one in found.items()}
     lines = [
-        f"accuracy {one.accuracy:.3f}  macro-F1 {one.macro_f1:.3f}  {one.n_scored} files with a "
-        f"known {args.label}" + (f" that the model {name}" if name == "learnt from" else "")
+        f"accuracy {one['accuracy']:.3f}  macro-F1 {one['macro_f1']:.3f}  {one['n_scored']} files "
+        f"with a known {args.label}" + (f" that the model {name}" if name == "learnt from" else "")
         for name, one in found.items()
     ]
     return {**next(iter(as_json.values())), **as_json}, lines, warnings
@@ -266,7 +262,7 @@ def _predictions(args: argparse.Namespace) -> tuple[tuple[str, ...], str, list[A
     from aria_jax.cli.embed import reading_of_source
     from aria_jax.embed.encode import class_encoder
     from aria_jax.embed.pieces import Slicing, open_source
-    from aria_jax.eval.class_head import predict
+    from aria_jax.eval.classifiers import predict
     from aria_jax.sharding import local_mesh
     from data_pipeline.tokenizer import Tokenizer
 

@@ -1,19 +1,25 @@
-"""Classifiers fitted on frozen embeddings.
+"""Classifiers: those fitted on frozen embeddings, and what a finetuned class head says of files.
 
-They are logistic regression, a random forest, the better of these two, the reference's linear
+Fitted are logistic regression, a random forest, the better of these two, the reference's linear
 layer and k-NN. Each is a function (x, y, group, seed) -> predict, where predict maps features
 [N, E] to classes.
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aria_jax.embed.encode import Encode
+from aria_jax.embed.pieces import Piece, Rejection, Source
+from aria_jax.losses.cross_entropy import file_probabilities
 from aria_jax.sharding import usable_cpus
+from data_pipeline.workers import map_in_order
 
 Predict = Callable[[np.ndarray], np.ndarray]
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray, int], Predict]
@@ -58,11 +64,7 @@ def _forest(x: np.ndarray, y: np.ndarray, seed: int, n_trees: int) -> Predict:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A classifier that was chosen by inner validation.
-
-    Attributes:
-        name: of it, in `CLASSIFIERS`.
-    """
+    """A classifier that was chosen by inner validation, and its name in `CLASSIFIERS`."""
 
     name: str
     predict: Predict
@@ -315,3 +317,82 @@ CLASSIFIERS: dict[str, Fit] = {
     "linear": linear,
     "knn": nearest,
 }
+
+
+FILES_AT_ONCE = 64  # enough slices for full length-bucketed batches
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a class head says of a file.
+
+    Attributes:
+        sha256: of the MIDI file.
+        probabilities: float64 [C], mean over slices weighted by their tokens.
+        labels: what is known of the file.
+    """
+
+    path: str
+    sha256: str
+    probabilities: np.ndarray
+    labels: dict[str, str]
+
+    @property
+    def predicted(self) -> int:
+        """Number of the most likely class."""
+        return int(self.probabilities.argmax())
+
+
+def predict(
+    source: Source,
+    encode: Encode,
+    *,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Prediction | Rejection]:
+    """A prediction for each file of `source`, in order.
+
+    Args:
+        encode: slices to probabilities, as `embed.encode.class_encoder` makes it.
+        workers: processes that read and tokenise.
+    """
+    done, n = 0, len(source.paths)
+    cut = map_in_order(source.cut, range(n), workers=workers, ahead=2 * FILES_AT_ONCE)
+    if progress is not None:
+        progress(0, n)
+    while files := list(islice(cut, FILES_AT_ONCE)):
+        pieces = [file for file in files if isinstance(file, Piece)]
+        slices = [ids for piece in pieces for ids in piece.slices]
+        of_piece = np.repeat(np.arange(len(pieces)), [len(piece.slices) for piece in pieces])
+        n_tokens = np.array([len(ids) for ids in slices])
+        read = file_probabilities(encode(slices), n_tokens, of_piece)[1] if slices else ()
+        likely_FxC = iter(read)
+        for one in files:
+            if isinstance(one, Piece):
+                yield Prediction(one.path, one.sha256, next(likely_FxC), one.labels)
+            else:
+                yield one
+        done += len(files)
+        if progress is not None:
+            progress(done, n)
+
+
+def score_predictions(
+    predictions: Sequence[Prediction], label: str, class_names: Sequence[str]
+) -> dict[str, Any] | None:
+    """Accuracy, macro-F1 (over classes that occur or are predicted), number of files and confusion
+    (true class by row) of the files whose `label` is one of the classes; None without any.
+    """
+    from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
+
+    number = {name: i for i, name in enumerate(class_names)}
+    known = [p for p in predictions if p.labels.get(label) in number]
+    if not known:
+        return None
+    y_true, y_pred = zip(*((number[p.labels[label]], p.predicted) for p in known), strict=True)
+    return {
+        "accuracy": float(accuracy_score(y_true, y_pred)),
+        "macro_f1": float(f1_score(y_true, y_pred, average="macro")),
+        "n_scored": len(known),
+        "confusion": confusion_matrix(y_true, y_pred, labels=range(len(number))).tolist(),
+    }
