@@ -88,7 +88,7 @@ bench-train: setup ## training tokens/s against the same network in PyTorch (TOR
 	$(BIN)/python -m benchmarks.bench_train
 
 MINI_OUT ?= mini-out
-train-mini: setup ## the released models from the start (machine-hours; GIANTMIDI=archive EXCLUDE="evaluation sets")
+train-mini: setup ## mini and mini-embedding from the start (8 to 10 hours of two cores; GIANTMIDI=archive EXCLUDE="evaluation sets")
 	@test -n "$(GIANTMIDI)" || { echo 'name the archive: make train-mini GIANTMIDI=giantmidi.tar.xz EXCLUDE="asap pianist8"'; exit 2; }
 	$(BIN)/aria-jax data build $(GIANTMIDI) $(MINI_OUT)/corpus --dedup near --val-fraction 0.02 $(EXCLUDE:%=--exclude %)
 	$(BIN)/aria-jax train pretrain --preset mini --data $(MINI_OUT)/corpus --workdir $(MINI_OUT)/pretrain

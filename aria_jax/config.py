@@ -53,8 +53,7 @@ class ModelConfig:
     """Ids that have weights, as ranges such as 0-5; all unless given. "corpus" takes those that the
     data can hold, however it is augmented; no other id has a probability."""
     head: Head = "lm"
-    """What the network puts out: next-token logits, an embedding, class logits, or hidden states;
-    the task decides."""
+    """What comes out, by the task: next-token logits, an embedding, class logits, hidden states."""
     emb_size: Count | None = None
     """Width of the embedding head, or of the conditioning vector when `head` is "lm"."""
     class_names: tuple[str, ...] = ()
@@ -82,8 +81,8 @@ class ComputeConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of activations and matrix products; parameters, softmax and losses stay float32."""
     remat: Literal["none", "dots", "full", "offload"] = "dots"
-    """What the backward pass recomputes: nothing, all but matrix products and attention, or
-    everything; "offload" is "full" with the layers' inputs waiting in the host's memory."""
+    """What the backward pass recomputes: nothing, all but matrix products and attention, or all;
+    "offload" is "full" with the layers' inputs waiting in the host's memory."""
     scan_layers: bool = True
     """One compiled block for all layers compiles fast; False unrolls them, to count one's cost."""
     attention: Literal["auto", "packed", "splash", "cudnn", "triton", "blockwise", "plain"] = "auto"
@@ -113,14 +112,13 @@ class OptimizerConfig:
     warmup_steps: Annotated[int, Range(0)] = 200
     """Steps of linear warm-up."""
     schedule: Literal["linear", "cosine", "wsd", "constant"] = "linear"
-    """How the learning rate falls after the warm-up; "wsd" stays at the peak until the end nears
-    (Hu et al. 2024)."""
+    """How the rate falls after the warm-up; "wsd" stays until the end nears (Hu et al. 2024)."""
     end_ratio: Annotated[float, Range(0, 1)] = 0.1
     """Last learning rate as a fraction of the peak."""
     decay_fraction: Annotated[float, Range(0, 1, above=True)] = 0.2
     """Share of the steps over which "wsd" decays."""
     ema_decay: Annotated[float, Range(0, 1, above=True, below=True)] | None = None
-    """Keeps an exponential moving average of the weights, which is evaluated and exported."""
+    """Of a moving average of the weights, which is then evaluated and exported."""
     b1: Momentum = 0.9
     """Decay of the first moment."""
     b2: Momentum = 0.95
@@ -167,6 +165,8 @@ class TrainConfig:
     """Passes over the training split instead of a number of steps, where given."""
     seed: Annotated[int, Range(0)] = 0
     """Of weights, order, augmentation and dropout."""
+    ordered_start: bool = False
+    """Whether near onsets, durations and pitches begin near each other (no --init-from)."""
     grad_accumulation: Count = 1
     """Parts a batch is computed in, one after the other; negatives still come from all of it."""
     eval_every: Count = 500
@@ -184,7 +184,7 @@ class TrainConfig:
     profile_steps: str | None = None
     """First and last step of a trace for XProf and TensorBoard in WORKDIR/profile, e.g. 3-7."""
     max_bad_steps: Count = 10
-    """Stop after this many non-finite losses in a row."""
+    """Non-finite losses in a row after which to stop."""
     temperature: Positive = 0.1
     """Of the contrastive loss; where it is learned, the first one."""
     z_loss: NotNegative = 0.0

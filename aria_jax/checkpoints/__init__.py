@@ -8,27 +8,34 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.artifact import file_digest, json_digest, rows_digest
-from data_pipeline.errors import UserError, did_you_mean
+from data_pipeline.errors import UserError
 
 DIRECTORY = "checkpoints"
 """Of a workdir: one folder per step, named by its number."""
 
 
 RELEASED = Path(__file__).parents[1] / "released"
-"""Weights that come with the package, NAME.safetensors, each with its card NAME.md."""
-
-
-def released_names() -> list[str]:
-    """Names that stand for released weights wherever a checkpoint is asked for."""
-    return sorted(path.stem for path in RELEASED.glob("*.safetensors"))
+"""Where weights that come with the package lie, NAME.safetensors."""
+RELEASED_NAMES = ("mini", "mini-embedding")
+"""Names that stand for such weights wherever a checkpoint is asked for."""
 
 
 def model_path(source: str | Path) -> Path:
-    """`source` itself, or the file of the released weights of that name where no such path is."""
+    """`source` itself, or the file of the released weights of that name where no such path is.
+
+    Raises:
+        UserError: such a name, but the installation has no such weights.
+    """
     path = Path(source)
-    if str(source) in released_names() and not path.exists():
-        return RELEASED / f"{source}.safetensors"
-    return path
+    if str(source) not in RELEASED_NAMES or path.exists():
+        return path
+    file = RELEASED / f"{source}.safetensors"
+    if not file.is_file():
+        raise UserError(
+            f"{source}: the weights of that name are not part of this installation ({file} is "
+            "missing); train them with `make train-mini`, or name a workdir of yours"
+        )
+    return file
 
 
 def check_model(source: str | Path) -> None:
@@ -37,11 +44,9 @@ def check_model(source: str | Path) -> None:
     if path.suffix == ".safetensors" and path.is_file():
         return
     if not (path / DIRECTORY).is_dir():
-        names = released_names()
-        hint = did_you_mean(str(source), names) if not path.exists() else ""
         raise UserError(
-            f"{source}: no checkpoint here (expected the --workdir of a training run, a "
-            f".safetensors file, or {' or '.join(names)}){hint}"
+            f"{source}: no checkpoint here (expected the --workdir of a training run, or a "
+            ".safetensors file)"
         )
 
 

@@ -110,7 +110,7 @@ def load_model(
     step: int | None = None,
 ) -> LoadedModel:
     """The newest intact model of a run or of `save_model`, on one device or cut over a mesh; or
-    that of a .safetensors file or of released weights ("mini", "mini-embedding").
+    that of a .safetensors file, or of released weights by their name.
 
     A run that keeps a moving average of its weights gives that average; one that trained adapters
     gives them merged into the weights they belong to. The weights of the lowest validation loss

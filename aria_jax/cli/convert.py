@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 DESCRIPTION = """\
 Convert published Aria weights (.safetensors: base, gen, embedding, classifier, pedal demo; float32,
 bfloat16 or float16) to a checkpoint that --checkpoint and --init-from take, or a checkpoint back.
-Both options also take a .safetensors file as it is, and the names of released weights. Sizes are
-read from the tensors, the tokenizer from the size of the vocabulary; only the number of heads must
-be given where it is not d_model / 64.
+Both options also take a .safetensors file as it is. Sizes are read from the tensors, the tokenizer
+from the size of the vocabulary; only the number of heads must be given where it is not
+d_model / 64.
 
 Runs with lora_rank=… hold adapters and read the weights they belong to from their place. `merge`
 writes the sum as a checkpoint that stands alone; `adapters` writes the adapters as one small file,

@@ -110,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--data", required=True, help="folder of token shards")
     parser.add_argument("--workdir", required=True, help="folder of the run; made if needed")
-    parser.add_argument("--preset", default="tiny", help="tiny, small or medium (default: tiny)")
+    parser.add_argument("--preset", default="tiny", help="tiny, mini, small or medium (tiny)")
     parser.add_argument(
         "--config", metavar="FILE", help="YAML or JSON with settings; key=value goes before"
     )

@@ -20,6 +20,8 @@ from aria_jax.models.parameters import (
 )
 from aria_jax.models.transformer import Transformer, row_table
 from data_pipeline.errors import UserError
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.vocabulary import SEGMENT_MS, STEP_MS, Kind
 
 HEAD_TENSORS: dict[Head, str] = {
     "lm": "lm_head.weight",
@@ -181,6 +183,54 @@ def with_vocabulary(
     if config.head == wanted.head == "lm":
         chosen["head"] = of("head", params, 1)
     return chosen, int((~there_K).sum())
+
+
+FEATURE_CYCLES = (1.0, 100.0)
+"""Slowest and fastest wave over the range of a quantity."""
+
+
+def with_ordered_start(
+    params: Parameters, config: ModelConfig, tokenizer: Tokenizer, key: jax.Array
+) -> Parameters:
+    """Fresh `params` in which tokens that lie near each other begin near each other.
+
+    Rows of the embedding, and likewise columns of a language head, become random Fourier features
+    (Rahimi & Recht 2007) of what a token says: of its onset, its duration on a logarithmic scale,
+    or its pitch and velocity; plus a vector of its kind. Their size stays that of the random start,
+    and every number is trained as before. What else would have to be learnt from data, that times
+    are ordered, is there from the first step.
+    """
+    d = config.d_model
+    kinds, waves, phases = jax.random.split(key, 3)
+    quantities = np.stack(
+        [
+            np.maximum(tokenizer.onset_ms, 0) / SEGMENT_MS,
+            np.log1p(np.maximum(tokenizer.dur_ms, 0) / STEP_MS) / np.log1p(SEGMENT_MS / STEP_MS),
+            np.maximum(tokenizer.pitch, 0) / 128,
+            np.maximum(tokenizer.velocity, 0) / 128,
+        ]
+    )
+    low, high = np.log(FEATURE_CYCLES)
+    cycles = jnp.exp(jax.random.uniform(waves, (len(quantities), d), minval=low, maxval=high))
+    shift = jax.random.uniform(phases, (len(quantities), d))
+    says = np.stack([tokenizer.onset_ms >= 0, tokenizer.dur_ms >= 0, tokenizer.pitch >= 0,
+                     tokenizer.velocity >= 0])  # fmt: skip
+    angles = quantities[:, :, None] * cycles[:, None] + shift[:, None]
+    features = jnp.sqrt(2.0) * jnp.cos(2 * jnp.pi * angles) * says[:, :, None]
+    of_kind = jax.random.normal(kinds, (len(Kind), d))[tokenizer.kind]
+    n_parts = 1 + says.sum(0)[:, None]
+    table_VxD = (features.sum(0) + of_kind) / jnp.sqrt(n_parts)
+    ordered = (says.any(0) & row_table(config)[1])[row_table(config)[1]]
+    table_KxD = table_VxD[row_table(config)[1]]
+
+    def rows(old: jax.Array) -> jax.Array:
+        return jnp.where(ordered[:, None], table_KxD * jnp.std(old), old)
+
+    backbone = {**params["backbone"], "embedding": rows(params["backbone"]["embedding"])}
+    chosen = {**params, "backbone": backbone}
+    if config.head == "lm":
+        chosen["head"] = rows(params["head"].T).T
+    return chosen
 
 
 def head_width(config: ModelConfig) -> int:

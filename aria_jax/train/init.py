@@ -6,13 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from aria_jax.checkpoints import (
-    DIRECTORY,
-    model_digest,
-    model_path,
-    newest_step,
-    released_names,
-)
+from aria_jax.checkpoints import DIRECTORY, model_digest, model_path, newest_step
 from aria_jax.config import RunConfig, from_dict, to_dict
 from data_pipeline.artifact import json_digest
 from data_pipeline.errors import UserError
@@ -91,10 +85,7 @@ def init_of_new_run(init_from: str | Path | None) -> InitFrom:
         if newest_step(path) is None:
             raise UserError(f"--init-from {path}: no complete checkpoint in {path / DIRECTORY}")
         return InitFrom("checkpoint", path, f"starting from the weights of {path}")
-    raise UserError(
-        f"--init-from {path}: neither a checkpoint nor a .safetensors file, nor one of the "
-        f"released models ({', '.join(released_names())})"
-    )
+    raise UserError(f"--init-from {path}: neither a checkpoint nor a .safetensors file")
 
 
 def _check_safetensors(path: Path) -> None:

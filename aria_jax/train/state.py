@@ -19,6 +19,7 @@ from aria_jax.models.heads import (
     init_sharded,
     parameter_specs,
     split_model,
+    with_ordered_start,
     with_vocabulary,
 )
 from aria_jax.models.lora import LoraTraining
@@ -27,6 +28,7 @@ from aria_jax.sharding import mirrored_shardings
 from aria_jax.train.init import InitFrom, check_resumable, source_record
 from aria_jax.train.step import Build, TrainState, new_state
 from data_pipeline.errors import UserError
+from data_pipeline.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,10 @@ def first_state(
     record["init_from"] = None if init.path is None else source_record(init.path)
     key = jax.random.key(config.train.seed)
     params = split_model(init_sharded(config.model, config.compute, key, mesh))[1]
+    if init.path is None and config.train.ordered_start:
+        tokenizer = Tokenizer.preset(record["tokenizer"]["preset"])
+        ordered = partial(with_ordered_start, config=config.model, tokenizer=tokenizer, key=key)
+        params = jax.jit(ordered)(params)
     if init.path is not None:
         source = read(init.path)
         params = _with_weights_of(params, source, config, init.path)

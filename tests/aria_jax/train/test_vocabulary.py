@@ -9,14 +9,16 @@ import pytest
 from flax import nnx
 from safetensors.flax import load_file
 
+from aria_jax.checkpoints import check_model, model_digest
 from aria_jax.checkpoints.models import load_model
 from aria_jax.checkpoints.safetensors import export_model, import_model
-from aria_jax.config import ComputeConfig, ModelConfig, RunConfig
+from aria_jax.config import ComputeConfig, ModelConfig, RunConfig, with_overrides
 from aria_jax.generate.decoding import Decoding, decode
 from aria_jax.generate.sampler import Temperature
 from aria_jax.generate.score import score_pieces
 from aria_jax.generate.weights import decoder_weights
 from aria_jax.models.heads import build_model, row_table, split_model, with_vocabulary
+from aria_jax.presets import for_task
 from aria_jax.train.loop import run
 from aria_jax.train.tasks import loss_function, resolve
 from data_pipeline.augment import augment
@@ -165,9 +167,67 @@ def test_resumes_and_serves_as_a_beginning(closed_run, config, corpus, tmp_path,
     assert resumed.init.kind == "resume"
 
 
+def test_an_ordered_start_puts_near_times_and_pitches_near_each_other(
+    config, corpus, tmp_path, weights
+):
+    settings = config("pretrain", CLOSED, "steps=0")
+    run(settings, corpus, tmp_path / "random")
+    run(config("pretrain", CLOSED, "steps=0", "ordered_start=true"), corpus, tmp_path / "ordered")
+    before, after = (weights(tmp_path / name) for name in ("random", "ordered"))
+    row_V, known_V = row_table(resolve(settings, corpus).model)
+    for old, new in (
+        (before["backbone"]["embedding"], after["backbone"]["embedding"]),
+        (before["head"].T, after["head"].T),
+    ):
+        assert new.std() == pytest.approx(old.std(), rel=0.1)
+        special = known_V[:17] & (ARIA.kind[:17] < 3)
+        np.testing.assert_array_equal(new[row_V[:17]][special], old[row_V[:17]][special])
+        for table, near in ((old, False), (new, True)):
+            unit = table / np.linalg.norm(table, axis=1, keepdims=True)
+
+            def likeness(one, *others, unit=unit):
+                return [unit[row_V[ARIA.id_of(one)]] @ unit[row_V[ARIA.id_of(o)]] for o in others]
+
+            onset, *far = likeness(("onset", 2000), ("onset", 2010), ("onset", 4000), ("dur", 2010))
+            assert (onset > 0.8 and onset > max(far) + 0.2) == near
+            pitch, *far = likeness(("piano", 60, 60), ("piano", 60, 70), ("piano", 90, 20))
+            assert (pitch > 0.3 and pitch > max(far) + 0.1) == near
+    same = jax.tree.map(np.array_equal, before["backbone"]["blocks"], after["backbone"]["blocks"])
+    assert all(jax.tree.leaves(same))
+
+
+def test_a_file_of_weights_is_a_checkpoint_and_a_released_name_a_file(
+    closed_run, tmp_path, monkeypatch
+):
+    with pytest.raises(UserError, match=r"mini: the weights .* not part of this installation"):
+        load_model("mini")
+    loaded = load_model(closed_run)
+    about = {"tokenizer": "aria", "pooling": "mean", "reading": "aria-utils", "step": 4}
+    file = tmp_path / "mini.safetensors"
+    export_model(loaded.model, file, dtype="bfloat16", compact=True, about=about)
+    monkeypatch.setattr("aria_jax.checkpoints.RELEASED", tmp_path)
+    for source in (file, "mini"):
+        check_model(source)
+        found = load_model(source)
+        assert (found.config, found.path) == (loaded.config, str(source))
+        assert {name: getattr(found, name) for name in about} == about
+    assert model_digest("mini") == model_digest(file)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mini").mkdir()
+    with pytest.raises(UserError, match="no checkpoint here"):
+        check_model("mini")  # a folder of that name is the user's own
+
+
 def test_ranges_that_lack_an_id_of_the_corpus_are_refused(config, corpus):
     with pytest.raises(UserError, match="tokens to which this model gives no probability"):
         resolve(config("pretrain", "model.vocabulary=0-100"), corpus)
+
+
+@pytest.mark.parametrize("task", ["pretrain", "continue", "contrastive", "classify"])
+def test_mini_is_closed_to_its_corpus_in_every_task(task, corpus):
+    found = resolve(with_overrides(for_task("mini", task), ["label=composer"]), corpus)
+    assert found.problems() == [] and 2_500 < found.model.n_rows < 2_700
+    assert found.train.ordered_start == (task == "pretrain")
 
 
 def test_before_the_data_is_known_all_ids_are_planned_for():
