@@ -78,8 +78,8 @@ class ModelConfig:
 class ComputeConfig:
     """How the network is computed: changes speed and memory, not what is learned."""
 
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of activations and matrix products; parameters, softmax and losses stay float32."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products (weights, softmax, losses stay float32); auto: bfloat16 but on CPUs."""
     remat: Literal["none", "dots", "full", "offload"] = "dots"
     """What the backward pass recomputes: nothing, all but matrix products and attention, or all;
     "offload" is "full" with the layers' inputs waiting in the host's memory."""

@@ -96,6 +96,11 @@ def with_layers(config: RunConfig, n_layers: int) -> RunConfig:
     )
 
 
+def _dtype(config: RunConfig) -> Literal["float32", "bfloat16"]:
+    """What the program computes in: on the chips here, "auto" is bfloat16."""
+    return "float32" if config.compute.dtype == "float32" else "bfloat16"
+
+
 def _array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
     """The shape of an array, typed as one: the decoder's containers hold arrays."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
@@ -129,7 +134,7 @@ def _rows(config: RunConfig, mesh: Mesh) -> int:
 def _embedding(config: RunConfig, mesh: Mesh) -> Program:
     rows, length = _rows(config, mesh), config.data.seq_len
     merge, _ = split_model(abstract_model(config.model, config.compute))
-    weights = abstract_parameters(parameter_specs(config.model), mesh, config.compute.dtype)
+    weights = abstract_parameters(parameter_specs(config.model), mesh, _dtype(config))
     cut = batch_sharding(mesh)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=cut)
     ends = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=cut)
@@ -144,14 +149,14 @@ def _prefill(config: RunConfig, mesh: Mesh) -> Program:
     length, whole = config.data.seq_len, replicated(mesh)
     prompt = jax.ShapeDtypeStruct((length,), jnp.int32, sharding=whole)
     number = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-    weights = abstract_decoder_weights(config.model, mesh, config.compute.dtype)
+    weights = abstract_decoder_weights(config.model, mesh, _dtype(config))
     arguments = (weights, prompt, number)
     return Program(jax.jit(prefill), arguments, length, training=False)
 
 
 def _decoding(config: RunConfig, mesh: Mesh) -> Program:
     rows, slots, whole = config.data.global_batch, config.data.seq_len // 2, replicated(mesh)
-    m, dtype = config.model, config.compute.dtype
+    m, dtype = config.model, _dtype(config)
 
     def caches(rows: int) -> tuple[LayerCache, ...]:
         cut = cache_sharding(mesh, rows, m.n_heads)

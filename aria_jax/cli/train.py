@@ -70,8 +70,9 @@ examples:
   aria-jax train pretrain --data my_data --workdir run6 --config run1/config.yaml seed=1
   aria-jax train contrastive --settings
 
-On TPUs the mesh, bfloat16, remat and gradient accumulation are chosen by chip and their number
-(docs/tpu.md); settings of yours go before."""
+On TPUs and GPUs a run computes in bfloat16 (dtype=float32 does not), and mesh, remat and gradient
+accumulation are chosen by chip and their number (docs/tpu.md, docs/gpu.md); settings of yours go
+before. A run that is resumed keeps the number type it began with."""
 
 TASKS = ("pretrain", "continue", "contrastive", "classify")
 
@@ -215,11 +216,14 @@ def _on_chips(
     args: argparse.Namespace, preset: "RunConfig", chip: "Chip | None", n: int
 ) -> "RunConfig":
     """The run as it is best computed on so many chips, but for what the user says."""
+    from aria_jax.config import with_overrides
     from aria_jax.presets import CHIPS, TOKENS_AT_ONCE, for_hardware
 
     family = next((name for name in TOKENS_AT_ONCE if CHIPS[name] == chip), None)
     if family is not None:
         preset = for_hardware(preset, family, n)
+        # "auto" is bfloat16 there too, but for a run that began otherwise.
+        preset = with_overrides(preset, ["dtype=auto"])
     return _as_asked(preset, args)
 
 
@@ -250,11 +254,14 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     def started(init: "InitFrom") -> None:
         if first:
             console.note(init.message)
+            as_begun = init.kind == "resume" and config.compute.dtype == "auto"
+            began = ", as the run began" if as_begun else ""
+            console.note(f"computing in {resolved.compute.dtype}{began}")
             write_config(resolved, workdir)
         console.stage("compiling the training step")
 
     console.stage("reading the data")
-    resolved = resolve(config, args.data)
+    resolved = resolve(config, args.data, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if first:
         steps, warmup = resolved.train.steps, config.optimizer.warmup_steps
@@ -348,7 +355,12 @@ def _dry_run(args: argparse.Namespace, preset: "RunConfig") -> int:
         n_devices = int(count)
     else:
         chip, n_devices = chip_of(jax.devices()[0].device_kind), jax.device_count()
-    config = resolve(_on_chips(args, preset, chip, n_devices), args.data)
+    config = resolve(
+        _on_chips(args, preset, chip, n_devices),
+        args.data,
+        args.workdir,
+        accelerator=chip is not None or jax.default_backend() != "cpu",
+    )
     made = plan(
         config,
         n_examples=build_task(config, args.data).train.n_examples,
@@ -359,7 +371,7 @@ def _dry_run(args: argparse.Namespace, preset: "RunConfig") -> int:
     basis = f"at {made.assumed_mfu:.0%} MFU (assumed)"
     if chip is None:
         made, basis = _timed(config, args.data, made)
-    result = {**dataclasses.asdict(made), "fits": made.fits}
+    result = {**dataclasses.asdict(made), "fits": made.fits, "dtype": config.compute.dtype}
     print_result(result, args.json, plan_text(config, made, basis))
     return 1 if made.fits is False else 0
 

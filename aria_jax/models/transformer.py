@@ -142,7 +142,9 @@ class Transformer(nnx.Module):
         """
         # The table is looked up in float32, so that its gradient is summed in float32.
         rows_BxL = token_rows(self.config, tokens_BxL)
-        x_BxLxD = self.embedding[...][rows_BxL].astype(self.compute.dtype)
+        # A run has settled what "auto" is; whoever merely loads a model is not to be surprised.
+        dtype = "float32" if self.compute.dtype == "auto" else self.compute.dtype
+        x_BxLxD = self.embedding[...][rows_BxL].astype(dtype)
         if prefix_BxD is not None:
             prefix = prefix_BxD[:, None].astype(x_BxLxD.dtype)
             x_BxLxD = jnp.concatenate([prefix, x_BxLxD[:, :-1]], axis=1)

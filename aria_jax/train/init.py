@@ -6,7 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from aria_jax.checkpoints import DIRECTORY, model_digest, model_path, newest_step
+from aria_jax.checkpoints import (
+    DIRECTORY,
+    model_digest,
+    model_path,
+    newest_record,
+    newest_step,
+)
 from aria_jax.config import RunConfig, from_dict, to_dict
 from data_pipeline.artifact import json_digest
 from data_pipeline.errors import UserError
@@ -181,6 +187,17 @@ def check_resumable(
         raise UserError(
             f"{workdir} holds a run with other settings ({'; '.join(changed.values())}); {ways}"
         )
+
+
+def compute_dtype(workdir: str | Path | None, accelerator: bool) -> Literal["float32", "bfloat16"]:
+    """What `compute.dtype=auto` stands for: what the run in `workdir` began with, and for a new one
+    bfloat16 wherever there are matrix units for it.
+    """
+    record = None if workdir is None else newest_record(workdir)
+    began = ((record or {}).get("config") or {}).get("compute", {}).get("dtype", "auto")
+    if began != "auto":
+        return began
+    return "bfloat16" if accelerator else "float32"
 
 
 def check_allow_change(words: Collection[str]) -> None:

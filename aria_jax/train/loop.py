@@ -92,7 +92,7 @@ def run(
     check_allow_change(allow_change)
     refuse_inside(workdir, data_dir, "a corpus")
     refuse_occupied(workdir, "a training run")
-    config = resolve(config.validate(), data_dir)
+    config = resolve(config.validate(), data_dir, workdir)
     mesh, settings, workdir = make_mesh(config.mesh), config.train, Path(workdir)
     check_batch(config, mesh)
     task = build_task(config, data_dir, mesh=mesh)

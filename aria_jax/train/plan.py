@@ -103,6 +103,7 @@ def plan_text(config: RunConfig, made: Plan, basis: str) -> str:
     parts = ", ".join(f"{name} {size / gib:.2f}" for name, size in made.memory.items())
     room = "" if made.hbm is None else f" of {made.hbm / gib:.0f} GiB"
     verdict = {None: "", True: ": fits", False: ": DOES NOT FIT"}[made.fits]
+    stays = "" if compute.dtype == "float32" else " (weights, softmax and losses in float32)"
     lines = [
         f"task         {config.task}, {config.train.steps:,} steps",
         f"model        {made.parameters:,} parameters",
@@ -110,7 +111,7 @@ def plan_text(config: RunConfig, made: Plan, basis: str) -> str:
         f"batch        {made.tokens_per_step:,} tokens a step",
         f"data         {made.tokens:,} tokens, {made.epochs:.2f} epochs",
         f"mesh         {mesh}",
-        f"computed in  {compute.dtype}, remat {compute.remat}, {accumulation} parts a step",
+        f"computed in  {compute.dtype}{stays}, remat {compute.remat}, {accumulation} parts a step",
         f"memory       {total / gib:.2f} GiB a device{room}{verdict} "
         f"({parts}; activations by formula: `aria-jax compile` asks the compiler)",
     ]

@@ -17,6 +17,8 @@ from aria_jax.losses.contrastive import contrastive_loss
 from aria_jax.losses.cross_entropy import classification_loss, file_probabilities, next_token_loss
 from aria_jax.models.heads import Model, check_known
 from aria_jax.models.transformer import token_rows
+from aria_jax.sharding import platform
+from aria_jax.train.init import compute_dtype
 from data_pipeline.artifact import json_digest
 from data_pipeline.errors import UserError
 from data_pipeline.loaders import BatchStream
@@ -97,8 +99,27 @@ class Task:
     notes: tuple[str, ...] = ()
 
 
-def resolve(config: RunConfig, data_dir: str | Path) -> RunConfig:
-    """`config` with what only the data can say: vocabulary, names of the classes, steps."""
+def resolve(
+    config: RunConfig,
+    data_dir: str | Path,
+    workdir: str | Path | None = None,
+    *,
+    accelerator: bool | None = None,
+) -> RunConfig:
+    """`config` with what only the data can say (vocabulary, names of the classes, steps), and what
+    number type "auto" stands for.
+
+    Args:
+        workdir: of a run that may have begun.
+        accelerator: whether it is for a GPU or TPU; None for the devices of this process.
+    """
+    if config.compute.dtype == "auto":
+        if accelerator is None:
+            accelerator = platform() != "cpu"
+        dtype = compute_dtype(workdir, accelerator)
+        config = dataclasses.replace(
+            config, compute=dataclasses.replace(config.compute, dtype=dtype)
+        )
     preset = load_manifest(data_dir)["tokenizer"]["preset"]
     model = dataclasses.replace(config.model, vocab_size=Tokenizer.preset(preset).vocab_size)
     if model.vocabulary:

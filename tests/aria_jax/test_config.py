@@ -60,7 +60,7 @@ def test_overrides_are_typed(text, read):
         ("steps=many", "must be of type int"),
         ("augment=perhaps", "must be true or false"),
         ("augmentation.tempo=2", "tempo=2.0 must lie in"),
-        ("dtype=float64", "must be one of float32, bfloat16"),
+        ("dtype=float64", "must be one of auto, float32, bfloat16"),
     ],
 )
 def test_wrong_overrides_are_explained(text, message):

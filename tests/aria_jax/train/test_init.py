@@ -10,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+from aria_jax.checkpoints import newest_record
 from aria_jax.checkpoints.models import load_model
 from aria_jax.checkpoints.safetensors import export_model
 from aria_jax.train.loop import run
+from aria_jax.train.tasks import resolve
 from data_pipeline.errors import UserError
 
 
@@ -86,6 +88,21 @@ def test_another_compute_dtype_is_refused_unless_allowed(config, corpus, tmp_pat
         run(half, corpus, tmp_path, allow_change=["colour"])
     with pytest.warns(UserWarning, match=r"compute\.dtype: was float32, is bfloat16"):
         assert run(half, corpus, tmp_path, allow_change=["data", "dtype"]).final_step == 2
+
+
+def test_accelerators_compute_in_bfloat16_and_a_resumed_run_in_what_it_began_with(
+    config, corpus, tmp_path
+):
+    def dtype(*where, **kwargs):
+        return resolve(config("pretrain"), corpus, *where, **kwargs).compute.dtype
+
+    assert (dtype(), dtype(accelerator=True)) == ("float32", "bfloat16")
+    run(config("pretrain", "steps=1", "dtype=bfloat16"), corpus, tmp_path)
+    assert (dtype(tmp_path), dtype(tmp_path, accelerator=False)) == ("bfloat16",) * 2
+    assert run(config("pretrain", "steps=2"), corpus, tmp_path).init.kind == "resume"
+    assert newest_record(tmp_path)["config"]["compute"]["dtype"] == "bfloat16"
+    with pytest.raises(UserError, match=r"compute.dtype: was bfloat16, is float32"):
+        run(config("pretrain", "steps=3", "dtype=float32"), corpus, tmp_path)
 
 
 def test_a_checkpoint_that_names_no_corpus_is_resumed_and_says_so(config, corpus, tmp_path):
