@@ -173,7 +173,7 @@ def attention(
 
 def _on_one_device(implementation: Implementation) -> Callable[..., jax.Array]:
     if implementation in ("cudnn", "triton"):
-        from aria_jax.kernels import attention_gpu as gpu  # Pallas takes a second to import
+        from aria_jax.kernels import gpu  # Pallas takes a second to import
 
         return gpu.attend if implementation == "triton" else gpu.cudnn
     return blockwise if implementation == "blockwise" else plain

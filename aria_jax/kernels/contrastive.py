@@ -9,7 +9,7 @@ with its positive, with another performance of the same composition).
              row_cotangent, column_cotangent)                  -> (W y, Wᵀ x), float32
 
 where W is the gradient with respect to the logits; times `scale` that gives the gradients of x
-and y. `contrastive_tpu` and `contrastive_gpu` implement the two as kernels, `blockwise_forward` and
+and y. `contrastive_tpu` and `gpu` implement the two as kernels, `blockwise_forward` and
 `blockwise_backward` as a scan; `pair_statistics` chooses between them and is differentiable.
 
 On a mesh it is a ring: each device keeps its rows and passes its columns on to its neighbour, with
@@ -155,12 +155,12 @@ pair_statistics.defvjp(_forward, _backward)
 
 
 def _chosen(direction: Literal["forward", "backward"], name: Implementation) -> Callable:
-    from aria_jax.kernels import contrastive_gpu, contrastive_tpu  # Pallas takes a second to import
+    from aria_jax.kernels import contrastive_tpu, gpu  # Pallas takes a second to import
 
     functions = {
         "blockwise": blockwise_forward if direction == "forward" else blockwise_backward,
         "tpu": getattr(contrastive_tpu, direction),
-        "gpu": getattr(contrastive_gpu, direction),
+        "gpu": getattr(gpu, direction),
     }
     if name != "auto":
         kind, _, interpret = name.partition("-")

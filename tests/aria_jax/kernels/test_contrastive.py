@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from aria_jax.config import MeshConfig
-from aria_jax.kernels import contrastive, contrastive_gpu, contrastive_tpu
+from aria_jax.kernels import contrastive, contrastive_tpu, gpu
 from aria_jax.kernels.contrastive import NEG_INF, PairSharding, pair_statistics
 from aria_jax.sharding import make_mesh
 
@@ -19,7 +19,7 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(contrastive_tpu, "TILE_ROWS", 128)
     monkeypatch.setattr(contrastive_tpu, "TILE_COLUMNS", 128)
     monkeypatch.setattr(contrastive, "LOGITS_AT_ONCE", 60 * 7)  # seven rows
-    monkeypatch.setattr(contrastive_gpu, "LOGITS_AT_ONCE", 0)  # one tile of rows
+    monkeypatch.setattr(gpu, "LOGITS_AT_ONCE", 0)  # one tile of rows
 
 
 def case(n, m, dtype=jnp.float32, n_compositions=10_000):
@@ -87,7 +87,7 @@ def test_bfloat16_sums_in_float32(implementation):
 
 def test_three_bfloat16_are_a_float32_whatever_the_compiler_simplifies():
     x = jax.random.normal(jax.random.key(0), (1000,)) * 10.0 ** jnp.linspace(-20, 20, 1000)
-    pieces = jax.jit(lambda x: contrastive_gpu._pieces(x, exact=True))(x)
+    pieces = jax.jit(lambda x: gpu._pieces(x, exact=True))(x)
     assert [piece.dtype for piece in pieces] == [jnp.bfloat16] * 3
     np.testing.assert_array_equal(sum(np.asarray(piece, np.float64) for piece in pieces), x)
 
@@ -154,9 +154,9 @@ def test_lowers_for_an_nvidia_gpu(dtype):
 
 
 @pytest.mark.aot_gpu
-@pytest.mark.parametrize("gpu", ["a100", "l4", "h100", "b200"])
+@pytest.mark.parametrize("device", ["a100", "l4", "h100", "b200"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_no_gpu_spills_registers_or_leaves_tensor_cores_idle(monkeypatch, gpu, dtype):
+def test_no_gpu_spills_registers_or_leaves_tensor_cores_idle(monkeypatch, device, dtype):
     """sm_80, sm_89, sm_90a, sm_100a; a kernel in float32 multiplies bfloat16 as well."""
     from aria_jax.aot.gpu import compile_for_gpus
 
@@ -168,7 +168,7 @@ def test_no_gpu_spills_registers_or_leaves_tensor_cores_idle(monkeypatch, gpu, d
         return weighed(pair_statistics(x, y, x_ids, y_ids, scale, PairSharding()), 512, 512)
 
     gradients = jax.jit(jax.grad(loss, (0, 1)))
-    made = compile_for_gpus(gradients, side, side, ids, ids, scale, topology=f"{gpu}:1")
+    made = compile_for_gpus(gradients, side, side, ids, ids, scale, topology=f"{device}:1")
     kernels = {k.name: k for k in made.kernels if k.name.startswith("contrastive_")}
     assert kernels.keys() == {"contrastive_statistics", "contrastive_weights"}
     for kernel in kernels.values():

@@ -9,7 +9,7 @@ import pytest
 
 from aria_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from aria_jax.kernels import attention as kernels
-from aria_jax.kernels import attention_gpu as gpu
+from aria_jax.kernels import gpu
 from aria_jax.kernels import packed_attention as packed
 from aria_jax.kernels.attention import attention
 from aria_jax.models.heads import abstract_model, split_model
@@ -19,8 +19,8 @@ from aria_jax.sharding import make_mesh
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Several blocks in each direction without long rows."""
-    monkeypatch.setattr(gpu, "FORWARD", gpu._Blocks(32, 16, 4, 2))
-    monkeypatch.setattr(gpu, "BACKWARD", {64: gpu._Blocks(32, 16, 4, 2)})
+    monkeypatch.setattr(gpu, "ATTENTION_FORWARD", gpu._Blocks(32, 16, 4, 2))
+    monkeypatch.setattr(gpu, "ATTENTION_BACKWARD", {64: gpu._Blocks(32, 16, 4, 2)})
     monkeypatch.setattr(gpu, "ALIGNMENT", 32)
 
 
@@ -82,10 +82,10 @@ def test_bfloat16_sums_in_float32():
 def test_blocks_of_other_pieces_are_not_read(small_blocks):
     """Of 4 pieces of 64, a block of 32 queries reads at most 4 blocks of 16 keys, of one piece."""
     ids = jnp.repeat(jnp.arange(4), 64)[None]
-    forward = np.asarray(gpu._key_ranges(ids, gpu.FORWARD))[0]
+    forward = np.asarray(gpu._key_ranges(ids, gpu.ATTENTION_FORWARD))[0]
     blocks = np.arange(8) // 2 * 4  # where a query's piece begins
     np.testing.assert_array_equal(forward, np.stack([blocks, blocks], -1))
-    backward = np.asarray(gpu._query_ranges(ids, gpu.FORWARD))[0]
+    backward = np.asarray(gpu._query_ranges(ids, gpu.ATTENTION_FORWARD))[0]
     np.testing.assert_array_equal(backward, np.stack([blocks + 4, blocks + 4], -1))
 
 
