@@ -20,11 +20,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from aria_jax.sharding import LOGICAL_RULES, active_mesh, divisible_spec
+from aria_jax.sharding import LOGICAL_RULES, active_mesh, divisible_spec, platform
 from data_pipeline.errors import UserError, expect_array
 
 CHUNK_TOKENS = 1024
 """Of one device."""
+GPU_CHUNK_TOKENS = 4096
+"""Of one GPU: each chunk reads and writes the head's float32 gradient, which would take as long as
+its products; the logits of so many tokens are 290 MB."""
+GPU_COLUMNS = 128
+"""Columns of the head on a GPU are a multiple of this: tensor cores read rows of aligned length."""
 
 
 def next_token_loss(
@@ -34,7 +39,7 @@ def next_token_loss(
     loss_mask_BxL: jax.Array | None = None,
     *,
     z_loss: float = 0.0,
-    chunk_tokens: int = CHUNK_TOKENS,
+    chunk_tokens: int | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Mean negative log-likelihood in nats over the unmasked targets.
 
@@ -43,6 +48,7 @@ def next_token_loss(
         head_DxV: float32 output matrix.
         targets_BxL: int ids; loss_mask_BxL: bool, False leaves a target out; None takes all.
         z_loss: weight of the squared log-normaliser, added to each token's loss.
+        chunk_tokens: tokens whose logits exist at once on a device; None suits the device.
 
     Returns:
         The loss (float32 scalar), and float32 scalars {"n_tokens": number of targets, "accuracy":
@@ -62,6 +68,8 @@ def next_token_loss(
             f"next_token_loss: hidden {[*rows, d_model]}, head {list(head_DxV.shape)}, targets "
             f"{list(targets)} and mask {list(mask)} do not fit together"
         )
+    if chunk_tokens is None:
+        chunk_tokens = GPU_CHUNK_TOKENS if platform() == "gpu" else CHUNK_TOKENS
     mask_BxL = loss_mask_BxL.astype(jnp.float32)
     n_tokens = mask_BxL.sum()
     weights_BxL = mask_BxL / jnp.maximum(n_tokens, 1)
@@ -193,12 +201,16 @@ def _over_devices(
     """`_on_one_device` on every device's tokens and vocabulary, summed."""
     vocab_size = head_DxV.shape[1]
     head_DxV = head_DxV.astype(hidden_BxLxD.dtype)
-    mesh = active_mesh()
+    mesh, cut = active_mesh(), str(LOGICAL_RULES["vocab"])
+    multiple = GPU_COLUMNS if platform() == "gpu" else 1
+    multiple *= 1 if mesh is None else mesh.shape[cut]
+    head_DxV = jnp.pad(head_DxV, ((0, 0), (0, -vocab_size % multiple)))
     if mesh is None:
         part = _Part(vocab_size, None)
-        return _on_one_device(
+        out = _on_one_device(
             hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, part=part, over=(), **options
         )
+        return (*out[:3], out[3][:, :vocab_size]) if options["gradients"] else out
     rows = divisible_spec(mesh, ("batch", "length"), targets_BxL.shape)
     over = tuple(
         axis
@@ -206,8 +218,6 @@ def _over_devices(
         if entry is not None
         for axis in ((entry,) if isinstance(entry, str) else entry)
     )
-    cut = str(LOGICAL_RULES["vocab"])
-    head_DxV = jnp.pad(head_DxV, ((0, 0), (0, -vocab_size % mesh.shape[cut])))
     whole, of_hidden, of_head = (
         PartitionSpec(),
         PartitionSpec(*rows, None),
@@ -245,7 +255,7 @@ def _on_one_device(
     def chunk(d_head_DxV: Any, inputs: tuple[jax.Array, ...]) -> tuple[Any, Any]:
         hidden_CxD, targets_C, weights_C = inputs
         logits = _head_logits(hidden_CxD, head_DxV)
-        if part.axis is not None:
+        if part.axis is not None or width > part.size:
             logits = jnp.where(ids_V < part.size, logits, -jnp.inf)
         found = _statistics(logits, targets_C, part)
         loss_C = found.log_z - found.chosen + z_loss * jnp.square(found.log_z)

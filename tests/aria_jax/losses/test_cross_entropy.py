@@ -1,11 +1,14 @@
 """The chunked loss against the plain one: value, gradients, memory; and that of classes."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from aria_jax.config import MeshConfig
+from aria_jax.losses import cross_entropy
 from aria_jax.losses.cross_entropy import classification_loss, next_token_loss, token_nll
 from aria_jax.sharding import make_mesh
 
@@ -64,6 +67,26 @@ def test_cut_over_a_mesh_with_a_vocabulary_that_does_not_divide(sizes):
     check((cut_value, cut_grads), (value, grads))
     assert only_value == pytest.approx(float(value), rel=1e-6)
     assert cut_aux["accuracy"] == pytest.approx(float(aux["accuracy"]))
+
+
+@pytest.mark.parametrize("sizes", [None, (1, 2, 4, 1)])
+def test_columns_that_align_the_head_on_a_gpu_have_no_probability(monkeypatch, sizes):
+    hidden, head, targets, mask = case(batch=8)
+    monkeypatch.setattr(cross_entropy, "platform", lambda: "gpu")
+
+    def loss(hidden, head):
+        return next_token_loss(hidden, head, targets, mask)[0]
+
+    grad, without = jax.jit(jax.value_and_grad(loss, (0, 1))), jax.jit(loss)
+    expected = jax.value_and_grad(lambda *z: plain(*z, targets, mask), (0, 1))(hidden, head)
+    mesh = make_mesh(MeshConfig(*(sizes or (1, 1, 1, 1))), jax.devices()[: np.prod(sizes or 1)])
+    with jax.set_mesh(mesh):
+        check(grad(hidden, head), expected)
+        assert without(hidden, head) == pytest.approx(float(expected[0]), rel=1e-6)
+        widths = re.findall(
+            r"f32\[8,(\d+)\] = dot_general", str(jax.make_jaxpr(grad)(hidden, head))
+        )
+    assert widths and {int(width) % 128 for width in widths} == {0}
 
 
 def test_counts_and_accuracy():
