@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from aria_jax.config import ComputeConfig
-from aria_jax.embed.encode import CPU_BATCH_TOKENS, like_length, model_encoder
+from aria_jax.embed.encode import CPU_BATCH_TOKENS, length_bucketed_batches, model_encoder
 from aria_jax.embed.export import export
 from aria_jax.embed.pieces import Piece, Rejection, Slicing, open_source
 from aria_jax.models.heads import Model, build_model
@@ -35,8 +35,8 @@ class Subset:
         self._source, self._files = source, list(files)
         self.paths = [source.paths[i] for i in self._files]
 
-    def cut(self, i: int) -> Piece | Rejection:
-        return self._source.cut(self._files[i])
+    def sliced(self, i: int) -> Piece | Rejection:
+        return self._source.sliced(self._files[i])
 
 
 def one_at_a_time(source, model: Model, multiple: int):
@@ -52,12 +52,12 @@ def one_at_a_time(source, model: Model, multiple: int):
         tokens[0, : len(ids)] = ids
         return np.asarray(run(state, tokens, np.array([len(ids) - 1]))[0])
 
-    lengths = {len(ids) for i in range(len(source.paths)) for ids in source.cut(i).slices}
+    lengths = {len(ids) for i in range(len(source.paths)) for ids in source.sliced(i).slices}
     for length in {-(-n // multiple) * multiple for n in lengths}:
         embed(np.full(length, PAD))
     began = time.perf_counter()
     rows = [
-        np.mean([embed(ids) for ids in source.cut(i).slices], axis=0)
+        np.mean([embed(ids) for ids in source.sliced(i).slices], axis=0)
         for i in range(len(source.paths))
     ]
     return time.perf_counter() - began, np.stack(rows)
@@ -76,10 +76,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         everything = open_source(args.midi_dir, Slicing(), spool=Path(folder) / "spool")
         chosen = np.linspace(0, len(everything.paths) - 1, args.files).astype(int)
-        source = Subset(everything, [i for i in chosen if isinstance(everything.cut(i), Piece)])
+        source = Subset(everything, [i for i in chosen if isinstance(everything.sliced(i), Piece)])
         n, encode = len(source.paths), model_encoder(model, PAD)
-        slices = [ids for i in range(n) for ids in source.cut(i).slices]
-        batches = like_length(slices, PAD, batch_tokens=CPU_BATCH_TOKENS)
+        slices = [ids for i in range(n) for ids in source.sliced(i).slices]
+        batches = length_bucketed_batches(slices, PAD, batch_tokens=CPU_BATCH_TOKENS)
         computed = sum(tokens.size for _, tokens, _ in batches)
         used = sum(map(len, slices))
         print(

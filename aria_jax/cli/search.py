@@ -263,7 +263,7 @@ def _retrieve(args: argparse.Namespace) -> None:
         f"{result.n_queries:,} queries by {args.by} among {result.n_candidates:,} rows"
     )
     if result.n_without:
-        text += f"; {result.n_without:,} more have no right answer to find"
+        text += f"; {result.n_without:,} more have no relevant row to find"
     print_result({"by": args.by, **asdict(result)}, args.json, text)
 
 

@@ -103,7 +103,7 @@ def _encoder(
 
     def encode(slices: Sequence[np.ndarray]) -> np.ndarray:
         out = np.empty((len(slices), head_width(model.config)), np.float32)
-        batches = like_length(slices, pad_id, ways, batch_tokens)
+        batches = length_bucketed_batches(slices, pad_id, ways, batch_tokens)
         with ThreadPoolExecutor(side_by_side) as pool:
             for chosen, rows in pool.map(encode_batch, batches):
                 out[chosen] = rows
@@ -112,7 +112,7 @@ def _encoder(
     return encode
 
 
-def like_length(
+def length_bucketed_batches(
     slices: Sequence[np.ndarray], pad_id: int, ways: int = 1, batch_tokens: int = BATCH_TOKENS
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batches of slices next to each other in length, the longest first: a batch is as long as its
@@ -149,7 +149,7 @@ def pitch_class_histogram(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 def note_statistics(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Handcrafted statistics, float32 [24]: pitch classes, and mean and spread of pitch, velocity,
-    duration, time between onsets, notes at once, and notes a second.
+    duration, time between onsets, notes at once, and notes per second.
     """
     at, onset_ms = tokenizer.events(ids)
     at, onset_ms = (

@@ -166,25 +166,25 @@ class _Work:
         done = total - sum(len(self.files(part)) for part in missing)
         files = [i for part in missing for i in self.files(part)]
         ahead = 2 * self._files_per_part
-        cut = map_in_order(self._source.cut, files, workers=self._workers, ahead=ahead)
-        others = []
+        sliced = map_in_order(self._source.sliced, files, workers=self._workers, ahead=ahead)
+        claimed_elsewhere = []
         if progress is not None:
             progress(done, total)
         for part in missing:
-            pieces = list(islice(cut, len(self.files(part))))
+            pieces = list(islice(sliced, len(self.files(part))))
             with self._parts.claimed(part, wait=False) as got:
                 if not got:
-                    others.append(part)
+                    claimed_elsewhere.append(part)
                     continue
                 if not self._parts.has(part):
                     self._make(part, pieces)
             done += len(pieces)
             if progress is not None:
                 progress(done, total)
-        for part in others:
+        for part in claimed_elsewhere:
             with self._parts.claimed(part, wait=True):
                 if not self._parts.has(part):  # whoever claimed it was killed
-                    self._make(part, [self._source.cut(i) for i in self.files(part)])
+                    self._make(part, [self._source.sliced(i) for i in self.files(part)])
 
     def _make(self, part: int, pieces: Sequence[Piece | Rejection]) -> None:
         good = [piece for piece in pieces if isinstance(piece, Piece)]

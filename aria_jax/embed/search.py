@@ -211,15 +211,15 @@ CHUNK = 1024
 
 @dataclass(frozen=True)
 class RetrievalResult:
-    """How early the first right answer comes.
+    """How early the first relevant row comes.
 
     Attributes:
         mrr: mean of one over its rank.
-        hits: share of queries with a right answer among the first k, by k.
-        median_rank: of the first right answer.
+        hits: share of queries with a relevant row among the first k, by k.
+        median_rank: of the first relevant row.
         chance_mrr: `mrr` of a random order.
-        n_queries, n_candidates: queries that have a right answer, and rows they search.
-        n_without: queries without any right answer, left out.
+        n_queries, n_candidates: queries that have a relevant row, and rows they search.
+        n_without: queries without any relevant row, left out.
     """
 
     mrr: float
@@ -243,7 +243,7 @@ def retrieval(
 ) -> RetrievalResult:
     """Ranks candidates for each query; those of the query's key are right.
 
-    Equally similar wrong answers count as found before the right one, so that a collapsed
+    Equally similar rows of other keys count as found before the relevant one, so that a collapsed
     embedding scores nothing.
 
     Args:
@@ -254,7 +254,7 @@ def retrieval(
             of the same file, when other performances are wanted).
 
     Raises:
-        UserError: no query has a right answer.
+        UserError: no query has a relevant row.
     """
     one_set = candidates_NxE is None
     queries = _unit(queries_QxE)
@@ -284,7 +284,7 @@ def retrieval(
         n_without += int((~asked).sum())
     rank = np.concatenate(ranks)
     if not len(rank):
-        raise UserError("no query has a right answer: every key occurs once only, or is unknown")
+        raise UserError("no query has a relevant row: every key occurs once only, or is unknown")
     return RetrievalResult(
         mrr=float((1 / rank).mean()),
         hits={k: float((rank <= k).mean()) for k in ks},
@@ -297,7 +297,7 @@ def retrieval(
 
 
 def _chance(n_right: np.ndarray, n_wrong: np.ndarray) -> np.ndarray:
-    """Expected reciprocal rank of the first of r right among r + w answers in random order."""
+    """Expected reciprocal rank of the first of r relevant among r + w rows in random order."""
     values = {}
     for r, w in set(zip(n_right.tolist(), n_wrong.tolist(), strict=True)):
         ranks = np.arange(1, w + 2)

@@ -17,7 +17,12 @@ from flax import nnx
 
 from aria_jax.checkpoints.safetensors import import_model
 from aria_jax.config import ComputeConfig, MeshConfig, ModelConfig
-from aria_jax.embed.encode import BASELINES, baseline_encoder, like_length, model_encoder
+from aria_jax.embed.encode import (
+    BASELINES,
+    baseline_encoder,
+    length_bucketed_batches,
+    model_encoder,
+)
 from aria_jax.embed.export import embed_pieces, export
 from aria_jax.embed.pieces import Piece, Slicing, midi_slices, open_source
 from aria_jax.embed.table import pool_slices, read_embeddings, read_settings
@@ -60,8 +65,8 @@ def opened(source, tmp_path, slicing=SHORT):
 
 
 def pieces_of(source):
-    cut = [source.cut(i) for i in range(len(source.paths))]
-    return [piece for piece in cut if isinstance(piece, Piece)]
+    sliced = [source.sliced(i) for i in range(len(source.paths))]
+    return [piece for piece in sliced if isinstance(piece, Piece)]
 
 
 def counting():
@@ -141,13 +146,13 @@ def test_batches_cover_each_slice_once_and_waste_under_a_tenth():
     lengths = np.random.default_rng(0).normal(950, 120, 1500).clip(20, 2048).astype(int)
     slices = [np.ones(n, np.uint16) for n in lengths]
     seen, computed = [], 0
-    for chosen, tokens, eos in like_length(slices, TOKENIZER.pad_id, ways=4):
+    for chosen, tokens, eos in length_bucketed_batches(slices, TOKENIZER.pad_id, ways=4):
         seen += chosen.tolist()
         computed += tokens.size
         assert all(eos[row] == lengths[i] - 1 for row, i in enumerate(chosen))
         assert len(tokens) % 4 == 0
     assert sorted(seen) == list(range(1500))
-    [(_, tokens, _)] = like_length(slices[:5], TOKENIZER.pad_id)
+    [(_, tokens, _)] = length_bucketed_batches(slices[:5], TOKENIZER.pad_id)
     assert len(tokens) == 8, "one file does not pay for a whole batch"
     assert lengths.sum() / computed > 0.9
 
@@ -155,8 +160,9 @@ def test_batches_cover_each_slice_once_and_waste_under_a_tenth():
 def test_real_performances_waste_under_a_tenth(real_midi, tmp_path):
     source = opened(real_midi / "asap", tmp_path, Slicing())
     chosen = range(0, len(source.paths), len(source.paths) // 64)
-    slices = [ids for piece in map(source.cut, chosen) for ids in piece.slices]
-    computed = sum(tokens.size for _, tokens, _ in like_length(slices, TOKENIZER.pad_id))
+    slices = [ids for piece in map(source.sliced, chosen) for ids in piece.slices]
+    batches = length_bucketed_batches(slices, TOKENIZER.pad_id)
+    computed = sum(tokens.size for _, tokens, _ in batches)
     assert sum(map(len, slices)) / computed > 0.9
 
 

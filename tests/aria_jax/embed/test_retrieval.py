@@ -63,5 +63,5 @@ def test_queries_in_chunks_give_the_same(monkeypatch):
 
 
 def test_nothing_to_find_is_an_error():
-    with pytest.raises(UserError, match="no query has a right answer"):
+    with pytest.raises(UserError, match="no query has a relevant row"):
         retrieval(angles(0, 1), ["a", "b"])
