@@ -115,13 +115,14 @@ def _text(report: "Report") -> str:
         verdict += f", with XLA_PYTHON_CLIENT_MEM_FRACTION={total / report.hbm + 0.01:.2f}"
     lines = [
         f"{report.task} on {report.topology}: {report.chips} chips, {mesh}, "
-        f"{report.tokens:,} tokens a call",
-        f"memory       {total / gib:.2f} of {report.hbm / gib:.0f} GiB a chip, {verdict} ({parts})",
+        f"{report.tokens:,} tokens per call",
+        f"memory       {total / gib:.2f} of {report.hbm / gib:.0f} GiB per chip, "
+        f"{verdict} ({parts})",
     ]
     if report.cost is None or report.seconds is None or report.mfu is None:
         return "\n".join([*lines, f"compiled in  {report.compile_seconds:.0f} s"])
     lines += [
-        f"arithmetic   {report.cost.flops / 1e12:.2f} TFLOPs a chip"
+        f"arithmetic   {report.cost.flops / 1e12:.2f} TFLOPs per chip"
         + (
             f", and {report.attention_flops / 1e12:.2f} in "
             + ("cuDNN's attention" if report.kernels is not None else "the splash kernel")
@@ -129,14 +130,14 @@ def _text(report: "Report") -> str:
             else ""
         ),
         f"traffic      {report.cost.bytes / 1e9:.1f} GB to and from memory, "
-        f"{report.cost.flops / max(report.cost.bytes, 1):.0f} FLOPs a byte",
+        f"{report.cost.flops / max(report.cost.bytes, 1):.0f} FLOPs per byte",
     ]
     for kind, (number, size) in (report.collectives or {}).items():
-        lines.append(f"collectives  {kind}: {number}, {size / 1e9:.2f} GB a chip")
+        lines.append(f"collectives  {kind}: {number}, {size / 1e9:.2f} GB per chip")
     for link, size in (report.links or {}).items():
         lines.append(f"             {size / 1e9:.2f} GB of them over {link}")
     rate = report.tokens / report.seconds
-    lines.append(f"time         {report.seconds:.3g} s a call, {rate:,.0f} tokens/s")
+    lines.append(f"time         {report.seconds:.3g} s per call, {rate:,.0f} tokens/s")
     if report.band:
         least, most = report.band
         lines.append(f"             {least:.3g} to {most:.3g} s by how such estimates were off")
@@ -146,7 +147,7 @@ def _text(report: "Report") -> str:
     if report.xla_seconds:
         lines.append(f"             XLA's own model, without cuDNN: {report.xla_seconds:.3g} s")
     lines += [
-        f"MFU          {report.mfu:.1%} of {report.model_flops / 1e15:.3g} PFLOPs a call"
+        f"MFU          {report.mfu:.1%} of {report.model_flops / 1e15:.3g} PFLOPs per call"
         f" ({report.mfu_full:.1%} with the scores counted that causality hides)",
         *_kernel_lines(report.kernels or ()),
         f"compiled in  {report.compile_seconds:.0f} s",

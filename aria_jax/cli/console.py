@@ -50,7 +50,7 @@ class Counter:
         self._note = ""
 
     @property
-    def begun(self) -> bool:
+    def started(self) -> bool:
         """Whether anything was reported."""
         return self._began is not None
 
@@ -140,7 +140,7 @@ class Screen:
     def count(self, counter: Counter | None) -> None:
         """Shows a counter from its first report on, until the next call."""
         with self._lock:
-            if self._counter is not None and self._counter.begun:
+            if self._counter is not None and self._counter.started:
                 text = self._text(self._counter)
                 if self._drawn or text != self._last:
                     self._write(text)
@@ -151,7 +151,7 @@ class Screen:
         """Says what is done, if it is time; to be called every _TICK_S."""
         with self._lock:
             silent = self._clock() - self._written
-            counted = self._counter is not None and self._counter.begun
+            counted = self._counter is not None and self._counter.started
             if sys.stderr.isatty():
                 if counted or self._drawn or silent >= SHOWN_AFTER_S:
                     columns = shutil.get_terminal_size().columns
@@ -181,7 +181,7 @@ class Screen:
                 self._drawn, self._written = False, self._clock()
 
     def _now_text(self) -> str:
-        if self._counter is not None and self._counter.begun:
+        if self._counter is not None and self._counter.started:
             return self._text(self._counter)
         return f"{self._verb}: {self._stage} ({self._clock() - self._since:.0f} s)"
 

@@ -290,7 +290,7 @@ def _length_table(histogram: dict[int, int], quantiles: list[int]) -> list[str]:
     names = ("shortest", "quartile", "median", "quartile", "longest")
     notes = ", ".join(f"{name} {n:,}" for name, n in zip(names, quantiles, strict=True))
     rows = {f"{bound // 2:,} to {bound - 1:,}": n for bound, n in histogram.items()}
-    return ["", f"notes a piece: {notes}", "tokens a piece", *_bars(rows, sum(rows.values()))]
+    return ["", f"notes per piece: {notes}", "tokens per piece", *_bars(rows, sum(rows.values()))]
 
 
 def _coverage_table(coverage: dict[str, dict[str, dict[str, float]]]) -> list[str]:
@@ -336,7 +336,7 @@ def _plot(args: argparse.Namespace, found: "Inspection") -> None:
         for label, counts in found.labels.items()
         if len(counts) <= _MAX_VALUES
     }
-    save_chart(corpus_chart(lengths, top, "notes a piece"), args.plot, args.command_line)
+    save_chart(corpus_chart(lengths, top, "notes per piece"), args.plot, args.command_line)
 
 
 def _sample(args: argparse.Namespace) -> None:

@@ -301,7 +301,7 @@ def _training(demo: DemoResults) -> Section:
 
 def _probe(demo: DemoResults) -> Section:
     probes = {name: demo.results[f"probe-{name}"] for name in FEATURES}
-    ours, untrained = probes["contrastive"], probes["untrained"]
+    tuned, untrained = probes["contrastive"], probes["untrained"]
     rows: list[list[str | float]] = [
         [
             FEATURES[name],
@@ -311,20 +311,22 @@ def _probe(demo: DemoResults) -> Section:
         ]
         for name, result in probes.items()
     ]
-    rows.append(["most frequent composer of the training files", ours["majority_accuracy"], "", ""])
-    verdict = _verdict(ours, untrained)
+    rows.append(
+        ["most frequent composer of the training files", tuned["majority_accuracy"], "", ""]
+    )
+    verdict = _verdict(tuned, untrained)
     best = max(probes, key=lambda name: probes[name]["accuracy"])
     if best == "pitch-class":
         verdict += " Counting pitch classes still does better than both."
-    small = ", ".join(f"{name} ({n})" for name, n in ours["left_out"].items())
+    small = ", ".join(f"{name} ({n})" for name, n in tuned["left_out"].items())
     explanation = (
-        f"A logistic regression learns the composer from the embeddings of {ours['n_train']} "
-        f"files and is scored on {ours['n_test']} files that neither it nor the network has seen; "
+        f"A logistic regression learns the composer from the embeddings of {tuned['n_train']} "
+        f"files and is scored on {tuned['n_test']} files that neither it nor the network has seen; "
         "95 % intervals bootstrapped over files."
     )
     if small:
         explanation += f" Composers with too few files are left out: {small}."
-    matrix = confusion_matrix(ours["confusion"], ours["classes"], "contrastive embedding")
+    matrix = confusion_matrix(tuned["confusion"], tuned["classes"], "contrastive embedding")
     header = ("features", "accuracy", "95 % interval", "macro-F1")
     return Section(
         "Who composed it?",
@@ -335,15 +337,15 @@ def _probe(demo: DemoResults) -> Section:
     )
 
 
-def _verdict(ours: dict[str, Any], untrained: dict[str, Any]) -> str:
+def _verdict(tuned: dict[str, Any], untrained: dict[str, Any]) -> str:
     """Whether training helped, as far as this many files can tell."""
-    if ours["accuracy"] <= untrained["accuracy"]:
+    if tuned["accuracy"] <= untrained["accuracy"]:
         return "The trained embedding does not beat the untrained network here: train longer."
-    if ours["accuracy_ci"][0] > untrained["accuracy_ci"][1]:
+    if tuned["accuracy_ci"][0] > untrained["accuracy_ci"][1]:
         return "The trained embedding beats the untrained network."
     return (
         "The trained embedding scores above the untrained network, but the intervals overlap: "
-        f"{ours['n_test']} files do not settle it."
+        f"{tuned['n_test']} files do not settle it."
     )
 
 

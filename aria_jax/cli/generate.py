@@ -379,8 +379,8 @@ def _save(
 
 def _sampling(args: argparse.Namespace) -> str:
     """For people, e.g. "temperature 0.98, min-p 0.035, at most 1,024 tokens"."""
-    cuts = {"min-p": args.min_p, "top-p": args.top_p, "top-k": args.top_k}
-    given = [f"{name} {value:g}" for name, value in cuts.items() if value is not None]
+    truncations = {"min-p": args.min_p, "top-p": args.top_p, "top-k": args.top_k}
+    given = [f"{name} {value:g}" for name, value in truncations.items() if value is not None]
     parts = [f"temperature {args.temperature:g}", *(given or [f"min-p {MIN_P:g}"])]
     if args.temperature == 0:
         parts = ["the likeliest token"]

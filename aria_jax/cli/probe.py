@@ -189,7 +189,7 @@ def _text(result: Any, curve: list, args: argparse.Namespace) -> str:
 _BENCH_SUITE = """\
 Find every task that labels make possible (genre, form, period, composer, pianist, emotion; one data
 set per top folder), embed the files, probe each task, and print one table of accuracy and macro-F1
-in the shape of the paper's, published figures below ours and marked as quoted; then how far each
+in the shape of the paper's, published figures below them and marked as quoted; then how far each
 feature set is from the handcrafted note statistics and from the untrained network, with intervals.
 
 Sources are folders and archives, read in place; one whose metadata file is for all of its files is

@@ -139,7 +139,7 @@ read are named; the rest goes on.
 
 examples:
   aria-jax classify my_midis --checkpoint run3/best
-  aria-jax classify held_out --checkpoint run3/best --label composer --out answers.jsonl"""
+  aria-jax classify held_out --checkpoint run3/best --label composer --out predictions.jsonl"""
 
 
 def _classify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +148,7 @@ def _classify_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("source", help="folder of MIDI files, .tar of them, or token shards")
     parser.add_argument("--checkpoint", required=True, help="workdir of a classify run")
-    parser.add_argument("--label", help="score the answers against this label of the files")
+    parser.add_argument("--label", help="score the predictions against this label of the files")
     parser.add_argument("--split", help='only pieces of this split of token shards, e.g. "val"')
     parser.add_argument("--out", metavar="FILE.jsonl", help="write a line a file: probabilities")
     parser.add_argument("--metadata", help="labels (default: metadata.json beside the files)")

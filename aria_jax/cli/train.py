@@ -52,8 +52,8 @@ semitones, velocity=1 step of 10, mixup=true shuffles a chord's notes; rubato, v
 note_drop and sustain are off. tempo=0 velocity=0 mixup=false only transposes, which leaves touch
 and timing to learn from.
 
-classify reports file_accuracy and file_macro_f1 of the validation files too: each file is answered
-by the mean of its 300-note slices' probabilities, weighted by their tokens.
+classify reports file_accuracy and file_macro_f1 of the validation files too: a file's class
+is that of the mean of its 300-note slices' probabilities, weighted by their tokens.
 
 Settings are given as key=value, e.g. steps=2000 peak_lr=1e-4 data.global_batch=32 dtype=bfloat16
 mesh.fsdp=4, or in a YAML or JSON file of the same keys (--config), over which the command line

@@ -8,7 +8,7 @@ from aria_jax.report import corpus_chart
 def test_a_corpus_is_drawn_with_all_its_pieces_and_labels():
     lengths = {"train": np.array([1, 5, 5, 900]), "val": np.array([40])}
     labels = {"composer": {"bach": 3, "liszt": 1}, "form": {"fugue": 2}}
-    figure = corpus_chart(lengths, labels, "notes a piece")
+    figure = corpus_chart(lengths, labels, "notes per piece")
     histogram, composer, form = figure.axes
     assert sum(patch.get_height() for patch in histogram.patches) == 5
     assert [patch.get_width() for patch in composer.patches] == [3, 1]
@@ -17,5 +17,5 @@ def test_a_corpus_is_drawn_with_all_its_pieces_and_labels():
 
 
 def test_an_empty_corpus_is_drawn_too():
-    (histogram,) = corpus_chart({"train": np.zeros(0, int)}, {}, "notes a piece").axes
+    (histogram,) = corpus_chart({"train": np.zeros(0, int)}, {}, "notes per piece").axes
     assert sum(patch.get_height() for patch in histogram.patches) == 0

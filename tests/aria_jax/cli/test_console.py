@@ -70,7 +70,7 @@ def test_the_time_left_follows_the_present_speed_and_the_rate_is_of_the_whole():
 
 def test_a_counter_without_news_or_work_has_a_text():
     counter = Counter("build", "file", Clock())
-    assert not counter.begun
+    assert not counter.started
     counter.report(0, 0)
     assert counter.text() == "build: 100% 0/0 files"
     counter.report(1, 1, "last one")

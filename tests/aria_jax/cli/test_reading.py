@@ -115,7 +115,7 @@ def test_scores_are_those_of_the_chosen_reading(models, files, capsys):
 
 def test_classes_are_those_of_the_chosen_reading(models, files, capsys, tmp_path):
     def probability(model, *extra):
-        out = tmp_path / "answers.jsonl"
+        out = tmp_path / "predictions.jsonl"
         out.unlink(missing_ok=True)
         _, warned = run(
             capsys, "classify", files, "--checkpoint", model, "--out", out, *SMALL, *extra
