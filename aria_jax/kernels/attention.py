@@ -100,10 +100,12 @@ def suits_packed(shape: tuple[int, ...], n_heads: int) -> bool:
     from aria_jax.kernels import packed_attention as packed
 
     mesh = active_mesh()
-    cut, sequences = (1, 1) if mesh is None else (mesh.shape["tensor"], mesh.shape["sequence"])
+    tensor_ways, sequence_ways = (
+        (1, 1) if mesh is None else (mesh.shape["tensor"], mesh.shape["sequence"])
+    )
     _, length, columns = shape
-    whole_heads = n_heads % cut == 0 and sequences == 1
-    suits = whole_heads and packed.suits(length, columns // cut, columns // n_heads)
+    whole_heads = n_heads % tensor_ways == 0 and sequence_ways == 1
+    suits = whole_heads and packed.suits(length, columns // tensor_ways, columns // n_heads)
     return suits and packed.fits_chip()
 
 

@@ -14,7 +14,7 @@ and y. `contrastive_tpu` and `gpu` implement the two as kernels, `blockwise_forw
 
 On a mesh it is a ring: each device keeps its rows and passes its columns on to its neighbour, with
 what has been summed up for them, until they are home again. The next columns are under way while
-the present ones are computed, and no device ever holds more than two blocks of them.
+the ones at hand are computed, and no device ever holds more than two blocks of them.
 
 Sizes: N rows, M columns, E embedding width.
 """
@@ -138,13 +138,13 @@ def _backward(
     placement: PairSharding, kept: tuple[jax.Array, ...], cotangents: Statistics
 ) -> tuple[jax.Array, jax.Array, None, None, jax.Array]:
     x, y, x_ids, y_ids, scale, row_lse, column_lse = kept
-    sides = x, y, x_ids, y_ids, row_lse, column_lse, cotangents.row_lse, cotangents.column_lse
+    per_view = x, y, x_ids, y_ids, row_lse, column_lse, cotangents.row_lse, cotangents.column_lse
     backward = _chosen("backward", placement.implementation)
     if placement.mesh is None:
-        sums = backward(*sides[:4], scale, *sides[4:])
+        sums = backward(*per_view[:4], scale, *per_view[4:])
     else:
         sums = _on_mesh(
-            partial(_ring_backward, backward, _ring_axes(placement)), placement, sides, scale
+            partial(_ring_backward, backward, _ring_axes(placement)), placement, per_view, scale
         )
     d_scale = jnp.sum(x.astype(jnp.float32) * sums[0])
     dx, dy = ((scale * s).astype(side.dtype) for s, side in zip(sums, (x, y), strict=True))
@@ -182,16 +182,16 @@ def _ring_axes(placement: PairSharding) -> tuple[str, ...]:
 
 
 def _on_mesh(
-    body: Callable, placement: PairSharding, sides: tuple[jax.Array, ...], scale: jax.Array
+    body: Callable, placement: PairSharding, per_view: tuple[jax.Array, ...], scale: jax.Array
 ) -> Any:
     sharded, whole = PartitionSpec(placement.axes), PartitionSpec()
     return jax.shard_map(
         body,
         mesh=placement.mesh,
-        in_specs=(sharded,) * len(sides) + (whole,),
+        in_specs=(sharded,) * len(per_view) + (whole,),
         out_specs=sharded,
         check_vma=False,
-    )(*sides, scale)
+    )(*per_view, scale)
 
 
 def _ring_shift(tree: Any, axes: tuple[str, ...]) -> Any:

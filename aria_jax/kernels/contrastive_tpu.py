@@ -2,7 +2,7 @@
 
 The grid walks the tiles of the N×M matrix row by row. A row's running maximum and sum live in
 scratch while its tiles pass; those of all columns stay in VMEM for the whole grid (8 bytes a
-column). Vectors of row values travel lane-major, [1, rows], and are turned inside the kernel: a
+column). Vectors of row values travel lane-major, [1, rows], and are transposed inside the kernel: a
 [rows, 1] array in HBM would be padded to 128 lanes.
 """
 

@@ -292,7 +292,7 @@ _QUERY, _KEY = 0, 1
 
 
 class _Blocks(NamedTuple):
-    """Which part of an array a step sees: that of the pair of tiles whose turn it is."""
+    """Which part of an array a step sees: that of the current pair of tiles."""
 
     tile: int
     own_positions: bool
@@ -535,7 +535,7 @@ def splash_attend(
     all.
 
     Args:
-        mesh: what batch, heads and queries are cut over; None on one device.
+        mesh: what batch, heads and queries are sharded over; None on one device.
     """
     length, heads, width = q_BxLxHxK.shape[1:]
     parts = 1 if mesh is None else mesh.shape["sequence"]
