@@ -7,7 +7,8 @@ A program that runs on several devices sets its mesh around what it compiles:
         step(params, batch)
 
 Code inside finds it by `active_mesh()`: activations are pinned by `constrain`, and kernels that
-the compiler cannot cut by itself run under `shard_map`. Without a mesh all of it does nothing.
+the compiler cannot partition by itself run under `shard_map`. Without a mesh none of it does
+anything.
 """
 
 import os
@@ -32,11 +33,11 @@ LOGICAL_RULES: dict[str | None, str | tuple[str, ...] | None] = {
     # Long contexts: each device holds a part of every sequence's activations; attention gathers
     # the keys and values of all parts.
     "length": "sequence",
-    # Fully sharded data parallelism: weights and optimiser state cut along the model width,
+    # Fully sharded data parallelism: weights and optimiser state sharded along the model width,
     # gathered when a layer needs them.
     "embed": "fsdp",
-    # Megatron's cut: heads and feed-forward columns, one reduction after attention and one after
-    # the feed-forward.
+    # As Megatron shards: heads and feed-forward columns, one reduction after attention and one
+    # after the feed-forward.
     "heads": "tensor",
     "mlp": "tensor",
     # Logits. 17,727 divides by no mesh axis, so parameters keep their vocabulary whole and the
@@ -251,7 +252,7 @@ def platform() -> str:
 def divisible_spec(
     mesh: AbstractMesh, logical_axes: tuple[str | None, ...], shape: tuple[int, ...]
 ) -> PartitionSpec:
-    """How an activation is cut: by the table, but for axes whose size does not divide."""
+    """How an activation is sharded: by the table, but for axes whose size does not divide."""
     spec = named_sharding(mesh, logical_axes).spec
     parts = [int(np.prod([mesh.shape[axis] for axis in _axes(entry)])) for entry in spec]
     return PartitionSpec(
@@ -263,7 +264,7 @@ def divisible_spec(
 
 
 def constrain(x: jax.Array, *logical_axes: str | None) -> jax.Array:
-    """`x`, cut over the active mesh by the table; unchanged without one."""
+    """`x`, sharded over the active mesh by the table; unchanged without one."""
     mesh = active_mesh()
     if mesh is None:
         return x

@@ -210,15 +210,15 @@ def run_layers(
     # `split` is one pass over the weights, and over their gradients on the way back.
     sizes = [n - 1, 1] if compute.scan_layers else [1] * n
     parts = zip(*(jax.lax.split(leaf, sizes) for leaf in leaves), strict=True)
-    *others, last = (jax.tree.unflatten(structure, part) for part in parts)
+    *earlier, last = (jax.tree.unflatten(structure, part) for part in parts)
 
     def first(part: tuple) -> tuple:
         return jax.tree.map(lambda leaf: leaf[0], part)
 
     if compute.scan_layers:
-        x_BxLxD = jax.lax.scan(lambda x, one: (layer(x, one), None), x_BxLxD, others[0])[0]
+        x_BxLxD = jax.lax.scan(lambda x, one: (layer(x, one), None), x_BxLxD, earlier[0])[0]
     else:
-        for one in others:
+        for one in earlier:
             x_BxLxD = layer(x_BxLxD, first(one))
     return (last_layer or layer)(x_BxLxD, first(last))
 
@@ -320,7 +320,7 @@ def _matmul(x_BxLxI: jax.Array, weights_IxO: jax.Array) -> jax.Array:
     mesh = active_mesh()
     if mesh is not None and mesh.shape["sequence"] > 1:
         return x_BxLxI @ weights_IxO
-    # Batch and length as one axis (which they cannot be where a mesh cuts both): to sum the
+    # Batch and length as one axis (which they cannot be where a mesh shards both): to sum the
     # weights' gradient over two, XLA for CPUs would copy the large factor into another order.
     flat = x_BxLxI.reshape(-1, x_BxLxI.shape[-1]) @ weights_IxO
     return flat.reshape(*x_BxLxI.shape[:-1], -1)
