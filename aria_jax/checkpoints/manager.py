@@ -136,11 +136,11 @@ class Checkpointer:
         Raises:
             UserError: it cannot be read, or belongs to another step.
         """
-        place = self._manager.directory / str(step)
+        path = self._manager.directory / str(step)
 
         def read() -> dict[str, Any]:
             handler = ocp.JsonCheckpointHandler()
-            return handler.restore(place / "record", args=ocp.args.JsonRestore())
+            return handler.restore(path / "record", args=ocp.args.JsonRestore())
 
         record = self._together(step, read)
         digest = record.pop("digest", None)
@@ -149,7 +149,7 @@ class Checkpointer:
         for of in (record, record.get("position", {})):
             if of.get("step", step) != step:
                 raise UserError(
-                    f"{place} is of step {of['step']}, by its record: give the folder that name"
+                    f"{path} is of step {of['step']}, by its record: give the folder that name"
                 )
         return record
 
@@ -164,17 +164,17 @@ class Checkpointer:
         """
         wanted, structure = jax.tree.flatten(like)
         target = wanted if item == "opt_state" else like
-        place = self._manager.directory / str(step) / item
+        path = self._manager.directory / str(step) / item
         described = self.record(step).get("arrays", {}).get(item, {})
 
         def read() -> Any:
             handler = ocp.StandardCheckpointHandler()
             there = {name: (tuple(shape), kind) for name, (shape, kind, _) in described.items()}
             if not there:  # of a version that did not describe them
-                saved = _named(handler.metadata(place).tree)
+                saved = _named(handler.metadata(path).tree)
                 there = {name: (leaf.shape, leaf.dtype) for name, leaf in saved.items()}
-            stored = _as_stored(target, there, str(place))
-            return handler.restore(place, args=ocp.args.StandardRestore(stored))
+            stored = _as_stored(target, there, str(path))
+            return handler.restore(path, args=ocp.args.StandardRestore(stored))
 
         found = self._together(step, read)
         if described and described != _described(found):
@@ -285,16 +285,16 @@ def checksums(tree: Any) -> list[int]:
 
 @cache
 def _checksum(everywhere: NamedSharding | None) -> Callable[[jax.Array], jax.Array]:
-    """Sum modulo 2³² of each element's bits times an odd number of its place; compiled."""
+    """Sum modulo 2³² of each element's bits times an odd number of its index; compiled."""
 
     def part(x: jax.Array, first: int | jax.Array = 0) -> jax.Array:
         kind = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
         bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
-        place = jnp.full(x.shape, first, jnp.uint32)
+        index = jnp.full(x.shape, first, jnp.uint32)
         for axis in range(x.ndim):
             stride = math.prod(x.shape[axis + 1 :]) % 2**32
-            place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
-        return jnp.sum(bits * (2 * place + 1), dtype=jnp.uint32)
+            index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
+        return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)
 
     def whole(x: jax.Array) -> jax.Array:
         if x.ndim < 3:
@@ -306,7 +306,7 @@ def _checksum(everywhere: NamedSharding | None) -> Callable[[jax.Array], jax.Arr
     return jax.jit(whole, out_shardings=everywhere)
 
 
-def _as_stored(like: Any, there: dict[str, tuple[tuple[int, ...], Any]], place: str) -> Any:
+def _as_stored(like: Any, there: dict[str, tuple[tuple[int, ...], Any]], path: str) -> Any:
     """`like` in the types that are stored.
 
     Args:
@@ -323,7 +323,7 @@ def _as_stored(like: Any, there: dict[str, tuple[tuple[int, ...], Any]], place: 
             wrong.append(f"{name} is {shape} there and {wanted.get(name, 'unknown')} here")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise UserError(f"{place}: another model's arrays: {'; '.join(wrong[:3])}{more}")
+        raise UserError(f"{path}: another model's arrays: {'; '.join(wrong[:3])}{more}")
     leaves, structure = jax.tree.flatten(like)
     stored = [
         jax.ShapeDtypeStruct(leaf.shape, there[name][1], sharding=leaf.sharding)

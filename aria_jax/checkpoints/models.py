@@ -109,7 +109,7 @@ def load_model(
     base: str | Path | None = None,
     step: int | None = None,
 ) -> LoadedModel:
-    """The newest intact model of a run or of `save_model`, on one device or cut over a mesh; or
+    """The newest intact model of a run or of `save_model`, on one device or sharded over a mesh; or
     that of a .safetensors file, or of released weights by their name.
 
     A run that keeps a moving average of its weights gives that average; one that trained adapters
@@ -306,7 +306,7 @@ def merged_with_base(
 
 def lora_record(training: LoraTraining, base_path: Path, base_params: Parameters) -> dict[str, Any]:
     """What a checkpoint says of its adapters and of their base, as JSON types."""
-    base = {"base": str(base_path.absolute()), "fingerprint": fingerprint(base_params)}
+    base = {"base": str(base_path.absolute()), "fingerprint": params_digest(base_params)}
     return {**training.record(), **base}
 
 
@@ -329,7 +329,7 @@ def base_weights(
         )
     base = read_base(base_path)
     params = split_model(base)[1]
-    if fingerprint(params) != saved["fingerprint"]:
+    if params_digest(params) != saved["fingerprint"]:
         raise UserError(
             f"{base_path} has changed since adapters were trained on it, so that the sum would be "
             "wrong; bring back the weights of that time"
@@ -337,7 +337,7 @@ def base_weights(
     return with_vocabulary(params, base.config, config)[0]
 
 
-def fingerprint(params: Parameters) -> str:
+def params_digest(params: Parameters) -> str:
     """Hex digest of a sample of each weight, at bfloat16 so that any float type gives the same."""
 
     def sample(params: Parameters) -> Sequence[jax.Array]:
