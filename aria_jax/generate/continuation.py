@@ -157,11 +157,11 @@ def make_prompt(
     if seconds is not None:
         starts_ms = performance.ms(starts)
         notes = int(np.searchsorted(starts_ms - starts_ms[0], seconds * 1000, side="right"))
-    cut = performance.slice_notes(0, notes or 0)
+    prompt = performance.slice_notes(0, notes or 0)
     if tokenizer.has_pedal:
-        last = cut.notes["start"][-1]
-        cut = replace(cut, pedals=cut.pedals[cut.pedals["tick"] <= last])
-    return tokenizer.encode(cut, labels=labels, add_eos=False).astype(np.int64)
+        last = prompt.notes["start"][-1]
+        prompt = replace(prompt, pedals=prompt.pedals[prompt.pedals["tick"] <= last])
+    return tokenizer.encode(prompt, labels=labels, add_eos=False).astype(np.int64)
 
 
 def prompt_of_file(

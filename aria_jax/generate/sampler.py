@@ -45,7 +45,7 @@ class Temperature:
             )
 
     def probabilities(self, logits_BxV: jax.Array) -> jax.Array:
-        """float32[B, V], before anything is cut."""
+        """float32[B, V], before any truncation."""
         return jax.nn.softmax(logits_BxV.astype(jnp.float32) / self.temperature, axis=-1)
 
     def keep(self, logits_BxV: jax.Array) -> jax.Array:
@@ -167,10 +167,10 @@ def choose_sampler(
     top_p: float | None = None,
     top_k: int | None = None,
 ) -> Sampler:
-    """The sampler for these settings; temperature 0 is greedy, at most one cut may be given.
+    """The sampler for these settings; temperature 0 is greedy, at most one truncation may be given.
 
     Raises:
-        UserError: two cuts at once, or a value out of range.
+        UserError: two truncations at once, or a value out of range.
     """
     given = {
         name: value
