@@ -58,7 +58,7 @@ def resolve_init(
 ) -> InitFrom:
     """Chooses how to begin:
 
-    1. the run's own workdir has a checkpoint: resume it (`init_from` was its beginning, not ours);
+    1. the run's own workdir has a checkpoint: resume it (`init_from` was how it began);
     2. `init_from` is a checkpoint: start from its weights;
     3. `init_from` is a published .safetensors file: convert it and start from its weights;
     4. otherwise: from scratch.

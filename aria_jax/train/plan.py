@@ -108,11 +108,11 @@ def plan_text(config: RunConfig, made: Plan, basis: str) -> str:
         f"task         {config.task}, {config.train.steps:,} steps",
         f"model        {made.parameters:,} parameters",
         f"compute      {made.flops_per_token / 1e9:.3g} GFLOPs a token, forward and backward",
-        f"batch        {made.tokens_per_step:,} tokens a step",
+        f"batch        {made.tokens_per_step:,} tokens per step",
         f"data         {made.tokens:,} tokens, {made.epochs:.2f} epochs",
         f"mesh         {mesh}",
-        f"computed in  {compute.dtype}{stays}, remat {compute.remat}, {accumulation} parts a step",
-        f"memory       {total / gib:.2f} GiB a device{room}{verdict} "
+        f"computed in  {compute.dtype}{stays}, remat {compute.remat}, {accumulation} parts per step",
+        f"memory       {total / gib:.2f} GiB per device{room}{verdict} "
         f"({parts}; activations by formula: `aria-jax compile` asks the compiler)",
     ]
     if made.hours is None:

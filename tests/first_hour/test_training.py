@@ -13,7 +13,7 @@ TRAIN = [
         before=(("c.yaml", "steps: 3"),)),
     Use("train --settings", ("peak_lr=0.0003", "Learning rate at the end of the warm-up")),
     Use(f"{PRETRAIN} --dry-run --on v5p:64 --preset medium",
-        ("time", "GiB a device", "computed in  bfloat16")),
+        ("time", "GiB per device", "computed in  bfloat16")),
     wrong("train pretrain --data {data} --workdir {midi}", "holds MIDI files"),
     wrong("train pretrain --data {data} --workdir mine", "holds a corpus",
           before=(("mine/manifest.json", "{}"),)),

@@ -35,7 +35,7 @@ def test_a_dry_run_plans_and_writes_nothing(corpus, tmp_path, capsys):
     workdir = tmp_path / "run"
     assert train(corpus, workdir, "--dry-run", "steps=100") == 0
     text = capsys.readouterr().out
-    for word in ("parameters", "tokens a step", "GiB a device", "epochs", "data 8 × fsdp 1"):
+    for word in ("parameters", "tokens per step", "GiB per device", "epochs", "data 8 × fsdp 1"):
         assert word in text
     assert "s a step, measured here just now\n" in text
     assert not workdir.exists()
