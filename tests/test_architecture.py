@@ -112,8 +112,8 @@ def test_imports_follow_the_dependency_table(path):
     room = room_of(module)
     assert room in ALLOWED, f"{module} is in no room of the map"
     allowed = ALLOWED[room] | {room}
-    ours = {name for name in imports(path) if name.split(".")[0] in PACKAGES}
-    wrong = {name for name in ours if not any(within(name, prefix) for prefix in allowed)}
+    local = {name for name in imports(path) if name.split(".")[0] in PACKAGES}
+    wrong = {name for name in local if not any(within(name, prefix) for prefix in allowed)}
     assert not wrong, f"{module} may not import {sorted(wrong)}"
 
 

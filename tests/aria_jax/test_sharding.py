@@ -79,16 +79,16 @@ def test_layouts_agree(single, axes):
     mesh = make_mesh(MeshConfig(*axes), jax.devices()[: int(np.prod(axes))])
     value, grads = loss_and_grads(mesh)
     assert value == pytest.approx(single[0], rel=1e-5)  # reductions in another order
-    for ours, theirs in zip(grads, single[1], strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    for actual, desired in zip(grads, single[1], strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("compute", [{"scan_layers": False}, {"remat": "full"}], ids=str)
 def test_layouts_agree_however_layers_are_computed(single, compute):
     value, grads = loss_and_grads(make_mesh(MeshConfig(1, 2, 2, 2), jax.devices()[:8]), **compute)
     assert value == pytest.approx(single[0], rel=1e-5)
-    for ours, theirs in zip(grads, single[1], strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    for actual, desired in zip(grads, single[1], strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-4, atol=1e-6)
 
 
 def test_parameters_are_sharded_by_the_table():
@@ -104,8 +104,8 @@ def test_a_sharded_start_is_the_unsharded_one():
         for devices in (jax.devices()[:1], jax.devices()[:8])
     )
     leaves = (jax.tree.leaves(nnx.state(model)) for model in (one, many))
-    for ours, theirs in zip(*leaves, strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for actual, desired in zip(*leaves, strict=True):
+        np.testing.assert_array_equal(actual, desired)
 
 
 def test_optimiser_state_is_sharded_like_the_parameters():

@@ -35,8 +35,10 @@ def test_miditoolkit_reads_the_same_notes():
 
     performance = random_performance(np.random.default_rng(1), 300)
     data = midi_bytes(performance)
-    theirs = MidiFile(file=io.BytesIO(data))
-    expected = sorted((n.pitch, n.start, n.end) for i in theirs.instruments for n in i.notes)
+    by_miditoolkit = MidiFile(file=io.BytesIO(data))
+    expected = sorted(
+        (n.pitch, n.start, n.end) for i in by_miditoolkit.instruments for n in i.notes
+    )
     assert sorted(rows(read_midi(data))) == expected
 
 

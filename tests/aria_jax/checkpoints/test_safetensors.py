@@ -34,14 +34,14 @@ def exported(tmp_path):
 
 
 def published(path, out, change=lambda name: name, dtype=jnp.float32):
-    """The tensors of `path` as another program would have written them: no metadata of ours."""
+    """The tensors of `path` as another program would have written them: no metadata of this one."""
     save_file({change(name): t.astype(dtype) for name, t in load_file(path).items()}, out)
     return out
 
 
 def same_weights(a, b):
-    for ours, theirs in zip(*(jax.tree.leaves(nnx.state(m)) for m in (a, b)), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
+    for actual, desired in zip(*(jax.tree.leaves(nnx.state(m)) for m in (a, b)), strict=True):
+        np.testing.assert_array_equal(actual, desired)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -59,8 +59,8 @@ def test_round_trip_is_exact_for_every_head(tmp_path, kind):
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_architecture_is_inferred_from_tensors_alone(tmp_path, kind):
     model = build_model(CONFIGS[kind], ComputeConfig(), rngs=nnx.Rngs(params=0))
-    export_model(model, tmp_path / "ours.safetensors")
-    bare = published(tmp_path / "ours.safetensors", tmp_path / "theirs.safetensors")
+    export_model(model, tmp_path / "local.safetensors")
+    bare = published(tmp_path / "local.safetensors", tmp_path / "published.safetensors")
     back = import_model(bare, n_heads=2, class_names=CONFIGS[kind].class_names)
     assert back.config == CONFIGS[kind]
 

@@ -22,10 +22,10 @@ def test_published_weights_become_a_checkpoint_and_come_back(golden, tmp_path, c
     out, back = str(tmp_path / "lm"), str(tmp_path / "back.safetensors")
     assert main(["convert", "from-safetensors", str(source), out, "--n-heads", heads]) == 0
     assert main(["convert", "to-safetensors", out, back]) == 0
-    ours, theirs = load_file(back), load_file(source)
-    assert ours.keys() == theirs.keys()
-    for name in theirs:
-        np.testing.assert_array_equal(ours[name], theirs[name])
+    actual, desired = load_file(back), load_file(source)
+    assert actual.keys() == desired.keys()
+    for name in desired:
+        np.testing.assert_array_equal(actual[name], desired[name])
     assert main(["convert", "from-safetensors", str(source), out, "--n-heads", heads]) == 0
     assert "nothing to do" in capsys.readouterr().err
 
@@ -40,10 +40,10 @@ def test_weights_of_another_vocabulary_are_refused(golden, tmp_path, capsys):
 def test_the_pedal_demos_weights_bring_their_tokenizer(tmp_path, capsys):
     """As published: half precision, prefixed, no metadata, two ids more than the other models."""
     config = ModelConfig(d_model=64, n_heads=1, n_layers=1, vocab_size=17_729, emb_size=4)
-    export_model(build_model(config, ComputeConfig(), rngs=nnx.Rngs(0)), tmp_path / "ours")
+    export_model(build_model(config, ComputeConfig(), rngs=nnx.Rngs(0)), tmp_path / "local")
     published = {
         f"_orig_mod.{name}": jnp.asarray(tensor, jnp.bfloat16)
-        for name, tensor in load_file(tmp_path / "ours").items()
+        for name, tensor in load_file(tmp_path / "local").items()
     }
     save_file(published, tmp_path / "demo.safetensors")
     out = str(tmp_path / "demo")

@@ -81,7 +81,7 @@ def scored(accuracy: float, low: float, high: float) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("ours", "says"),
+    ("tuned", "says"),
     [
         (scored(0.60, 0.5, 0.7), "does not beat"),
         (scored(0.74, 0.7, 0.8), "does not beat"),  # equal is not better
@@ -89,5 +89,5 @@ def scored(accuracy: float, low: float, high: float) -> dict:
         (scored(0.90, 0.86, 0.95), "beats the untrained network"),
     ],
 )
-def test_the_verdict_claims_no_more_than_the_intervals(ours, says):
-    assert says in demo._verdict(ours, untrained=scored(0.74, 0.64, 0.84))
+def test_the_verdict_claims_no_more_than_the_intervals(tuned, says):
+    assert says in demo._verdict(tuned, untrained=scored(0.74, 0.64, 0.84))

@@ -104,8 +104,8 @@ def test_prompts_of_the_reference_are_continued(prompt, folder, capsys, tmp_path
     whole, alone = (read_midi(files[kind]).notes for kind in ("midi", "continuation"))
     assert status == 0 and n_notes == 20 and len(whole) == 40 + 20 and len(alone) == 20
     for kind, notes in (("midi", whole), ("continuation", alone)):
-        ours = sorted(notes[["pitch", "velocity", "start"]].tolist())
-        assert parsed_by_others(files[kind]) == (ours, ours)
+        read = sorted(notes[["pitch", "velocity", "start"]].tolist())
+        assert parsed_by_others(files[kind]) == (read, read)
 
 
 def test_json_seeds_and_grammar(folder, capsys, tmp_path):

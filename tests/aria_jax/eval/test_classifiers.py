@@ -68,8 +68,8 @@ def test_logistic_regression_chooses_as_well_as_a_grid_search():
         {"logisticregression__C": C_GRID},
         cv=StratifiedGroupKFold(3, shuffle=True, random_state=0),
     ).fit(x[train], y[train], groups=group[train])
-    ours = CLASSIFIERS["logistic"](x[train], y[train], group[train], 0)(x[test])
-    assert (ours == search.predict(x[test])).mean() > 0.99
+    found = CLASSIFIERS["logistic"](x[train], y[train], group[train], 0)(x[test])
+    assert (found == search.predict(x[test])).mean() > 0.99
     few = CLASSIFIERS["logistic"](x[:6], y[:6] + 4, np.zeros(6, str), 0)  # no inner folds
     assert set(few(x[test])) <= {4, 5, 6}
 

@@ -81,20 +81,20 @@ def golden_model(golden):
         names = {"qkv": "mixed_qkv", "out": "att_proj_linear", "gate": "ff_gate_proj",
                  "up": "ff_up_proj", "down": "ff_down_proj"}  # fmt: skip
         blocks = model.backbone.blocks
-        for ours, theirs in names.items():
-            parameter = getattr(blocks, ours)
+        for field, published in names.items():
+            parameter = getattr(blocks, field)
             layers = [
-                tensors[f"model.encode_layers.{i}.{theirs}.weight"].T
+                tensors[f"model.encode_layers.{i}.{published}.weight"].T
                 for i in range(config.n_layers)
             ]
             parameter[...] = jnp.asarray(np.stack(layers)).reshape(parameter.shape)
         for norm in ("norm1", "norm2"):
-            for ours, theirs in (("scale", "weight"), ("bias", "bias")):
+            for field, published in (("scale", "weight"), ("bias", "bias")):
                 layers = [
-                    tensors[f"model.encode_layers.{i}.{norm}.{theirs}"]
+                    tensors[f"model.encode_layers.{i}.{norm}.{published}"]
                     for i in range(config.n_layers)
                 ]
-                getattr(blocks, f"{norm}_{ours}")[...] = jnp.asarray(np.stack(layers))
+                getattr(blocks, f"{norm}_{field}")[...] = jnp.asarray(np.stack(layers))
         return model
 
     return load

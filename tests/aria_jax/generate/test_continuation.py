@@ -199,18 +199,18 @@ def test_generated_midi_opens_in_other_libraries(tiny_model, tmp_path):
     )
     path = tmp_path / "whole.mid"
     write_midi(one.full, path)
-    ours = sorted(read_midi(path).notes[["pitch", "start"]].tolist())
+    written = sorted(read_midi(path).notes[["pitch", "start"]].tolist())
     clock, onsets = 0, []
     for message in mido.merge_tracks(mido.MidiFile(path).tracks):
         clock += message.time
         if message.type == "note_on" and message.velocity > 0:
             onsets.append((message.note, clock))
-    assert sorted(onsets) == ours
+    assert sorted(onsets) == written
     tracks = MidiFile(str(path)).instruments
     if symusic := _installed("symusic"):
         tracks = [*tracks, *symusic.Score(str(path)).tracks]
         assert len(tracks) == 2
     for track in tracks:
-        assert sorted((note.pitch, note.start) for note in track.notes) == ours
+        assert sorted((note.pitch, note.start) for note in track.notes) == written
     n_prompt = len(one.prompt.notes)
-    assert len(ours) > n_prompt
+    assert len(written) > n_prompt

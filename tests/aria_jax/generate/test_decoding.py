@@ -263,8 +263,8 @@ def test_the_cpus_product_equals_the_compilers(tiny_model, piano_prompt, precisi
             form, prompt, empty_cache(form, 2, 8), jnp.array([40, 900]), jnp.int32(0)
         )
         found.append((logits, more))
-    for ours, theirs in zip(*found, strict=True):
-        np.testing.assert_allclose(ours, theirs, atol=1e-4)  # logits reach 30
+    for actual, desired in zip(*found, strict=True):
+        np.testing.assert_allclose(actual, desired, atol=1e-4)  # logits reach 30
 
 
 def test_int8_rows_are_within_half_a_step():

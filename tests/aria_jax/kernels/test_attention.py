@@ -40,11 +40,11 @@ def values_and_gradients(q, k, v, segment_ids, implementation):
 
 def check(arguments, implementation, tolerance=2e-5):
     expected = values_and_gradients(*arguments, "plain")
-    for ours, theirs in zip(
+    for actual, desired in zip(
         values_and_gradients(*arguments, implementation), expected, strict=True
     ):
         # float32 sums in another order
-        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(actual, desired, rtol=tolerance, atol=tolerance)
 
 
 def test_the_mask_of_two_segments():
@@ -103,8 +103,8 @@ def test_cut_over_a_mesh(implementation, sizes):
     mesh = make_mesh(MeshConfig(*sizes), jax.devices()[:8])
     with jax.set_mesh(mesh):
         found = values_and_gradients(*arguments, implementation)
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
+    for actual, desired in zip(found, expected, strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize(

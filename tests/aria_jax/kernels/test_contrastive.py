@@ -51,18 +51,18 @@ def weighed(statistics, n, m):
 def test_equals_the_plain_computation(implementation, n, m):
     arguments = case(n, m, n_compositions=40)
     where = PairSharding(implementation)
-    for ours, theirs in zip(pair_statistics(*arguments, where), naive(*arguments), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for actual, desired in zip(pair_statistics(*arguments, where), naive(*arguments), strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-5)
 
-    def ours(x, y, scale):
+    def actual(x, y, scale):
         return weighed(pair_statistics(x, y, *arguments[2:4], scale, where), n, m)
 
-    def theirs(x, y, scale):
+    def desired(x, y, scale):
         return weighed(naive(x, y, *arguments[2:4], scale), n, m)
 
     operands = arguments[0], arguments[1], arguments[4]
-    found = jax.grad(ours, (0, 1, 2))(*operands)
-    expected = jax.grad(theirs, (0, 1, 2))(*operands)
+    found = jax.grad(actual, (0, 1, 2))(*operands)
+    expected = jax.grad(desired, (0, 1, 2))(*operands)
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
@@ -72,8 +72,8 @@ def test_bfloat16_sums_in_float32(implementation):
     """Inputs of 8 bits, sums of 24: values to 1e-5, gradients to the rounding of their weights."""
     arguments = case(60, 200, jnp.bfloat16)
     where = PairSharding(implementation)
-    for ours, theirs in zip(pair_statistics(*arguments, where), naive(*arguments), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for actual, desired in zip(pair_statistics(*arguments, where), naive(*arguments), strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-5)
     wide = [a.astype(jnp.float32) for a in arguments[:2]]
     found = jax.grad(lambda x: weighed(pair_statistics(x, *arguments[1:], where), 60, 200))(
         arguments[0]

@@ -41,8 +41,8 @@ def values_and_gradients(arguments, implementation):
 
 def check(arguments, tolerance=5e-5):
     found = values_and_gradients(arguments, "packed")
-    for ours, theirs in zip(found, values_and_gradients(arguments, "plain"), strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=tolerance)  # order of sums
+    for actual, desired in zip(found, values_and_gradients(arguments, "plain"), strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=tolerance, atol=tolerance)  # order of sums
 
 
 @pytest.mark.parametrize(
@@ -76,9 +76,9 @@ def test_packed_in_bfloat16_sums_in_float32(monkeypatch):
     arguments = case(1, 1024, 2, 64, dtype=jnp.bfloat16)
     wide = {n: a.astype(jnp.float32) if n[0] in "qkv" else a for n, a in arguments.items()}
     wide_values = values_and_gradients(wide, "plain")
-    for ours, theirs in zip(values_and_gradients(arguments, "packed"), wide_values, strict=True):
+    for actual, desired in zip(values_and_gradients(arguments, "packed"), wide_values, strict=True):
         # bfloat16 has 8 bits: inputs, weights and outputs are rounded once each
-        error = jnp.linalg.norm(ours.astype(jnp.float32) - theirs) / jnp.linalg.norm(theirs)
+        error = jnp.linalg.norm(actual.astype(jnp.float32) - desired) / jnp.linalg.norm(desired)
         assert error < 1e-2
 
 
@@ -88,8 +88,8 @@ def test_packed_cut_over_a_mesh():
     mesh = make_mesh(MeshConfig(2, 1, 2, 1), jax.devices()[:4])
     with jax.set_mesh(mesh):
         found = values_and_gradients(arguments, "packed")
-    for ours, theirs in zip(found, expected, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=5e-5, atol=5e-5)
+    for actual, desired in zip(found, expected, strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=5e-5, atol=5e-5)
 
 
 @pytest.mark.parametrize(

@@ -28,9 +28,9 @@ def test_value_and_gradients_are_the_references(golden, temperature):
         case["z1"], case["z2"], temperature=float(temperature)
     )
     np.testing.assert_allclose(found, case[f"loss_{temperature}"], rtol=1e-5)
-    for ours, name in zip(grads, ("dz1", "dz2"), strict=True):
-        theirs = case[f"{name}_{temperature}"]
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    for actual, name in zip(grads, ("dz1", "dz2"), strict=True):
+        desired = case[f"{name}_{temperature}"]
+        np.testing.assert_allclose(actual, desired, rtol=1e-4, atol=1e-5 * np.abs(desired).max())
 
 
 @pytest.fixture
@@ -121,17 +121,17 @@ def test_variants_equal_their_definitions(pairs, variant, hardness, implementati
     """Value and gradients of both views and of a learned temperature."""
     z1, z2, composition = pairs
 
-    def ours(z1, z2, temperature):
+    def actual(z1, z2, temperature):
         return value(
             z1, z2, temperature=temperature, composition=composition, variant=variant,
             hardness=hardness, implementation=implementation,
         )  # fmt: skip
 
-    def theirs(z1, z2, temperature):
+    def desired(z1, z2, temperature):
         return VARIANTS[variant](z1, z2, temperature, composition, hardness)
 
-    found = jax.value_and_grad(ours, (0, 1, 2))(z1, z2, 0.2)
-    expected = jax.value_and_grad(theirs, (0, 1, 2))(z1, z2, 0.2)
+    found = jax.value_and_grad(actual, (0, 1, 2))(z1, z2, 0.2)
+    expected = jax.value_and_grad(desired, (0, 1, 2))(z1, z2, 0.2)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 

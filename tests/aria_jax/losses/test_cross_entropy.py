@@ -31,8 +31,8 @@ def plain(hidden, head, targets, mask, z_loss=0.0):
 def check(found, expected):
     # float32 sums in another order
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-6)
-    for ours, theirs in zip(found[1], expected[1], strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    for actual, desired in zip(found[1], expected[1], strict=True):
+        np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("chunk", [7, 16, 1024])
@@ -40,7 +40,7 @@ def check(found, expected):
 def test_equals_the_plain_loss(chunk, z_loss):
     hidden, head, targets, mask = case()
 
-    def ours(hidden, head):
+    def actual(hidden, head):
         # the factor: a cotangent other than one
         loss = next_token_loss(hidden, head, targets, mask, z_loss=z_loss, chunk_tokens=chunk)[0]
         return 3 * loss
@@ -48,8 +48,8 @@ def test_equals_the_plain_loss(chunk, z_loss):
     expected = jax.value_and_grad(
         lambda hidden, head: 3 * plain(hidden, head, targets, mask, z_loss), (0, 1)
     )(hidden, head)
-    check(jax.value_and_grad(ours, (0, 1))(hidden, head), expected)
-    assert ours(hidden, head) == pytest.approx(float(expected[0]), rel=1e-6)  # without gradients
+    check(jax.value_and_grad(actual, (0, 1))(hidden, head), expected)
+    assert actual(hidden, head) == pytest.approx(float(expected[0]), rel=1e-6)  # without gradients
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 4, 2, 1), (1, 2, 4, 1), (1, 2, 2, 2)])
@@ -122,9 +122,11 @@ def test_bfloat16_sums_in_float32():
     expected = jax.grad(lambda hidden, head: plain(hidden, head, targets, mask), (0, 1))(*rounded)
     np.testing.assert_allclose(value, plain(*rounded, targets, mask), rtol=1e-5)
     assert grads[0].dtype == jnp.bfloat16 and grads[1].dtype == jnp.float32
-    for ours, theirs in zip(grads, expected, strict=True):  # rounded once to 8 bits
-        scale = np.abs(theirs).max()
-        np.testing.assert_allclose(ours.astype(jnp.float32), theirs, rtol=2e-2, atol=4e-3 * scale)
+    for actual, desired in zip(grads, expected, strict=True):  # rounded once to 8 bits
+        scale = np.abs(desired).max()
+        np.testing.assert_allclose(
+            actual.astype(jnp.float32), desired, rtol=2e-2, atol=4e-3 * scale
+        )
 
 
 @pytest.mark.parametrize("chunk", [7, 1024])

@@ -24,9 +24,9 @@ def test_value_and_gradient_of_the_formula(shape):
     def gradients(norm):
         return jax.value_and_grad(lambda *a: (norm(*a) * weights).sum(), (0, 1, 2))(x, scale, bias)
 
-    (ours, our_grads), (theirs, their_grads) = gradients(layer_norm), gradients(formula)
-    assert float(ours) == pytest.approx(float(theirs), rel=1e-5)
-    for one, another in zip(our_grads, their_grads, strict=True):
+    (actual, actual_grads), (desired, desired_grads) = gradients(layer_norm), gradients(formula)
+    assert float(actual) == pytest.approx(float(desired), rel=1e-5)
+    for one, another in zip(actual_grads, desired_grads, strict=True):
         np.testing.assert_allclose(one, another, rtol=1e-4, atol=1e-5)
 
 

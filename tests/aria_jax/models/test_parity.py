@@ -19,10 +19,10 @@ def io(golden):
     return np.load(golden / "model" / "io.npz")
 
 
-def close(ours, theirs):
+def close(actual, desired):
     # Relative to the largest value: single entries near zero carry only rounding noise.
-    scale = np.abs(theirs).max()
-    np.testing.assert_allclose(np.asarray(ours), theirs, rtol=1e-5, atol=1e-5 * scale)
+    scale = np.abs(desired).max()
+    np.testing.assert_allclose(np.asarray(actual), desired, rtol=1e-5, atol=1e-5 * scale)
 
 
 def ends(logits, io):
@@ -58,10 +58,10 @@ def test_export_is_the_inverse_of_import(golden, tmp_path):
 
     for name in ("lm", "emb", "cl", "lm_cnd"):
         export_model(load(golden, name), tmp_path / "out.safetensors")
-        theirs, ours = (
+        desired, actual = (
             load_file(golden / "model" / f"{name}.safetensors"),
             load_file(tmp_path / "out.safetensors"),
         )
-        assert theirs.keys() == ours.keys()
-        for key in theirs:
-            np.testing.assert_array_equal(ours[key], theirs[key])
+        assert desired.keys() == actual.keys()
+        for key in desired:
+            np.testing.assert_array_equal(actual[key], desired[key])

@@ -77,9 +77,9 @@ def test_ways_to_compute_agree(tokens, straight, compute, dropout):
     value, grads = straight(dropout)
     other, other_grads = loss_and_grads(tokens, key, config, **compute)
     assert float(other) == pytest.approx(float(value), rel=1e-6)
-    for ours, theirs in zip(jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True):
+    for actual, desired in zip(jax.tree.leaves(other_grads), jax.tree.leaves(grads), strict=True):
         # Entries near zero carry the rounding of the terms they are sums of, up to 0.2.
-        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(actual, desired, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -101,8 +101,10 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters(tokens)
     half, half_grads = loss_and_grads(tokens, dtype="bfloat16")
     assert float(half) == pytest.approx(float(value), rel=1e-2)
     assert {leaf.dtype for leaf in jax.tree.leaves(half_grads)} == {jnp.dtype("float32")}
-    for ours, theirs in zip(jax.tree.leaves(half_grads), jax.tree.leaves(grads), strict=True):
-        similarity = jnp.vdot(ours, theirs) / (jnp.linalg.norm(ours) * jnp.linalg.norm(theirs))
+    for actual, desired in zip(jax.tree.leaves(half_grads), jax.tree.leaves(grads), strict=True):
+        similarity = jnp.vdot(actual, desired) / (
+            jnp.linalg.norm(actual) * jnp.linalg.norm(desired)
+        )
         assert similarity > 0.99
 
 
@@ -156,9 +158,9 @@ def test_queries_keys_and_values_lie_as_the_docstring_says():
     d = 16
     qkv = jax.random.normal(jax.random.key(0), (d, 3, d))
     weights = {"qkv": qkv, "norm1_scale": jnp.zeros(d), "norm1_bias": jnp.arange(d) / d}
-    for part, ours in enumerate(project_qkv(weights, jnp.ones((1, 1, d)))):
+    for part, actual in enumerate(project_qkv(weights, jnp.ones((1, 1, d)))):
         np.testing.assert_allclose(
-            ours.reshape(d), (jnp.arange(d) / d) @ qkv[:, part], rtol=1e-5, atol=1e-6
+            actual.reshape(d), (jnp.arange(d) / d) @ qkv[:, part], rtol=1e-5, atol=1e-6
         )
 
 

@@ -31,10 +31,10 @@ def size_of(folder):
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def differences(ours, theirs):
+def differences(actual, desired):
     """Parameter -> rank of the greatest change of a layer, where there is any."""
     changed = {}
-    pairs = zip(jax.tree_util.tree_leaves_with_path(ours), jax.tree.leaves(theirs), strict=True)
+    pairs = zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(desired), strict=True)
     for (path, a), b in pairs:
         if (a != b).any():
             delta = (a - b).reshape(len(a), a.shape[1], -1)

@@ -70,8 +70,8 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(config, corpus, traine
         result = run(config("pretrain", "checkpoint_every=2"), corpus, workdir)
     assert result.init.kind == "resume" and result.final_step == 4
     # Done again, bit for bit, beside the damage, which is kept.
-    ours, theirs = (split_model(load_model(d).model)[1] for d in (workdir, trained))
-    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    actual, desired = (split_model(load_model(d).model)[1] for d in (workdir, trained))
+    jax.tree.map(np.testing.assert_array_equal, actual, desired)
 
 
 def test_where_all_are_damaged_the_run_says_so(config, corpus, trained, tmp_path):

@@ -133,9 +133,9 @@ def test_given_checkpoint_gives_backbone_and_new_head(config, corpus, tmp_path, 
         config("contrastive", "steps=0"), corpus, tmp_path / "emb", init_from=tmp_path / "lm"
     )
     assert result.init.kind == "checkpoint"
-    ours, theirs = weights(tmp_path / "emb"), weights(tmp_path / "lm")
-    jax.tree.map(np.testing.assert_array_equal, ours["backbone"], theirs["backbone"])
-    assert ours["head"].shape == (32, 16)
+    actual, desired = weights(tmp_path / "emb"), weights(tmp_path / "lm")
+    jax.tree.map(np.testing.assert_array_equal, actual["backbone"], desired["backbone"])
+    assert actual["head"].shape == (32, 16)
 
 
 def test_published_weights_are_converted(config, corpus, tmp_path, weights):

@@ -91,11 +91,11 @@ def test_loss_and_gradients_are_those_of_masked_logits(config, corpus):
         chosen = jnp.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
         return (jax.nn.logsumexp(logits, -1) - chosen).mean()
 
-    def ours(params):
+    def actual(params):
         return loss_function(closed)(merge(params), batch, None)[0]
 
     expected, by_all_rows = jax.jit(jax.value_and_grad(masked))(params)
-    found, grads = jax.jit(jax.value_and_grad(ours))(small)
+    found, grads = jax.jit(jax.value_and_grad(actual))(small)
     assert found == pytest.approx(float(expected), rel=1e-6)  # float32 sums in another order
     wanted, _ = with_vocabulary(by_all_rows, full.model, closed.model)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), grads, wanted)
