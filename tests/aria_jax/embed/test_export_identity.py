@@ -144,8 +144,24 @@ def encode(slices):
     time.sleep(0.001)
     return np.stack([[len(s), s.sum(dtype=np.int64)] for s in slices]).astype(np.float32)
 
+class Gate:  # opens for all at one moment; no process that is killed can keep it shut
+    def __init__(self):
+        (self.ready, self.arrive), (self.opened, self.shut) = os.pipe(), os.pipe()
+
+    def wait(self):
+        os.close(self.shut)
+        os.write(self.arrive, b".")
+        os.read(self.opened, 1)  # until the last process that could write closes its end
+
+    def open(self, n):
+        while n:
+            n -= len(os.read(self.ready, n))
+        for end in (self.ready, self.arrive, self.opened, self.shut):
+            os.close(end)
+
 def host(index, count, out, gate):
-    gate.wait()
+    if gate is not None:
+        gate.wait()
     export(source, encode, out, settings={"fingerprint": "f"}, files_per_part=1,
            host_index=index, host_count=count)
 
@@ -158,10 +174,11 @@ if __name__ == "__main__":
     for number in range(rounds):
         out, knowing, kill = work / f"{number}.parquet", number % 2, number % 3 == 0
         hosts = [(i, 4) if knowing else (0, 1) for i in range(4)]
-        gate = fork.Barrier(4)
+        gate = Gate()
         processes = [fork.Process(target=host, args=(*h, out, gate)) for h in hosts]
         for process in processes:
             process.start()
+        gate.open(4)
         if kill:
             time.sleep(rng.uniform(0, 0.1))
             processes[0].kill()
@@ -169,8 +186,8 @@ if __name__ == "__main__":
             process.join()
         killed += processes[0].exitcode == -signal.SIGKILL
         crashed += sum(p.exitcode not in (0, -signal.SIGKILL if kill else 0) for p in processes)
-        if kill:  # started again, as a launcher does; it may have died with the others waiting
-            again = fork.Process(target=host, args=(*hosts[0], out, fork.Barrier(1)))
+        if kill:  # started again, as a launcher does; it may have died with work begun
+            again = fork.Process(target=host, args=(*hosts[0], out, None))
             again.start(); again.join()
             crashed += again.exitcode != 0
         assert pq.read_table(out).equals(expected), number
