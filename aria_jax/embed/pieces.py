@@ -254,7 +254,7 @@ class _Several:
     def cut(self, i: int) -> Piece | Rejection:
         number = int(np.searchsorted(self._ends, i, side="right"))
         before = int(self._ends[number - 1]) if number else 0
-        found = self.sources[number].cut(i - before)
+        found = self.sources[number].sliced(i - before)
         return replace(found, path=self.prefixes[number] + found.path)
 
     def sliced(self, slicing: Slicing) -> Source:
