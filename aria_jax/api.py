@@ -100,7 +100,7 @@ def embed(
         opened = open_source(
             source, encoder.slicing, spool=Path(folder) / "spool", metadata=metadata
         )
-        found = [opened.sliced(i) for i in range(len(opened.paths))]
+        found = [opened.piece(i) for i in range(len(opened.paths))]
     pieces = [piece for piece in found if isinstance(piece, Piece)]
     _warn_left_out([f"{r.path}: {r.message}" for r in found if not isinstance(r, Piece)])
     if not pieces:

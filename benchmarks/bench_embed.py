@@ -35,8 +35,8 @@ class Subset:
         self._source, self._files = source, list(files)
         self.paths = [source.paths[i] for i in self._files]
 
-    def sliced(self, i: int) -> Piece | Rejection:
-        return self._source.sliced(self._files[i])
+    def piece(self, i: int) -> Piece | Rejection:
+        return self._source.piece(self._files[i])
 
 
 def one_at_a_time(source, model: Model, multiple: int):
@@ -52,12 +52,12 @@ def one_at_a_time(source, model: Model, multiple: int):
         tokens[0, : len(ids)] = ids
         return np.asarray(run(state, tokens, np.array([len(ids) - 1]))[0])
 
-    lengths = {len(ids) for i in range(len(source.paths)) for ids in source.sliced(i).slices}
+    lengths = {len(ids) for i in range(len(source.paths)) for ids in source.piece(i).slices}
     for length in {-(-n // multiple) * multiple for n in lengths}:
         embed(np.full(length, PAD))
     began = time.perf_counter()
     rows = [
-        np.mean([embed(ids) for ids in source.sliced(i).slices], axis=0)
+        np.mean([embed(ids) for ids in source.piece(i).slices], axis=0)
         for i in range(len(source.paths))
     ]
     return time.perf_counter() - began, np.stack(rows)
@@ -76,9 +76,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         everything = open_source(args.midi_dir, Slicing(), spool=Path(folder) / "spool")
         chosen = np.linspace(0, len(everything.paths) - 1, args.files).astype(int)
-        source = Subset(everything, [i for i in chosen if isinstance(everything.sliced(i), Piece)])
+        source = Subset(everything, [i for i in chosen if isinstance(everything.piece(i), Piece)])
         n, encode = len(source.paths), model_encoder(model, PAD)
-        slices = [ids for i in range(n) for ids in source.sliced(i).slices]
+        slices = [ids for i in range(n) for ids in source.piece(i).slices]
         batches = length_bucketed_batches(slices, PAD, batch_tokens=CPU_BATCH_TOKENS)
         computed = sum(tokens.size for _, tokens, _ in batches)
         used = sum(map(len, slices))

@@ -21,8 +21,8 @@ from aria_jax.config import RunConfig
 from aria_jax.generate.cache import LayerCache, PromptCache, cache_sharding, decode_step, prefill
 from aria_jax.generate.weights import abstract_decoder_weights
 from aria_jax.losses.cross_entropy import CHUNK_TOKENS
+from aria_jax.models import Parameters, abstract_parameters
 from aria_jax.models.heads import abstract_model, parameter_specs, split_model
-from aria_jax.models.parameters import Parameters, abstract_parameters
 from aria_jax.presets import Chip
 from aria_jax.sharding import batch_sharding, replicated
 from aria_jax.train.loop import check_batch

@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from aria_jax.checkpoints import DIRECTORY
-from aria_jax.models.parameters import Parameters
+from aria_jax.models import Parameters
 from aria_jax.sharding import replicated
 from data_pipeline.artifact import json_digest
 from data_pipeline.errors import UserError

@@ -16,6 +16,7 @@ from aria_jax.checkpoints import check_model, model_path
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.safetensors import import_model, read_about
 from aria_jax.config import ComputeConfig, ModelConfig, from_dict, to_dict
+from aria_jax.models import Parameters, Specs, abstract_parameters, parameter_shardings
 from aria_jax.models.heads import (
     Model,
     abstract_model,
@@ -24,7 +25,6 @@ from aria_jax.models.heads import (
     with_vocabulary,
 )
 from aria_jax.models.lora import Lora, LoraTraining
-from aria_jax.models.parameters import Parameters, Specs, abstract_parameters, parameter_shardings
 from aria_jax.sharding import replicated
 from data_pipeline.errors import UserError
 from data_pipeline.midi import STANDARD

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aria_jax.config import ComputeConfig, Head, ModelConfig, to_dict
+from aria_jax.models import ParameterSpec
 from aria_jax.models.heads import (
     ADAPTER_TENSOR,
     HEAD_TENSORS,
@@ -29,7 +30,6 @@ from aria_jax.models.heads import (
     with_vocabulary,
 )
 from aria_jax.models.lora import Lora
-from aria_jax.models.parameters import ParameterSpec
 from data_pipeline.artifact import atomic, write_atomically
 from data_pipeline.errors import UserError
 

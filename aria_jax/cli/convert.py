@@ -163,8 +163,8 @@ def _check_file_name(out: str) -> None:
 
 def _report(out: str, model: "Model") -> None:
     from aria_jax.cli.console import say
+    from aria_jax.models import parameter_count
     from aria_jax.models.heads import parameter_specs
-    from aria_jax.models.parameters import parameter_count
 
     number = parameter_count(parameter_specs(model.config))
     say(f"{out}: {number:,} parameters, {model.config.head} head")

@@ -348,8 +348,8 @@ def _save(
     continuations: "list[Continuation]",
 ) -> list[dict[str, str]]:
     from aria_jax.cli.console import stage
+    from aria_jax.models import parameter_count
     from aria_jax.models.heads import parameter_specs
-    from aria_jax.models.parameters import parameter_count
     from aria_jax.report import Provenance
     from aria_jax.report.listening import Result, save_continuations
     from data_pipeline.tokenizer import Tokenizer

@@ -166,7 +166,7 @@ class _Work:
         done = total - sum(len(self.files(part)) for part in missing)
         files = [i for part in missing for i in self.files(part)]
         ahead = 2 * self._files_per_part
-        sliced = map_in_order(self._source.sliced, files, workers=self._workers, ahead=ahead)
+        sliced = map_in_order(self._source.piece, files, workers=self._workers, ahead=ahead)
         claimed_elsewhere = []
         if progress is not None:
             progress(done, total)
@@ -184,7 +184,7 @@ class _Work:
         for part in claimed_elsewhere:
             with self._parts.claimed(part, wait=True):
                 if not self._parts.has(part):  # whoever claimed it was killed
-                    self._make(part, [self._source.sliced(i) for i in self.files(part)])
+                    self._make(part, [self._source.piece(i) for i in self.files(part)])
 
     def _make(self, part: int, pieces: Sequence[Piece | Rejection]) -> None:
         good = [piece for piece in pieces if isinstance(piece, Piece)]

@@ -91,7 +91,7 @@ class Source(Protocol):
     def warnings(self) -> Sequence[str]:
         """What had better be known of its labels."""
 
-    def sliced(self, i: int) -> Piece | Rejection:
+    def piece(self, i: int) -> Piece | Rejection:
         """Reads and slices file number i."""
 
     def sliced(self, slicing: Slicing) -> "Source":
@@ -251,10 +251,10 @@ class _Several:
     def _ends(self) -> np.ndarray:
         return np.cumsum([len(source.paths) for source in self.sources])
 
-    def cut(self, i: int) -> Piece | Rejection:
+    def piece(self, i: int) -> Piece | Rejection:
         number = int(np.searchsorted(self._ends, i, side="right"))
         before = int(self._ends[number - 1]) if number else 0
-        found = self.sources[number].sliced(i - before)
+        found = self.sources[number].piece(i - before)
         return replace(found, path=self.prefixes[number] + found.path)
 
     def sliced(self, slicing: Slicing) -> Source:
@@ -306,7 +306,7 @@ class _MidiFiles:
             "labels": rows_digest((path, labels(path)) for path in self.paths),
         }
 
-    def sliced(self, i: int) -> Piece | Rejection:
+    def piece(self, i: int) -> Piece | Rejection:
         entry = self.entries[i]
         path = printable(entry.path)
         try:
@@ -370,7 +370,7 @@ class _Shards:
         cleaning = json_digest(manifest.get("settings", {}).get("cleaning"))
         return {"files": json_digest(manifest), "labels": None, "cleaning": cleaning}
 
-    def sliced(self, i: int) -> Piece | Rejection:
+    def piece(self, i: int) -> Piece | Rejection:
         slicing = self.slicing
         split = int(np.searchsorted(np.cumsum(self.sizes), i, side="right"))
         pieces, number = self._opened[split], i - sum(self.sizes[:split])

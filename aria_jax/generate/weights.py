@@ -17,8 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aria_jax.config import ModelConfig
 from aria_jax.kernels import narrow_cpu
+from aria_jax.models import Parameters, abstract_parameters
 from aria_jax.models.heads import Model, parameter_specs, split_model
-from aria_jax.models.parameters import Parameters, abstract_parameters
 from data_pipeline.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "int8"]

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from aria_jax.config import ComputeConfig, Head, ModelConfig
-from aria_jax.models.parameters import (
+from aria_jax.models import (
     Parameters,
     Specs,
     parameter,

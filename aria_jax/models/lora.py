@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from aria_jax.config import RunConfig
-from aria_jax.models.parameters import (
+from aria_jax.models import (
     Parameters,
     ParameterSpec,
     Specs,

@@ -27,7 +27,7 @@ from aria_jax.kernels.attention import (
     rotary_attention,
     split_heads,
 )
-from aria_jax.models.parameters import parameter, uniform_init
+from aria_jax.models import parameter, uniform_init
 from aria_jax.sharding import active_mesh, constrain
 from data_pipeline.vocabulary import ids_in
 

@@ -11,8 +11,8 @@ from jax.sharding import AbstractMesh
 
 from aria_jax.config import ModelConfig, RunConfig
 from aria_jax.losses.cross_entropy import CHUNK_TOKENS
+from aria_jax.models import parameter_count
 from aria_jax.models.heads import head_width, parameter_specs
-from aria_jax.models.parameters import parameter_count
 from aria_jax.presets import Chip
 from aria_jax.sharding import MESH_AXES
 from aria_jax.train.state import Network, abstract_state

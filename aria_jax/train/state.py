@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.models import base_weights, lora_record, read_model
 from aria_jax.config import RunConfig
+from aria_jax.models import Parameters, Specs, abstract_parameters
 from aria_jax.models.heads import (
     Model,
     abstract_model,
@@ -23,7 +24,6 @@ from aria_jax.models.heads import (
     with_vocabulary,
 )
 from aria_jax.models.lora import LoraTraining
-from aria_jax.models.parameters import Parameters, Specs, abstract_parameters
 from aria_jax.sharding import mirrored_shardings
 from aria_jax.train.init import InitFrom, check_resumable, source_record
 from aria_jax.train.step import Build, TrainState, new_state

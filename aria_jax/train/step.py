@@ -12,8 +12,8 @@ import optax
 
 from aria_jax.config import OptimizerConfig, RunConfig
 from aria_jax.losses.contrastive import grad_cache
+from aria_jax.models import Parameters
 from aria_jax.models.heads import Model
-from aria_jax.models.parameters import Parameters
 from aria_jax.sharding import constrain
 from aria_jax.train.tasks import (
     Aux,

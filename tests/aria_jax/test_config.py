@@ -15,8 +15,8 @@ from aria_jax.config import (
     to_dict,
     with_overrides,
 )
+from aria_jax.models import parameter_count
 from aria_jax.models.heads import parameter_specs
-from aria_jax.models.parameters import parameter_count
 from aria_jax.presets import for_task
 from data_pipeline.errors import UserError
 from data_pipeline.settings import Setting, field_docs, settings_of

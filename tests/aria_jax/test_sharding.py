@@ -11,8 +11,8 @@ from flax import nnx
 from aria_jax import sharding
 from aria_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from aria_jax.losses.cross_entropy import next_token_loss
+from aria_jax.models import abstract_parameters, parameter_shardings
 from aria_jax.models.heads import init_sharded, parameter_specs, split_model
-from aria_jax.models.parameters import abstract_parameters, parameter_shardings
 from aria_jax.sharding import (
     LOGICAL_RULES,
     MESH_AXES,

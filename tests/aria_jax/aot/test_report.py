@@ -18,8 +18,8 @@ from aria_jax.aot.report import Cost
 from aria_jax.cli.main import main
 from aria_jax.config import DataConfig, MeshConfig, ModelConfig, with_overrides
 from aria_jax.losses.cross_entropy import CHUNK_TOKENS
+from aria_jax.models import parameter_count
 from aria_jax.models.heads import parameter_specs
-from aria_jax.models.parameters import parameter_count
 from aria_jax.presets import CHIPS, TOKENS_AT_ONCE, for_hardware, for_task
 from aria_jax.sharding import make_mesh
 from benchmarks.calibrate import CASES

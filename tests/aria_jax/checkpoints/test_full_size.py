@@ -12,8 +12,8 @@ import pytest
 from safetensors import safe_open
 
 from aria_jax.checkpoints.safetensors import tensor_shapes, write_tensors
+from aria_jax.models import parameter_count
 from aria_jax.models.heads import parameter_specs
-from aria_jax.models.parameters import parameter_count
 from aria_jax.presets import MODELS
 
 pytestmark = pytest.mark.slow

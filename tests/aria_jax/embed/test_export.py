@@ -65,7 +65,7 @@ def opened(source, tmp_path, slicing=SHORT):
 
 
 def pieces_of(source):
-    sliced = [source.sliced(i) for i in range(len(source.paths))]
+    sliced = [source.piece(i) for i in range(len(source.paths))]
     return [piece for piece in sliced if isinstance(piece, Piece)]
 
 
@@ -160,7 +160,7 @@ def test_batches_cover_each_slice_once_and_waste_under_a_tenth():
 def test_real_performances_waste_under_a_tenth(real_midi, tmp_path):
     source = opened(real_midi / "asap", tmp_path, Slicing())
     chosen = range(0, len(source.paths), len(source.paths) // 64)
-    slices = [ids for piece in map(source.sliced, chosen) for ids in piece.slices]
+    slices = [ids for piece in map(source.piece, chosen) for ids in piece.slices]
     batches = length_bucketed_batches(slices, TOKENIZER.pad_id)
     computed = sum(tokens.size for _, tokens, _ in batches)
     assert sum(map(len, slices)) / computed > 0.9

@@ -14,8 +14,8 @@ from aria_jax.generate.decoding import Decoding, decode
 from aria_jax.generate.sampler import Greedy, MinP, RepetitionPenalty, Temperature
 from aria_jax.generate.weights import DecodingMatrix, decoder_weights, quantize
 from aria_jax.kernels import narrow_cpu
+from aria_jax.models import parameter_shardings
 from aria_jax.models.heads import parameter_specs, split_model
-from aria_jax.models.parameters import parameter_shardings
 from aria_jax.sharding import make_mesh
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizer import Kind, Tokenizer

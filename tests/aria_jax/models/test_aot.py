@@ -8,8 +8,8 @@ import pytest
 
 from aria_jax.config import ComputeConfig, MeshConfig
 from aria_jax.losses.cross_entropy import next_token_loss
+from aria_jax.models import abstract_parameters
 from aria_jax.models.heads import abstract_model, parameter_specs, split_model
-from aria_jax.models.parameters import abstract_parameters
 from aria_jax.presets import MODELS
 from aria_jax.sharding import batch_sharding, make_mesh
 from tests.topologies import described

@@ -11,9 +11,7 @@ from flax import nnx
 from aria_jax.checkpoints.safetensors import tensor_shapes
 from aria_jax.config import ComputeConfig, MeshConfig, ModelConfig
 from aria_jax.generate.weights import abstract_decoder_weights, decoder_weights
-from aria_jax.models.heads import abstract_model, build_model, parameter_specs, split_model
-from aria_jax.models.lora import DEFAULT_TARGETS
-from aria_jax.models.parameters import (
+from aria_jax.models import (
     ParameterSpec,
     abstract_parameters,
     named_specs,
@@ -22,6 +20,8 @@ from aria_jax.models.parameters import (
     parameter_shardings,
     specs_of,
 )
+from aria_jax.models.heads import abstract_model, build_model, parameter_specs, split_model
+from aria_jax.models.lora import DEFAULT_TARGETS
 from aria_jax.sharding import make_mesh
 
 CONFIG = ModelConfig(d_model=16, n_heads=2, n_layers=3, vocab_size=50)
