@@ -3,7 +3,7 @@
 Published names: `model.tok_embeddings.weight`, `model.encode_layers.N.mixed_qkv.weight`, …
 Wrappers put prefixes before them (`_orig_mod.`, `module.`); a bare backbone lacks `model.`.
 A PyTorch linear weight is [out, in]; ours [in, out]. Which tensor each parameter is, it declares
-itself (`models.parameters`).
+itself (`models.parameter`).
 """
 
 import dataclasses

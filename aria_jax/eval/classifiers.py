@@ -357,10 +357,10 @@ def predict(
         workers: processes that read and tokenise.
     """
     done, n = 0, len(source.paths)
-    cut = map_in_order(source.cut, range(n), workers=workers, ahead=2 * FILES_AT_ONCE)
+    sliced = map_in_order(source.piece, range(n), workers=workers, ahead=2 * FILES_AT_ONCE)
     if progress is not None:
         progress(0, n)
-    while files := list(islice(cut, FILES_AT_ONCE)):
+    while files := list(islice(sliced, FILES_AT_ONCE)):
         pieces = [file for file in files if isinstance(file, Piece)]
         slices = [ids for piece in pieces for ids in piece.slices]
         of_piece = np.repeat(np.arange(len(pieces)), [len(piece.slices) for piece in pieces])
