@@ -311,9 +311,7 @@ def _probe(demo: DemoResults) -> Section:
         ]
         for name, result in probes.items()
     ]
-    rows.append(
-        ["most frequent composer of the training files", tuned["majority_accuracy"], "", ""]
-    )
+    rows.append(["most frequent composer of training files", tuned["majority_accuracy"], "", ""])
     verdict = _verdict(tuned, untrained)
     best = max(probes, key=lambda name: probes[name]["accuracy"])
     if best == "pitch-class":
