@@ -111,7 +111,7 @@ def plan_text(config: RunConfig, made: Plan, basis: str) -> str:
         f"batch        {made.tokens_per_step:,} tokens per step",
         f"data         {made.tokens:,} tokens, {made.epochs:.2f} epochs",
         f"mesh         {mesh}",
-        f"computed in  {compute.dtype}{stays}, remat {compute.remat}, {accumulation} parts per step",
+        f"computed in  {compute.dtype}{stays}, remat {compute.remat}, {accumulation} parts a step",
         f"memory       {total / gib:.2f} GiB per device{room}{verdict} "
         f"({parts}; activations by formula: `aria-jax compile` asks the compiler)",
     ]
