@@ -45,8 +45,8 @@ def plain_logistic(x: np.ndarray, y: np.ndarray, group: np.ndarray, seed: int) -
     return _Logistic(x, y).predictor(1.0)
 
 
-TREES, SELECTION_TREES = 300, 100
-"""Of a forest, and of those that are held against logistic regression."""
+TREES, SELECTION_TREES, GIVEN_UP = 300, 100, 0.1
+"""Of a forest, and of those held against logistic regression, until they trail by so much."""
 
 
 def forest(x: np.ndarray, y: np.ndarray, group: np.ndarray, seed: int) -> Predict:
@@ -75,20 +75,21 @@ class Chosen:
 
 
 def best(x: np.ndarray, y: np.ndarray, group: np.ndarray, seed: int) -> Predict:
-    """Logistic regression or a forest: which does better in the same inner grouped validation.
-
-    Of rows that are learnt from alone; where these allow no inner folds, logistic regression.
+    """Logistic regression or a forest: which does better in the same inner grouped validation (the
+    first without it). A forest that trails by `GIVEN_UP` in a fold is not tried in others.
     """
     held_out_BxN = _inner_folds(y, group, seed)
     if held_out_BxN is None:
         return Chosen("logistic", plain_logistic(x, y, group, seed))
     problem = _Logistic(x, y)
-    c, accuracy = _choose_c(problem, y, held_out_BxN)
-    of_forest = []
-    for held_out_N in held_out_BxN:
+    c, of_logistic_B = _choose_c(problem, y, held_out_BxN)
+    gains: list[float] = []
+    for held_out_N, of_logistic in zip(held_out_BxN, of_logistic_B, strict=True):
         predict = _forest(x[~held_out_N], y[~held_out_N], seed, SELECTION_TREES)
-        of_forest.append((predict(x[held_out_N]) == y[held_out_N]).mean())
-    if np.mean(of_forest) > accuracy:
+        gains.append((predict(x[held_out_N]) == y[held_out_N]).mean() - of_logistic)
+        if gains[-1] < -GIVEN_UP:
+            return Chosen("logistic", problem.predictor(c))
+    if np.mean(gains) > 0:
         return Chosen("forest", forest(x, y, group, seed))
     return Chosen("logistic", problem.predictor(c))
 
@@ -113,14 +114,17 @@ def _inner_folds(y: np.ndarray, group: np.ndarray, seed: int) -> np.ndarray | No
     return held_out_BxN[held_out_BxN.any(1)]
 
 
-def _choose_c(problem: "_Logistic", y: np.ndarray, held_out_BxN: np.ndarray) -> tuple[float, float]:
-    """The best of `C_GRID`, and its mean accuracy over the inner folds."""
+def _choose_c(
+    problem: "_Logistic", y: np.ndarray, held_out_BxN: np.ndarray
+) -> tuple[float, np.ndarray]:
+    """The best of `C_GRID`, and its accuracy in each inner fold."""
     weights_BxRxK, accuracies = None, []
     for c in C_GRID:
         weights_BxRxK = problem.solve(~held_out_BxN, c, SELECTION_TOLERANCE, weights_BxRxK)
         correct_BxN = (problem.predict(problem.z_NxR, weights_BxRxK) == y) & held_out_BxN
-        accuracies.append((correct_BxN.sum(1) / held_out_BxN.sum(1)).mean())
-    return C_GRID[int(np.argmax(accuracies))], float(np.max(accuracies))
+        accuracies.append(correct_BxN.sum(1) / held_out_BxN.sum(1))
+    best_c = int(np.argmax(np.mean(accuracies, axis=1)))
+    return C_GRID[best_c], accuracies[best_c]
 
 
 class _Logistic:
@@ -311,11 +315,8 @@ def _with_one(x: np.ndarray) -> np.ndarray:
 
 
 CLASSIFIERS: dict[str, Fit] = {
-    "logistic": logistic,
-    "forest": forest,
-    "best": best,
-    "linear": linear,
-    "knn": nearest,
+    **{"logistic": logistic, "forest": forest, "best": best},
+    **{"linear": linear, "knn": nearest},
 }
 
 

@@ -92,6 +92,18 @@ def test_the_better_of_forest_and_logistic_regression_is_chosen(monkeypatch):
         assert (fitted(x[160:]) == y[160:]).mean() > 0.8
 
 
+def test_a_forest_that_trails_far_is_given_up(monkeypatch):
+    """After one inner fold of three, where a line separates what no axis does."""
+    fitted = []
+    whole = classifiers._forest
+    monkeypatch.setattr(classifiers, "SELECTION_TREES", 10)
+    monkeypatch.setattr(classifiers, "_forest", lambda *a: fitted.append(a[3]) or whole(*a))
+    x = np.random.default_rng(0).normal(size=(200, 30))
+    y = (x.sum(1) > 0).astype(int)
+    assert CLASSIFIERS["best"](x, y, np.arange(200).astype(str), 0).name == "logistic"
+    assert fitted == [10]
+
+
 def test_c_is_chosen_where_a_class_has_one_composition_only(monkeypatch):
     x, y = clusters(n=60, signal=1.5)
     x = np.concatenate([x, np.random.default_rng(2).normal(size=(60, 90))], axis=1)
