@@ -221,14 +221,14 @@ def statistics_of(performances: Sequence[Sequence[Performance]]) -> np.ndarray:
     return found
 
 
-def distance(made_PxC: np.ndarray, real_P: np.ndarray) -> float:
-    """Wasserstein-1 between one statistic's values, in standard deviations of the real ones."""
+def distance(made_PxC: np.ndarray, real_P: np.ndarray, scale: float = 1.0) -> float:
+    """Wasserstein-1 between one statistic's values in units of `scale`; nan without a scale."""
     from scipy.stats import wasserstein_distance
 
     made, real = made_PxC[~np.isnan(made_PxC)], real_P[~np.isnan(real_P)]
-    if not len(made) or not len(real):
+    if not len(made) or not len(real) or not scale > 0:
         return float("nan")
-    return float(wasserstein_distance(made, real) / max(real.std(), 1e-9))
+    return float(wasserstein_distance(made, real) / scale)
 
 
 def distances(
@@ -244,13 +244,14 @@ def distances(
     drawn = np.random.default_rng(0).integers(0, n, (BOOTSTRAPS, n))
     found: dict[str, dict[str, list[float]]] = {system: {} for system in systems}
     for s, name in enumerate(names):
+        scale = float(np.nanstd(real_PxS[:, s]))  # of all: that of a resample may be 0
         resampled = {
-            system: np.array([distance(x[d, :, s], real_PxS[d, s]) for d in drawn])
+            system: np.array([distance(x[d, :, s], real_PxS[d, s], scale) for d in drawn])
             for system, x in systems.items()
         }
         for system, x in systems.items():
-            own = distance(x[:, :, s], real_PxS[:, s])
-            nearer = distance(systems[NGRAM][:, :, s], real_PxS[:, s]) - own
+            own = distance(x[:, :, s], real_PxS[:, s], scale)
+            nearer = distance(systems[NGRAM][:, :, s], real_PxS[:, s], scale) - own
             low, high = normal_interval(own, resampled[system])
             found[system][name] = [own, max(low, 0.0), high, nearer]
             found[system][name] += normal_interval(nearer, resampled[NGRAM] - resampled[system])

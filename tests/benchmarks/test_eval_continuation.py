@@ -39,9 +39,14 @@ def test_distance_is_in_deviations_of_the_real_ones():
     rng = np.random.default_rng(0)
     real = rng.normal(size=50)
     assert distance(real[:, None], real) == 0
-    assert distance(real[:, None] + 3 * real.std(), real) == pytest.approx(3)
     some = np.stack([real + 1, np.full(50, np.nan)], axis=1)
-    assert distance(some, real) == pytest.approx(wasserstein_distance(real + 1, real) / real.std())
+    assert distance(some, real, 2.0) == pytest.approx(wasserstein_distance(real + 1, real) / 2)
+    assert np.isnan(distance(some, real, 0.0))
+    rare = np.zeros((50, 10))  # a statistic that is 0 but for one piece: so it is in most resamples
+    rare[7] = 1.0
+    far = rare[:, None] + 3 * rare.std(0)
+    for row in distances({NGRAM: far, "model": rare[:, None]}, rare)["model"].values():
+        assert row[0] == 0 and row[3] == pytest.approx(3) and row[2] < 1
 
 
 def test_the_nearer_system_is_told_with_an_interval():
