@@ -27,6 +27,7 @@ _SETTINGS = {
 MEASURED = {
     "a100": (0.92, 1.10),
     "h100": (0.77, 1.09),
+    "v5p": (0.51, 0.73),
 }
 """Estimated over measured time of public runs on such chips, least and most: `make calibrate`, and
 the tables of docs/tpu.md and docs/gpu.md. Estimates for other chips were held against nothing."""
