@@ -270,13 +270,14 @@ def _bench_suite(args: argparse.Namespace) -> None:
     others = [_named(text) for text in args.embeddings]
     out = Path(args.out)
     files = {name: out / f"{name}.parquet" for name in ("pitch-class", BASELINE)}
+    warnings: list[str] = []
     with TemporaryDirectory() as folder:
         stage("listing the files")
         source = open_sources(
             args.sources, _slicing(args), folder=Path(folder), metadata=args.metadata
         )
         for name, path in files.items():
-            _embed(args, source, path, f"embed: {name}", *counting(name, args.max_tokens))
+            warnings += _embed(args, source, path, name, *counting(name, args.max_tokens))
         table = read_embeddings(files[BASELINE])
         tasks = find_tasks(
             table,
@@ -291,7 +292,7 @@ def _bench_suite(args: argparse.Namespace) -> None:
             wanted = source.only({table.path[row] for row in needed})
             for name, (encode, settings) in model_and_untrained(args, MODEL).items():
                 files[name] = out / f"{name}.parquet"
-                _embed(args, wanted, files[name], f"embed: {name}", encode, settings)
+                warnings += _embed(args, wanted, files[name], name, encode, settings)
     features = {
         name: rows_by_path(read_embeddings(path), table.path, name, needed)
         for name, path in (*files.items(), *others)
@@ -314,7 +315,7 @@ def _bench_suite(args: argparse.Namespace) -> None:
             progress=progress,
         )
     made_by = f"Made by `{args.command_line}` ({program_version()})."
-    text = "\n".join([markdown_table(tasks, results), *notes, made_by]) + "\n"
+    text = "\n".join([markdown_table(tasks, results), *notes, *warnings, made_by]) + "\n"
     write_atomically(out / "results.md", text)
     shown = {
         name: {task: result.summary() for task, result in row.items()}
@@ -322,7 +323,7 @@ def _bench_suite(args: argparse.Namespace) -> None:
     }
     task_notes = {task.name: list(task.notes) for task in tasks}
     result = {"results": shown, "notes": task_notes, "table": str(out / "results.md")}
-    print_result(result, args.json, text)
+    print_result({**result, "warnings": warnings}, args.json, text, warnings)
 
 
 BENCH_SUITE = Verb(
@@ -368,17 +369,18 @@ def _embed(
     args: argparse.Namespace,
     source: Any,
     out: Path,
-    title: str,
+    name: str,
     encode: Any,
     settings: dict[str, Any],
-) -> None:
+) -> list[str]:
+    """Writes one feature set; what had better be known of it."""
     from aria_jax.cli.console import progress_bar
     from aria_jax.embed.export import export
 
     sliced = source.sliced(_slicing(args, settings))
     warn_of_reading(sliced.reading, settings["reading"], args.checkpoint)
-    with progress_bar(title, "file") as progress:
-        export(
+    with progress_bar(f"embed: {name}", "file") as progress:
+        summary = export(
             sliced,
             encode,
             out,
@@ -389,3 +391,9 @@ def _embed(
             overwrite=args.overwrite,
             progress=progress,
         )
+    if not summary.n_rejected:
+        return []
+    return [
+        f"{name}: {summary.n_rejected} of {summary.n_files} files could not be read and are left "
+        f"out, see {out}.rejected.jsonl"
+    ]

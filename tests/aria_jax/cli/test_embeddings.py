@@ -251,6 +251,7 @@ def test_bench_suite_reads_folders_and_archives_in_place(midi_corpus, checkpoint
     folder, packed = tmp_path / "sets", tmp_path / "more.tar.gz"
     for name in ("asap", "p8"):
         shutil.copytree(midi_corpus, folder / name)
+    (folder / "asap" / "broken.mid").write_bytes(b"not MIDI")
     with tarfile.open(packed, "w:gz") as archive:
         archive.add(midi_corpus, ".")
     arguments = [
@@ -263,6 +264,8 @@ def test_bench_suite_reads_folders_and_archives_in_place(midi_corpus, checkpoint
     assert sorted(result["results"]["statistics"]) == names
     assert result["results"]["statistics"]["more composer"]["n_test"] == 8
     assert result["notes"]["more composer"] == ["at most 4 of a class: 8 of 10 files, seed 0"]
+    assert result["warnings"][1].startswith("statistics: 1 of 31 files could not be read")
+    assert result["warnings"][1] in (tmp_path / "out" / "results.md").read_text()
     counted = read_embeddings(tmp_path / "out" / "statistics.parquet").path
     assert len(counted) == 30 and "more/presto_3.mid" in counted
     assert len(read_embeddings(tmp_path / "out" / "aria_jax.parquet").path) == 24
