@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import json
 import os
 import pty
 import re
@@ -310,7 +311,10 @@ def big_table(tmp_path_factory) -> Path:
         "composer": ["bach", "liszt"] * (n // 2),
         "embedding": list(rng.normal(size=(n, 128)).astype(np.float32)),
     }
-    pq.write_table(pa.table(columns), path := tmp_path_factory.mktemp("big") / "big.parquet")
+    # As `embed` would say, or `search` refuses it before Ctrl-C can be answered.
+    settings = {"slice_notes": 300, "max_tokens": 256, "tokenizer": "aria", "pooling": "eos"}
+    table = pa.table(columns).replace_schema_metadata({"export_settings": json.dumps(settings)})
+    pq.write_table(table, path := tmp_path_factory.mktemp("big") / "big.parquet")
     return path
 
 
