@@ -72,6 +72,26 @@ def chip_count(topology: str) -> int:
     return math.prod(map(int, sides))
 
 
+def described_devices(asked: str, install: str, **options: Any) -> list[Any]:
+    """The devices of a topology that is not here.
+
+    Args:
+        asked: its name, for messages.
+        install: what to say about a compiler that is missing.
+        options: of jax's `get_topology_desc`.
+
+    Raises:
+        UserError: an unknown topology, or a missing compiler.
+    """
+    from jax.experimental import topologies  # not before `prepare`
+
+    try:
+        return list(topologies.get_topology_desc(**options).devices)
+    except Exception as error:  # plug-ins raise whatever they like
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"cannot describe topology {asked!r} ({reason}); {install}") from error
+
+
 def measured_band(family: str, seconds: float | None) -> tuple[tuple[float, float] | None, str]:
     """Between which seconds an estimate may lie, by what such ones were of measured runs.
 

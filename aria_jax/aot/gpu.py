@@ -23,10 +23,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from aria_jax.aot import GpuTopology, gpus
+from aria_jax.aot import GpuTopology, described_devices, gpus
 from aria_jax.aot.hlo import Collective, Work
 from aria_jax.config import MeshConfig
 from aria_jax.presets import CHIPS, Chip
@@ -86,17 +85,14 @@ def gpu_devices(topology: str) -> list[Any]:
     asked = GpuTopology.parse(topology)
     # The plug-in asks a driver for its version, which is not there, unless jax is kept to CPUs.
     os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    try:
-        described = topologies.get_topology_desc(
-            platform="cuda",
-            topology_name="",
-            topology=f"1x{asked.hosts}x{asked.gpus}",
-            target_config=description(asked.family),
-        )
-    except Exception as error:  # the plug-in raises whatever it likes
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"cannot describe topology {topology!r} ({reason}); {INSTALL}") from error
-    return list(described.devices)
+    return described_devices(
+        topology,
+        INSTALL,
+        platform="cuda",
+        topology_name="",
+        topology=f"1x{asked.hosts}x{asked.gpus}",
+        target_config=description(asked.family),
+    )
 
 
 def family_of(device_kind: str) -> str:

@@ -8,7 +8,6 @@ those that it reads and writes in device memory: of a parameter that is only sli
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 COLLECTIVES = (
@@ -174,22 +173,6 @@ class Module:
                 current[operation.name] = operation
         return cls(computations, entry)
 
-    def runs(self, name: str | None = None, times: int = 1) -> Iterator[tuple[Operation, int, str]]:
-        """Every operation that runs, how often, and in which computation: loops by trip count.
-
-        A loop of unknown length counts once, and of a conditional the first branch.
-        """
-        name = name or self.entry
-        for operation in self.computations[name].values():
-            if operation.opcode == "while" and operation.called:
-                yield from self.runs(operation.called, times * (operation.trips or 1))
-            elif operation.opcode == "call" and operation.called:
-                yield from self.runs(operation.called, times)
-            elif operation.opcode == "conditional" and operation.branches:
-                yield from self.runs(operation.branches[0], times)
-            elif operation.opcode not in FREE:
-                yield operation, times, name
-
     def unknown_loops(self) -> list[str]:
         """Loops of which the compiler knows no trip count."""
         return [
@@ -348,13 +331,24 @@ def collective(operation: Operation, given: tuple[Shape, ...]) -> Collective | N
     kind = operation.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
-    made = operation.shapes
-    if operation.opcode.endswith("-start") and kind != "all-reduce":
-        # Gives operands, results and scalars of its own.
+    started = operation.opcode.endswith("-start")
+    size = collective_bytes(kind, started, operation.shapes, given)
+    return Collective(kind, size, device_groups(operation.text))
+
+
+def collective_bytes(
+    kind: str, started: bool, made: tuple[Shape, ...], given: tuple[Shape, ...]
+) -> int:
+    """The larger of what a collective gives and takes, of one device.
+
+    Args:
+        started: whether it is the start of an asynchronous one, which gives operands, results and
+            scalars of its own.
+    """
+    if started and kind != "all-reduce":
         made = tuple(shape for shape in made if shape.dims)
         made = made[len(made) // 2 :]
-    size = max(sum(shape.bytes for shape in part) for part in (made, given))
-    return Collective(kind, size, device_groups(operation.text))
+    return max(sum(shape.bytes for shape in part) for part in (made, given))
 
 
 _EXPLICIT = re.compile(r"(?:replica_groups|source_target_pairs)=\{(\{[0-9,{} ]*\})\}")

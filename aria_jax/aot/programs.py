@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
+from aria_jax.aot.hlo import COLLECTIVES, collective_bytes, shapes
 from aria_jax.config import RunConfig
 from aria_jax.generate.cache import LayerCache, PromptCache, cache_sharding, decode_step, prefill
 from aria_jax.generate.weights import abstract_decoder_weights
@@ -35,21 +36,11 @@ from data_pipeline.errors import UserError
 Task = Literal["pretrain", "continue", "contrastive", "classify", "embed", "prefill", "decode"]
 TRAINING = ("pretrain", "continue", "contrastive", "classify")
 
-COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
-_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
 _OPERATION = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(-start)?\(")
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _UNKNOWN = 2**63 - 1
 """Cycles of an operation that the TPU compiler has no estimate for."""
 _KERNEL = re.compile(r'"cost_estimate":\{[^}]*"flops":"(\d+)"')
-_SHAPE = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
 ATTENTION_EFFICIENCY = 0.7
 """Assumed share of the time that splash attention keeps the matrix units busy."""
 BACKWARD_ATTENTION = 2.5
@@ -259,13 +250,9 @@ def collectives(text: str) -> dict[str, tuple[int, int]]:
     for line in text.splitlines():
         if (match := _OPERATION.search(line)) is None:
             continue
-        shapes, kind, started = match.groups()
-        given = _SHAPE.findall(shapes)
-        if started and kind != "all-reduce":  # gives operands, results and scalars of its own
-            given = [shape for shape in given if shape[1]]
-            given = given[len(given) // 2 :]
-        taken = _SHAPE.findall(line[match.end() :].partition(")")[0])
-        size = max(sum(_size(*shape) for shape in part) for part in (given, taken))
+        made, kind, started = match.groups()
+        taken = line[match.end() :].partition(")")[0]
+        size = collective_bytes(kind, bool(started), shapes(made), shapes(taken))
         number, total = found.get(kind, (0, 0))
         found[kind] = (number + 1, total + size)
     return found
@@ -284,12 +271,3 @@ def cycles(text: str) -> int:
 def kernel_flops(text: str) -> float:
     """Sum of the cost estimates that kernels brought along."""
     return float(sum(map(int, _KERNEL.findall(text))))
-
-
-def _size(kind: str, dimensions: str) -> int:
-    """Bytes of an array such as bf16[8,128]."""
-    bits = _BITS.get(kind) or int(re.sub(r"\D", "", kind) or 0)
-    size = bits
-    for dimension in filter(None, dimensions.split(",")):
-        size *= int(dimension)
-    return size // 8

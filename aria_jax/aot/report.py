@@ -29,10 +29,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from aria_jax.aot import is_gpu, measured_band, wrong_topology
+from aria_jax.aot import described_devices, is_gpu, measured_band, wrong_topology
 from aria_jax.aot.programs import (
     TRAINING,
     Program,
@@ -181,15 +180,9 @@ def topology_mesh(config: RunConfig, topology: str) -> Mesh:
     family = topology.partition(":")[0]
     if family not in TOKENS_AT_ONCE:
         raise UserError(wrong_topology(topology))
-    try:
-        described = topologies.get_topology_desc(platform="tpu", topology_name=topology)
-    except Exception as error:  # the plug-in raises whatever it likes
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(
-            f"cannot describe topology {topology!r} ({reason}); "
-            "the compiler is in the package libtpu: pip install 'aria-jax[aot]'"
-        ) from error
-    return make_mesh(config.mesh, list(described.devices))
+    install = "the compiler is in the package libtpu: pip install 'aria-jax[aot]'"
+    devices = described_devices(topology, install, platform="tpu", topology_name=topology)
+    return make_mesh(config.mesh, devices)
 
 
 def compiled(made: Program, mesh: Mesh, **options: Any) -> Any:
