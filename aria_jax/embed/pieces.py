@@ -194,7 +194,7 @@ def open_sources(
     sources: Sequence[str | Path], slicing: Slicing, *, folder: Path, metadata: str | Path | None
 ) -> Source:
     """Several sources as one. Of one whose label table is for all of its files, a data set, the
-    name comes before theirs.
+    name comes before their paths.
 
     Args:
         sources: folders, archives or Parquet, each as `open_source` takes it.

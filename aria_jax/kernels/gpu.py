@@ -520,7 +520,7 @@ def _key_gradient_kernel(
 
 
 def _own_block(blocks: _Blocks) -> Any:
-    """Which block of queries a program has: the last, which see most, are begun with."""
+    """Which block of queries a program has: the last, which see most, come first."""
     return pl.num_programs(0) - 1 - pl.program_id(0)
 
 

@@ -220,11 +220,11 @@ def with_ordered_start(
     of_kind = jax.random.normal(kinds, (len(Kind), d))[tokenizer.kind]
     n_parts = 1 + says.sum(0)[:, None]
     table_VxD = (features.sum(0) + of_kind) / jnp.sqrt(n_parts)
-    ordered = (says.any(0) & row_table(config)[1])[row_table(config)[1]]
-    table_KxD = table_VxD[row_table(config)[1]]
+    known_V = row_table(config)[1]
+    ordered_Kx1, table_KxD = (n_parts > 1)[known_V], table_VxD[known_V]
 
     def rows(old: jax.Array) -> jax.Array:
-        return jnp.where(ordered[:, None], table_KxD * jnp.std(old), old)
+        return jnp.where(ordered_Kx1, table_KxD * jnp.std(old), old)
 
     backbone = {**params["backbone"], "embedding": rows(params["backbone"]["embedding"])}
     chosen = {**params, "backbone": backbone}

@@ -110,7 +110,7 @@ def resolve(
     number type "auto" stands for.
 
     Args:
-        workdir: of a run that may have begun.
+        workdir: of a run that may have started.
         accelerator: whether it is for a GPU or TPU; None for the devices of this process.
     """
     if config.compute.dtype == "auto":
