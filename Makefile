@@ -130,7 +130,7 @@ calibrate: setup $(GPU_VENV)/.ready ## estimates for TPUs and GPUs against publi
 wheel: setup ## a wheel of this checkout in dist/, which launch.cluster's scripts install
 	$(BIN)/python -m pip --disable-pip-version-check wheel --quiet --no-deps --wheel-dir dist .
 
-smoke-gpu: setup ## a few steps of `small` on one GPU, with MFU; says so where there is none
+smoke-gpu: setup ## kernels, MFU, decoding, embedding on a GPU (5 minutes, smoke-gpu.json); says so without one
 	$(BIN)/python -m benchmarks.smoke_gpu
 
 clean: ## remove .venv, caches and the demo's output
