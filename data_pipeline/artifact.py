@@ -237,7 +237,7 @@ def atomic(path: str | Path, *, beside: Path | None = None) -> Iterator[Path]:
     partial = (beside or path.parent) / name
     try:
         yield partial
-        _sync(partial, os.O_RDWR)
+        sync(partial)
         publish(partial, path)
     except BaseException as error:
         with suppress(OSError):
@@ -256,10 +256,23 @@ def write_atomically(path: str | Path, data: bytes | str, *, beside: Path | None
 def publish(made: Path, path: Path) -> None:
     """Renames a file that is already flushed, and flushes the folder's entry."""
     os.replace(made, path)
-    _sync(path.parent, os.O_RDONLY)
+    sync(path.parent, os.O_RDONLY)
 
 
-def _sync(path: Path, flags: int) -> None:
+@contextmanager
+def synced(path: Path, mode: str = "wb", encoding: str | None = None) -> Iterator[Any]:
+    """Opens a file to write to, and flushes it to the disk at the end of the block.
+
+    For what nobody else reads before it is published, or before a record names it; see `atomic`.
+    """
+    with path.open(mode, encoding=encoding) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync(path: Path, flags: int = os.O_RDWR) -> None:
+    """Flushes to the disk what was written to a file that is closed, or, read-only, a folder."""
     handle = os.open(path, flags)
     try:
         os.fsync(handle)

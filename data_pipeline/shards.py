@@ -25,6 +25,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from data_pipeline.artifact import sync, synced
 from data_pipeline.errors import UserError
 
 FORMAT_VERSION = 1
@@ -108,8 +109,7 @@ class ShardWriter:
     def close(self) -> dict[str, Any]:
         """Flushes to the disk and returns the shard's entry of the manifest."""
         self._writer.close()
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
+        sync(self.path)
         return {
             "file": self.path.name,
             "n_pieces": self.n_pieces,
@@ -169,10 +169,8 @@ def write_index(path: Path, shards: Sequence[IndexWriter]) -> None:
         arrays[f"label:{label}"] = np.array([code_of[value] for value in column], dtype=np.int32)
         text = json.dumps(values).encode()
         arrays[f"values:{label}"] = np.frombuffer(text, dtype=np.uint8)
-    with path.open("wb") as file:
+    with synced(path) as file:
         np.savez(file, allow_pickle=False, **arrays)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class SplitWriter:

@@ -214,6 +214,7 @@ def test_no_module_is_a_crowded_room():
         "checkpoint manager": ("CheckpointManager(",),
         "TensorBoard set-up": ("SummaryWriter(",),
         "training step": ("apply_updates(",),
+        "atomic writer": ("fsync(", "os.replace("),
     }.items(),
 )
 def test_each_job_is_done_in_one_module(job, names):

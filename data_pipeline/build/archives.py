@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+from data_pipeline.artifact import synced
 from data_pipeline.build.listing import Entry, MemberTree, is_midi_name
 from data_pipeline.errors import InvalidMidi
 from data_pipeline.metadata import is_table_name
@@ -62,11 +63,9 @@ def gunzipped(data: bytes, name: str, max_bytes: int = FILE_BYTES) -> bytes:
 
 def write_blocks(blocks: Iterator[bytes], path: Path) -> None:
     """Writes a file and flushes it to the disk."""
-    with path.open("wb") as out:
+    with synced(path) as out:
         for block in blocks:
             out.write(block)
-        out.flush()
-        os.fsync(out.fileno())
 
 
 # --- tar -----------------------------------------------------------------------------------------
@@ -81,7 +80,7 @@ def add_tar(source: Path, tree: MemberTree, spool: Path, tables: Path) -> None:
     with ExitStack() as stack:
         mode, out = "r:", None
         if _is_compressed(source):
-            mode, out = "r|*", stack.enter_context(spool.open("wb"))
+            mode, out = "r|*", stack.enter_context(synced(spool))
         archive = stack.enter_context(tarfile.open(source, mode, encoding="utf-8"))  # type: ignore
         for member in _members(archive):
             if member is None and out is not None:
@@ -90,9 +89,6 @@ def add_tar(source: Path, tree: MemberTree, spool: Path, tables: Path) -> None:
                 tree.add(Entry(source.name, 0, fault="no-end-of-archive"))
             else:
                 _add_member(tree, archive, member, tables, out)
-        if out is not None:
-            out.flush()
-            os.fsync(out.fileno())
 
 
 def _is_compressed(source: Path) -> bool:

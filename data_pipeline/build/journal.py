@@ -26,7 +26,7 @@ from typing import Any
 
 import msgpack
 
-from data_pipeline.artifact import Identity, hashed, write_atomically
+from data_pipeline.artifact import Identity, hashed, synced, write_atomically
 from data_pipeline.build.listing import Entry
 from data_pipeline.build.sources import entry_digest, list_source, no_midi_files, readable_root
 from data_pipeline.errors import UserError, printable
@@ -113,14 +113,12 @@ class Journal:
         if first is None:
             raise no_midi_files(source)
         root = readable_root(source, listing.spool)
-        with listing.path.open("w") as file:
+        with synced(listing.path, "w") as file:
             rows = hashed(chain([first], entries), partial(entry_digest, root))
             for number, (entry, sha256) in enumerate(rows, start=1):
                 file.write(json.dumps([sha256, *entry.row]) + "\n")
                 if number % UNIT_FILES == 0:
                     progress(number)
-            file.flush()
-            os.fsync(file.fileno())
         return listing
 
     @property

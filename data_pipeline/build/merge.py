@@ -6,7 +6,6 @@ near-duplicates are looked for. Nothing depends on how the files were divided in
 
 import hashlib
 import json
-import os
 import re
 from array import array
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline import dedup
-from data_pipeline.artifact import publish
+from data_pipeline.artifact import publish, synced
 from data_pipeline.build.journal import read_summaries, read_unit, rejection
 from data_pipeline.shards import (
     REJECTED,
@@ -351,7 +350,7 @@ def merge_units(
     }
     rejected: Counter[str] = Counter()
     piece = -1
-    with (work / REJECTED).open("w", encoding="utf-8") as rejects:
+    with synced(work / REJECTED, "w", encoding="utf-8") as rejects:
         for unit in units:
             for summary, ids in read_unit(unit):
                 if "n_tokens" in summary:
@@ -364,8 +363,6 @@ def merge_units(
                     summary = rejection(summary["path"], "dedup", *dropped)
                 rejected[f"{summary['stage']}/{summary['reason']}"] += 1
                 rejects.write(json.dumps(summary, ensure_ascii=False) + "\n")
-        rejects.flush()
-        os.fsync(rejects.fileno())
     splits = {split: writer.close() for split, writer in writers.items()}
     for path in out_dir.iterdir():  # of a corpus that this one replaces
         if _MADE_BY_MERGE.fullmatch(path.name):

@@ -18,7 +18,6 @@ import errno
 import hashlib
 import json
 import lzma
-import os
 import re
 import sqlite3
 import tarfile
@@ -27,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from data_pipeline.artifact import file_digest
+from data_pipeline.artifact import file_digest, synced
 from data_pipeline.build.archives import (
     FILE_BYTES,
     BrokenArchiveError,
@@ -217,7 +216,7 @@ def add_parquet(
         UserError: not Parquet, or without a column of MIDI bytes.
     """
     tables.mkdir(parents=True, exist_ok=True)
-    with spool.open("wb") as out, (tables / LABELS).open("w", encoding="ascii") as labels:
+    with synced(spool) as out, synced(tables / LABELS, "w", encoding="ascii") as labels:
         for file in files:
             stem = file.relative_to(root).with_suffix("").as_posix()
             for row, (name, data, values) in enumerate(_rows(file, stem)):
@@ -233,9 +232,6 @@ def add_parquet(
                     tree.add(Entry(path, len(data), out.tell()))
                     out.write(data)
                 labels.write(json.dumps({"path": path, **values}) + "\n")
-        for made in (out, labels):
-            made.flush()
-            os.fsync(made.fileno())
 
 
 def _rows(file: Path, stem: str) -> Iterator[tuple[str, bytes | None, dict[str, Any]]]:
