@@ -164,7 +164,8 @@ class _Labelled:
             of_class = {(values[i], group) for i, group in zip(drawn, groups, strict=True)}
             alone = sum(n == 1 for n in Counter(value for value, _ in of_class).values())
             if alone:
-                notes.append(f"{alone} classes of one composition or album, which none can learn")
+                one = "one composition or album, which cannot be learnt and judged"
+                notes.append(f"classes that are of {one}: {alone}")
         return BenchmarkTask(
             folder=folder,
             category=self.category,
