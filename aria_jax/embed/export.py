@@ -268,7 +268,8 @@ class _Parts:
         with _locked(self._out.parent):
             finished, unfinished = read_identity(self._out), self._unfinished()
             if finished == self._identity:
-                if unfinished == self._identity:  # killed between joining and tidying up
+                # Killed between joining and tidying up, of which the identity may be gone already.
+                if unfinished in (None, self._identity):
                     shutil.rmtree(self._folder, ignore_errors=True)
                 return None
             if finished is None and self._out.exists() and not overwrite:

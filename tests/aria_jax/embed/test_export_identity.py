@@ -132,6 +132,17 @@ def test_a_file_that_does_not_say_what_it_is_is_not_replaced(midis, tmp_path):
     assert pq.read_table(out).equals(fresh(midis, tmp_path))
 
 
+def test_what_a_kill_left_of_the_parts_is_tidied_up(midis, tmp_path):
+    """The folder's identity goes first or last when it is removed, as the disk has it."""
+    out = tmp_path / "e.parquet"
+    run(midis, out, Counting())
+    left = tmp_path / "e.parquet.parts"
+    left.mkdir()
+    (left / "part-00000.parquet").write_text("")
+    run(midis, out, Counting())
+    assert not left.exists()
+
+
 TOGETHER = """
 import multiprocessing, os, random, signal, sys, time
 from pathlib import Path
