@@ -42,6 +42,8 @@ _DAMAGE = re.compile(
 )
 """TensorStore on bytes that are missing or cannot be decoded, and Orbax on metadata that
 contradict the record."""
+_UNDECODED = re.compile("Error decoding|ZSTD_decompress|[Cc]hecksum mismatch|CRC")
+"""What TensorStore says of such bytes where it names no code: in a message that is not cut."""
 _DAMAGED_METADATA = (UnicodeDecodeError, json.JSONDecodeError, KeyError, IndexError, TypeError,
                      AttributeError, NotImplementedError)  # fmt: skip
 _NO_MEMORY = re.compile("RESOURCE_EXHAUSTED|[Oo]ut of memory")
@@ -236,7 +238,7 @@ class Checkpointer:
             return _DAMAGED, DamagedCheckpoint(self._damaged(step, text))
         elif any_of(OSError) or _NO_ANSWER.match(text):  # among them lost connections and time-outs
             reason = f"it cannot be read now ({text})"
-        elif any_of(*_DAMAGED_METADATA) or _DAMAGE.match(text):
+        elif any_of(*_DAMAGED_METADATA) or _DAMAGE.match(text) or _UNDECODED.search(told):
             return _DAMAGED, DamagedCheckpoint(self._damaged(step, text))
         else:
             return _UNREADABLE, error

@@ -127,6 +127,26 @@ def test_no_flipped_bit_changes_what_is_read(saved, tmp_path_factory, data):
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y + 4), found, PARAMS)
 
 
+@pytest.mark.parametrize("at", [4, 12, 14, 20])
+def test_a_header_that_cannot_be_decoded_is_damage(workdir, at):
+    """Compressed bytes begin there, of which TensorStore complains without a code."""
+    found = 0
+    for path in sorted((workdir / "checkpoints/4/params").rglob("d/*")):
+        data = bytearray(path.read_bytes())
+        data[at] ^= 1
+        path.write_bytes(data)
+        checkpointer = Checkpointer(workdir, read_only=True)
+        try:
+            checkpointer.restore(4, "params", like())
+        except DamagedCheckpoint:
+            found += 1
+        finally:
+            checkpointer.close()
+        data[at] ^= 1
+        path.write_bytes(data)
+    assert found
+
+
 def damage(workdir, step, item="params"):
     for path in (workdir / "checkpoints" / str(step) / item).rglob("*"):
         if path.is_file():
