@@ -7,6 +7,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -64,6 +65,11 @@ def real_midi_folder() -> Path:
     if not (_SHARED / "data").is_dir():
         pytest.skip("needs the development performances (shared/data beside the checkout)")
     return _SHARED / "data"
+
+
+def pytest_configure():
+    """A suite in the background of a script has Ctrl-C ignored; the programs it starts must not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items):

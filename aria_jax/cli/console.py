@@ -27,8 +27,8 @@ Progress = Callable[[int, int], None]
 
 SHOWN_AFTER_S = 1.0
 """On a terminal a stage is shown once so much time has passed without a word."""
-LINE_EVERY_S = 1.6
-"""Of piped output; with a tick, less than two seconds."""
+LINE_EVERY_S = 1.0
+"""Of piped output. Two seconds are the promise: a library may hold the interpreter for the rest."""
 PRESENT_S = 20.0
 """Over which the present speed is measured."""
 _TICK_S = 0.2

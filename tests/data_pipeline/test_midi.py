@@ -226,11 +226,16 @@ def test_miditoolkit_reads_what_is_written(performance):
     from miditoolkit import MidiFile
 
     midi = MidiFile(file=io.BytesIO(midi_bytes(performance)))
-    found = [(i.is_drum, n.pitch, n.velocity, n.start, n.end) for i, n in notes_of(midi)]
+    # Of drum hits of no length it drops some and keeps others, by what else the file holds.
+    found = [
+        (i.is_drum, n.pitch, n.velocity, n.start, n.end)
+        for i, n in notes_of(midi)
+        if n.end > n.start
+    ]
     expected = [
         (channel == 9, pitch, velocity, start, end)
         for pitch, velocity, channel, start, end in performance.notes.tolist()
-        if end > start  # it drops drum hits of no length
+        if end > start
     ]
     assert sorted(found) == sorted(expected)
     assert midi.ticks_per_beat == performance.ticks_per_beat
