@@ -27,6 +27,8 @@ Item = TypeVar("Item")
 HASHING_THREADS = 16
 """Hide the latency of opening files; hashing and reading let other threads run."""
 _FILES_PER_TASK = 64
+MAX_DIFFERENCES = 3
+"""That one refusal names."""
 
 
 class There(Enum):
@@ -85,7 +87,8 @@ class Identity:
         """Each input and setting that is not as `before`, e.g. "val_fraction: 0.1 → 0.2".
 
         Args:
-            details: what can be said of an input that changed, e.g. "3 files more".
+            details: what can be said of an input that changed, e.g. "3 files more", instead of
+                digests; "" for nothing.
         """
         if (self.kind, self.version) != (before.kind, before.version):
             return [f"{before.kind} (version {before.version}) → {self.kind} ({self.version})"]
@@ -93,13 +96,14 @@ class Identity:
         for name in sorted(self.inputs.keys() | before.inputs.keys()):
             old, new = before.inputs.get(name, ""), self.inputs.get(name, "")
             if old != new:
-                known = (details or {}).get(name)
-                found.append(f"{name}: {known or f'{_short(old)} → {_short(new)}'}")
-        for name in sorted(self.settings.keys() | before.settings.keys()):
-            old, new = before.settings.get(name, _ABSENT), self.settings.get(name, _ABSENT)
-            if old != new:
+                known = (details or {}).get(name, f"{_short(old)} → {_short(new)}")
+                found += [f"{name}: {known}"] * bool(known)
+        was, now = _flat(before.settings), _flat(self.settings)
+        for name in sorted(was.keys() | now.keys()):
+            old, new = was.get(name, _ABSENT), now.get(name, _ABSENT)
+            if old != new and not name.endswith("_hash"):  # its preset differs, or its version
                 found.append(f"{name}: {_shown(old)} → {_shown(new)}")
-        return found
+        return found or ["another version of the tokenizer"] * (self != before)
 
 
 def look(
@@ -131,6 +135,8 @@ def look(
     if other is None:
         return There.FRESH
     found = asked.differences(other, details(other) if details else None)
+    if len(found) > MAX_DIFFERENCES:
+        found[MAX_DIFFERENCES:] = [f"and {len(found) - MAX_DIFFERENCES} more differences"]
     what = other.kind if finished else f"the beginning of {other.kind}"
     raise UserError(
         f"{out}: holds {what} made otherwise ({'; '.join(found)}); "
@@ -149,7 +155,18 @@ def _shown(value: Any) -> str:
     if value is _ABSENT:
         return "not said"
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else f"{text[:40]}… ({json_digest(value)[:8]})"
+    return text if len(text) <= 60 else f"{text[:40]}…{text[-16:]}"
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings in settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, dict) and value:
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
 
 
 # --- digests -------------------------------------------------------------------------------------
@@ -197,7 +214,7 @@ def listing_difference(
     before: Iterable[tuple[str, str | None]], now: Iterable[tuple[str, str | None]]
 ) -> str:
     """How two listings, sorted by the bytes of the path, differ: "3 files more, 1 changed …"."""
-    counts, first = {"more": 0, "fewer": 0, "changed": 0}, ""
+    counts, first = {"more": 0, "fewer": 0, "changed": 0}, list[str]()
     old, new = iter(before), iter(now)
     one, other = next(old, None), next(new, None)
     while one is not None or other is not None:
@@ -210,13 +227,13 @@ def listing_difference(
             one, other = next(old, None), next(new, None)
         if kind:
             counts[kind] += 1
-            first = first or path
+            first += [printable(path)] * (len(first) < MAX_DIFFERENCES)
     said = [f"{n:,} {kind}" for kind, n in counts.items() if n]
     if not said:
         return "the same files"
     number, _, rest = said[0].partition(" ")
     unit = "file" if number == "1" else "files"
-    return ", ".join([f"{number} {unit} {rest}", *said[1:]]) + f" (first: {printable(first)})"
+    return ", ".join([f"{number} {unit} {rest}", *said[1:]]) + f" (first: {', '.join(first)})"
 
 
 # --- writing -------------------------------------------------------------------------------------

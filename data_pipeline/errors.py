@@ -1,6 +1,8 @@
 """The errors a user can cause, told in a way that says what to do, and names fit to print."""
 
 import difflib
+import errno
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,9 +22,13 @@ def printable(text: str) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """ ", did you mean 'train'?" where a known word is near, else nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f", did you mean {near[0]!r}?" if near else ""
+    """ ", did you mean 'train'?" where a known word is near, else nothing.
+
+    Letters decide, not the dashes that all options share, nor capitals.
+    """
+    plain = {name.lstrip("-").lower(): name for name in known}
+    near = difflib.get_close_matches(word.lstrip("-").lower(), plain, n=1)
+    return f", did you mean {plain[near[0]]!r}?" if near else ""
 
 
 class UserError(Exception):
@@ -45,6 +51,35 @@ class InvalidMidi(UserError):
         self.reason = reason
 
 
+_DISK = {
+    errno.ENOENT: "no such file or folder",
+    errno.EISDIR: "a folder is there, a file is needed",
+    errno.ENOTDIR: "a file is there, a folder is needed",
+    errno.EEXIST: "a file is there, a folder is needed",
+    errno.EACCES: "no permission; change it with chmod, or name another place",
+    errno.EPERM: "no permission; change it with chmod, or name another place",
+    errno.EROFS: "this disk is read-only; name another place",
+    errno.ENOSPC: "the disk is full; free some space and run the same command again",
+    errno.EDQUOT: "your share of the disk is full; free some space and run the same command again",
+    errno.ENAMETOOLONG: "the name is too long; choose a shorter one",
+    errno.ELOOP: "links here lead in a circle",
+}
+
+
+def disk_error(error: OSError) -> str | None:
+    """What a user can do about an error of the disk, with its file; None where that is unknown."""
+    said = _DISK.get(error.errno or 0, error.strerror if error.filename is not None else None)
+    if said is None:
+        return None
+    return said if error.filename is None else f"{os.fsdecode(error.filename)}: {said}"
+
+
+def check_readable(path: str | Path) -> None:
+    """Raises `UserError` for a file that is there and that this user may not read."""
+    if os.path.isfile(path) and not os.access(path, os.R_OK):
+        raise UserError(f"{path}: may not be read; give yourself permission with chmod u+r {path}")
+
+
 def check_file(path: str | Path, wanted: str) -> Path:
     """The path of a file that a user names.
 
@@ -52,7 +87,7 @@ def check_file(path: str | Path, wanted: str) -> Path:
         wanted: what it should be, e.g. "one MIDI file".
 
     Raises:
-        UserError: no such file, a folder, or no path at all.
+        UserError: no such file, one that may not be read, a folder, or no path at all.
     """
     if not isinstance(path, str | Path):
         raise UserError(f"expected the path of {wanted}, not {kind_of(path)}")
@@ -63,6 +98,7 @@ def check_file(path: str | Path, wanted: str) -> Path:
         raise UserError(f"{path}: {found}, {wanted} is wanted")
     if not path.exists():
         raise UserError(f"{path}: no such file")
+    check_readable(path)
     return path
 
 

@@ -1,6 +1,7 @@
 """What is in a folder of token shards."""
 
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,3 +134,23 @@ def _lines(ids: np.ndarray, tokenizer: Tokenizer) -> list[str]:
         else:
             lines.append(text)
     return lines[:-1]  # the last may lack its duration
+
+
+def relabelled(
+    data_dir: str | Path, labels_for: Callable[[str], Mapping[str, str]], at_most: int
+) -> str:
+    """Names pieces that have other labels now, e.g. "composer of a.mid bach → liszt"; "" for none.
+
+    Args:
+        labels_for: path -> what is known of it now.
+    """
+    found: list[str] = []
+    for split in load_manifest(data_dir)["splits"]:
+        shards = TokenShards(data_dir, split)
+        for meta in (shards[i].meta for i in range(len(shards))):
+            for name, value in labels_for(meta["path"]).items():
+                if (was := meta["labels"].get(name)) != value:
+                    found.append(f"{name} of {meta['path']} {was or 'none'} → {value}")
+            if len(found) >= at_most:
+                return ", ".join(found[:at_most])
+    return ", ".join(found)

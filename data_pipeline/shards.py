@@ -26,7 +26,7 @@ import msgpack
 import numpy as np
 
 from data_pipeline.artifact import sync, synced
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, check_readable
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val", "test")
@@ -274,6 +274,7 @@ class TokenShards:
         self._readers: dict[int, Any] = {}
         self._lock = threading.Lock()
         index_path = self.data_dir / index_name(split)
+        check_readable(index_path)
         if not index_path.is_file():
             raise UserError(f"{index_path}: missing; build the data again")
         content = io.BytesIO(index_path.read_bytes())  # a disk that fails is not a damaged file
@@ -285,6 +286,7 @@ class TokenShards:
 
     def _checked(self, shard: dict[str, Any]) -> Path:
         path = self.data_dir / shard["file"]
+        check_readable(path)
         size = path.stat().st_size if path.is_file() else None
         if size != shard["bytes"]:
             found = "missing" if size is None else f"{size} bytes instead of {shard['bytes']}"
@@ -302,6 +304,7 @@ class TokenShards:
         try:
             return unpack_record(self._reader(shard).read([i - int(self._first[shard])])[0])
         except (RuntimeError, ValueError, KeyError, TypeError, msgpack.UnpackException) as error:
+            check_readable(self._paths[shard])
             raise _damaged(self._paths[shard], error) from error
 
     def _reader(self, shard: int) -> Any:

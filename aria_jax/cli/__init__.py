@@ -21,6 +21,8 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from data_pipeline.artifact import (
     file_digest,
     hashed,
     json_digest,
+    listing_difference,
     look,
     new_folder,
     rows_digest,
@@ -38,6 +41,8 @@ from data_pipeline.artifact import (
 from data_pipeline.errors import UserError, printable
 
 VERSION = 1
+MAX_LISTED = 10_000
+"""Files of a folder whose digests are kept beside an output, to name those that change."""
 _NO_SETTINGS = {"out", "overwrite", "json", "workers", "command_line"}
 """Arguments that change nothing in what is written."""
 
@@ -144,6 +149,7 @@ def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
     outputs = [Path(output) for output in writes.outputs(args)] if writes is not None else []
     if writes is None or not outputs:
         return verb.run(args) or 0
+    _files_below.cache_clear()  # folders may have changed since the verb before
     from aria_jax.cli.console import note, stage
 
     stage("comparing with what is there")
@@ -156,7 +162,14 @@ def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
     before = _read(record)
     finished = _finished(record.parent, before, outputs)
     _refuse_files_of_others(record.parent, before, outputs, args.overwrite)
-    there = look(outputs[0], identity, finished=finished, overwrite=args.overwrite)
+    given = {name: getattr(args, name, None) for name in writes.inputs}
+    there = look(
+        outputs[0],
+        identity,
+        finished=finished,
+        overwrite=args.overwrite,
+        details=lambda _: _changes(before.get("inputs", {}), given),
+    )
     form = "json" if getattr(args, "json", False) else "text"
     printed = before.get("printed", {}) if finished == identity else {}
     if there is There.DONE and form in printed:
@@ -182,7 +195,12 @@ def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
                 stale = record.parent / name
                 if stale.is_file():  # of what was overwritten
                     stale.unlink()
-            kept = {"identity": identity.to_json(), "files": files}
+            kept: dict[str, Any] = {"identity": identity.to_json(), "files": files}
+            kept["inputs"] = {
+                name.replace("_", "-"): {"given": value, "files": _listed(value)}
+                for name, value in given.items()
+                if value
+            }
             kept["printed"] = {**printed, form: tee.getvalue()}
             write_atomically(record, json.dumps(kept))
     return status
@@ -210,14 +228,51 @@ def input_digest(value: Any) -> str:
     if isinstance(value, list | tuple):
         return json_digest([input_digest(one) for one in value])
     path = Path(value)
+    if not path.exists() and "=" in str(value):  # NAME=FILE
+        path = Path(str(value).partition("=")[2])
     if (path / MANIFEST).is_file():
         return file_digest(path / MANIFEST)
     if not path.is_dir() or newest_step(path) is not None:
         return model_digest(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return rows_digest(
-        (str(file.relative_to(path)), digest) for file, digest in hashed(files, file_digest)
+    return rows_digest(_files_below(path))
+
+
+@cache
+def _files_below(folder: Path) -> tuple[tuple[str, str | None], ...]:
+    """(relative path, sha256) of every file, sorted by the bytes of the path; read once a verb."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    files.sort(key=lambda file: os.fsencode(file.relative_to(folder)))
+    return tuple(
+        (str(file.relative_to(folder)), digest) for file, digest in hashed(files, file_digest)
     )
+
+
+def _listed(value: Any) -> list[tuple[str, str | None]] | None:
+    """The files of a folder that is no model or corpus, as long as a record can name them all."""
+    from aria_jax.checkpoints import newest_step
+    from data_pipeline.shards import MANIFEST
+
+    if isinstance(value, list | tuple) or not Path(value).is_dir():
+        return None
+    if (Path(value) / MANIFEST).is_file() or newest_step(value):
+        return None
+    files = list(islice(_files_below(Path(value)), MAX_LISTED + 1))
+    return files if len(files) <= MAX_LISTED else None
+
+
+def _changes(before: dict[str, Any], given: dict[str, Any]) -> dict[str, str]:
+    """What can be said of each input that is not as it was."""
+    said = {}
+    for name, value in given.items():
+        was = before.get(name := name.replace("_", "-"), {})
+        now = _listed(value) if value else None
+        if was.get("given") != value:
+            said[name] = f"{was.get('given') or 'none'} → {value or 'none'}"
+        elif was.get("files") is not None and now is not None:
+            said[name] = f"{value}: {listing_difference(was['files'], now)}"
+        else:
+            said[name] = f"{value} has changed"
+    return said
 
 
 def _read(record: Path) -> dict[str, Any]:

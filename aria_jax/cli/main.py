@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from data_pipeline.errors import UserError, did_you_mean, printable
+from data_pipeline.errors import UserError, did_you_mean, disk_error, printable
 
 if TYPE_CHECKING:
     from aria_jax.cli import Verb
@@ -46,14 +46,6 @@ examples:
   aria-jax embed my_midis emb.parquet --checkpoint run1   one vector per file
 
 `aria-jax VERB --help` explains each verb."""
-
-
-_PATH_ERRORS = {
-    FileNotFoundError: "no such file",
-    IsADirectoryError: "a folder is there, a file is needed",
-    NotADirectoryError: "a file is there, a folder is needed",
-    FileExistsError: "a file is there, a folder is needed",
-}
 
 
 class Parser(argparse.ArgumentParser):
@@ -123,14 +115,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"aria-jax: error: {printable(str(error))}", file=sys.stderr)
         return 2
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, FileExistsError) as error:
-        if error.filename is None:
-            raise
-        print(f"aria-jax: error: {error.filename}: {_PATH_ERRORS[type(error)]}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # `aria-jax ... | head` is no error
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if (said := disk_error(error)) is None:
+            raise
+        print(f"aria-jax: error: {printable(said)}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         told = "aria-jax: interrupted; run the same command again to go on"
         if argv is None:

@@ -14,7 +14,7 @@ from aria_jax.checkpoints import (
     newest_step,
 )
 from aria_jax.config import RunConfig, from_dict, to_dict
-from data_pipeline.artifact import json_digest
+from data_pipeline.artifact import MAX_DIFFERENCES, Identity, json_digest
 from data_pipeline.errors import UserError
 from data_pipeline.shards import load_manifest
 
@@ -133,9 +133,11 @@ def check_same_init(
     )
 
 
-def corpus_record(data_dir: str | Path) -> dict[str, str]:
+def corpus_record(data_dir: str | Path) -> dict[str, Any]:
     """What a run's checkpoints say of the corpus they were trained on."""
-    return {"path": str(data_dir), "digest": json_digest(load_manifest(data_dir))}
+    manifest = load_manifest(data_dir)
+    made_of = {"n_files": manifest.get("source", {}).get("n_files"), **manifest.get("identity", {})}
+    return {"path": str(data_dir), "digest": json_digest(manifest), "made_of": made_of}
 
 
 def check_resumable(
@@ -171,11 +173,7 @@ def check_resumable(
             stacklevel=2,
         )
     elif saved["corpus"]["digest"] != now["corpus"]["digest"]:
-        was, new = saved["corpus"], now["corpus"]
-        changed["corpus"] = (
-            f"corpus: was {was['path']} ({was['digest'][:8]}), is {new['path']} "
-            f"({new['digest'][:8]})"
-        )
+        changed["corpus"] = _corpus_change(saved["corpus"], now["corpus"])
     for word in allow_change:
         if text := changed.pop(ALLOWABLE[word], None):
             warnings.warn(f"going on although it changed, as asked: {text}", stacklevel=2)
@@ -198,6 +196,23 @@ def compute_dtype(workdir: str | Path | None, accelerator: bool) -> Literal["flo
     if began != "auto":
         return began
     return "bfloat16" if accelerator else "float32"
+
+
+def _corpus_change(was: dict[str, Any], now: dict[str, Any]) -> str:
+    """Which corpus is another, and what it is made of that the first was not."""
+    text = f"corpus: was {was['path']}, is {now['path']}"
+    if was["path"] == now["path"]:
+        text = f"corpus: {now['path']} was built anew since"
+    before, made_of = was.get("made_of", {}), now["made_of"]
+    old, new = Identity.from_json(before), Identity.from_json(made_of)
+    if old is None or new is None:
+        return text
+    counts = [before.get("n_files"), made_of.get("n_files")]
+    details = {"files": "others", "labels": "others of these files"}
+    if None not in counts and counts[0] != counts[1]:
+        details["files"] = f"{counts[0]:,} → {counts[1]:,}"
+    found = new.differences(old, details)[:MAX_DIFFERENCES]
+    return f"{text} ({', '.join(found)})" if found else text
 
 
 def check_allow_change(words: Collection[str]) -> None:

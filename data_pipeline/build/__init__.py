@@ -16,6 +16,7 @@ from typing import Any
 
 from data_pipeline import filters as filter_presets
 from data_pipeline.artifact import (
+    MAX_DIFFERENCES,
     Identity,
     There,
     atomic,
@@ -35,6 +36,7 @@ from data_pipeline.cleaning import Cleaning
 from data_pipeline.errors import UserError
 from data_pipeline.metadata import LabelTable, find_tables, read_labels
 from data_pipeline.midi import reading_name
+from data_pipeline.inspection import relabelled
 from data_pipeline.shards import FILES, FORMAT_VERSION, MANIFEST, REJECTED, load_manifest
 from data_pipeline.tokenizer import Tokenizer
 
@@ -156,7 +158,7 @@ def build(
         if excluded:
             inputs["exclude"] = rows_digest(sha for one in excluded for _, sha in one.digests())
         asked = Identity("a corpus", IDENTITY_VERSION, inputs, settings)
-        unfinished = _prepare(journal, listing, out, asked, overwrite)
+        unfinished = _prepare(journal, listing, labels, out, asked, overwrite)
         if unfinished:
             work = _Work(journal, progress)
             run = partial(
@@ -183,7 +185,7 @@ def _labels_digest(listing: Listing, labels: LabelTable) -> str:
 
 
 def _prepare(
-    journal: Journal, listing: Listing, out: Path, asked: Identity, overwrite: bool
+    journal: Journal, listing: Listing, labels: LabelTable, out: Path, asked: Identity, overwrite: bool
 ) -> bool:
     """Leaves a journal that this run can go on with; False where the corpus is finished."""
     manifest = out / MANIFEST
@@ -196,10 +198,13 @@ def _prepare(
                 "of; choose another output, or --overwrite to replace it"
             )
 
-    def details(_: Identity) -> dict[str, str]:
+    def details(other: Identity) -> dict[str, str]:
         before = journal.digests() if finished is None else _files_of(out)
         files = listing_difference(before, listing.digests())
-        return {"files": files, "labels": "other labels of the same files"}
+        new = relabelled(out, labels.labels_for, MAX_DIFFERENCES) if finished is not None else ""
+        if other.inputs["files"] == asked.inputs["files"]:
+            new = "other labels of the same files" + f" ({new})" * bool(new)
+        return {"files": files, "labels": new, "exclude": "other files"}
 
     there = look(
         out, asked, finished=finished, unfinished=journal.identity(), overwrite=overwrite,

@@ -66,6 +66,17 @@ def test_a_refusal_names_each_difference():
         look("out", now, finished=before, details=lambda _: {"files": "3 files more"})
 
 
+def test_a_refusal_names_three_differences_at_most_in_the_words_of_the_settings():
+    many = {"filters": {"silence": {"max_s": 20, "n": 1}}, "a": 1, "b": 1, "tokenizer_hash": "1"}
+    other = {"filters": {"silence": {"max_s": 30, "n": 1}}, "a": 2, "b": 2, "tokenizer_hash": "2"}
+    before, now = Identity("a corpus", 1, {"x": "1"}, many), Identity("a corpus", 1, {}, other)
+    with pytest.raises(UserError, match=r"\(x: 1 → none; a: 1 → 2; b: 1 → 2; and 1 more diff"):
+        look("out", now, finished=before)
+    with pytest.raises(UserError, match=r"a: 1 → 2; b: 1 → 2; filters\.silence\.max_s: 20 → 30\)"):
+        look("out", now, finished=before, details=lambda _: {"x": ""})
+    assert now.differences(now) == []
+
+
 listings = st.dictionaries(st.text("ab/\udc80é", max_size=3), st.sampled_from("12"), max_size=6)
 
 

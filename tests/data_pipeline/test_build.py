@@ -164,7 +164,7 @@ def _label(midi):
         (_add, r"files: 1 file more \(first: new.mid\)"),
         (_change_keeping_size_and_times, r"files: 1 file changed \(first: 0.mid\)"),
         (_remove, r"files: 1 file fewer \(first: 0.mid\)"),
-        (_label, "labels: other labels"),
+        (_label, r"labels: other labels of the same files \(composer of 0.mid none → clementi\)"),
     ],
 )
 def test_a_source_that_changed_is_refused_until_overwritten(few, change, said):

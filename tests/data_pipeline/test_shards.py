@@ -1,6 +1,7 @@
 """Shards give back what was written, the index agrees with the records, misuse is explained."""
 
 import json
+import os
 import pickle
 import shutil
 from types import SimpleNamespace
@@ -166,6 +167,16 @@ def test_misuse_is_explained(tmp_path):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(UserError, match="bytes instead of"):
         TokenShards(out, "train")
+
+
+def test_a_file_that_may_not_be_read_is_not_called_damaged(corpus, tmp_path, monkeypatch):
+    folder = shutil.copytree(corpus, tmp_path / "corpus")
+    for pattern in ("train-00000*.arrayrecord", "train-index.npz"):
+        (path,) = folder.glob(pattern)
+        with monkeypatch.context() as patch:  # root may read everything
+            patch.setattr(os, "access", lambda file, mode, path=path: str(file) != str(path))
+            with pytest.raises(UserError, match=f"{path.name}: may not be read; .*chmod u.r"):
+                TokenShards(folder, "train")[0]
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -1,7 +1,9 @@
 """Every verb's help and its errors, as a user sees them: one line, exit code 2, no traceback."""
 
 import ast
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -102,3 +104,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(name, files, capsys):
     line = next(line for line in shown.splitlines() if line.startswith("aria-jax: error: "))
     assert status == 2 and message in line
     assert "Traceback" not in shown
+
+
+def test_an_option_is_not_near_another_for_its_dashes(capsys):
+    assert main(["tokenize", "x.mid", "--out", "y"]) == 2
+    assert "did you mean" not in capsys.readouterr().err
+    assert main(["tokenize", "x.mid", "--JSON"]) == 2
+    assert "did you mean '--json'?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("code", ["EACCES", "EROFS", "ENOSPC", "ENAMETOOLONG", "ELOOP", "EIO"])
+def test_whatever_the_disk_says_is_one_line(code, tmp_path, monkeypatch, capsys):
+    (file := tmp_path / "a.mid").write_bytes(b"MThd")
+
+    def failing(*_):
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)), str(file))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", failing)
+    assert main(["score", str(file), "--checkpoint", str(tmp_path)]) == 2
+    assert main(["tokenize", str(file)]) == 2
+    shown = capsys.readouterr().err.splitlines()
+    assert shown[-1].startswith("aria-jax: error: ") and str(file) in shown[-1], shown

@@ -140,6 +140,21 @@ def test_files_of_others_and_files_that_were_changed_are_not_replaced(made, tmp_
     assert main(command) == 0 and out.exists()
 
 
+def test_a_refusal_names_the_files_that_are_not_as_they_were(made, tmp_path, capsys):
+    shutil.copytree(made / "midi", midi := tmp_path / "midi")
+    out = str(tmp_path / "answers.jsonl")
+    command = ["classify", str(midi), "--checkpoint", str(made / "judge"), "--out", out]
+    assert main([*command, "--workers", "0"]) == 0
+    shutil.copy(midi / "lento_0.mid", midi / "more.mid")
+    (midi / "lento_2.mid").write_bytes((midi / "lento_4.mid").read_bytes())
+    assert main(command) == 2
+    changed = f"source: {midi}: 1 file more, 1 changed (first: lento_2.mid, more.mid)"
+    assert changed in capsys.readouterr().err
+    moved = shutil.copytree(midi, tmp_path / "moved")
+    assert main([command[0], str(moved), *command[2:]]) == 2
+    assert f"source: {midi} → {moved}" in capsys.readouterr().err
+
+
 def test_a_failed_command_leaves_no_folder(made, tmp_path):
     out = tmp_path / "new" / "out"
     command = ["generate", "--checkpoint", str(made / "nothing"), "--out", str(out)]
