@@ -47,8 +47,9 @@ MODELS: dict[str, ModelConfig] = {
     # handcrafted statistics by 19 points). `make demo` and the tests use smaller batches of it.
     "tiny": ModelConfig(d_model=128, n_heads=4, n_layers=4, max_seq_len=2048, emb_size=None),
     # For weights that go with the package: made for GiantMIDI's 70 M tokens and 8 to 10 hours of
-    # two quiet cores (`make train-mini`), which it has not had yet. Only ids that solo piano can
-    # have get weights, 2,565 of 17,727: 3.35 M parameters, 6.7 MB in bfloat16.
+    # two quiet cores (`make train-mini`); the weights that come along had a third of an epoch
+    # (released/mini.md). Only ids that solo piano can have get weights, 2,565 of 17,727: 3.35 M
+    # parameters, 6.7 MB in bfloat16.
     "mini": ModelConfig(
         d_model=192, n_heads=6, n_layers=4, max_seq_len=1024, vocabulary=CORPUS, emb_size=None
     ),
@@ -70,7 +71,8 @@ RECIPES: dict[tuple[str, Task], dict[str, Any]] = {
     # May be stopped at any step N: resumed with steps=N/0.8, the rate falls over the last fifth.
     # What is known of it: with 2,048 tokens a step and a rate that fell from 2e-3 on, the ordered
     # start had a validation loss of 5.07 after 100 steps; from a random one (479 steps at 1e-3,
-    # then 2e-3) 688 steps gave 5.11. One run each. 8,500 steps are one epoch.
+    # then 2e-3) 688 steps gave 5.11. One run each. With 4,096 tokens a step and 3e-3, 6,000 steps
+    # took 2.4 h beside other work (released/mini.md). 8,500 steps are one epoch.
     ("mini", "pretrain"): {
         "data": DataConfig(seq_len=1024, global_batch=8),
         "optimizer": OptimizerConfig(peak_lr=2e-3, warmup_steps=100, b2=0.98, schedule="wsd"),

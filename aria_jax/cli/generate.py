@@ -29,6 +29,7 @@ What is generated can always be decoded: a grammar of notes forbids everything e
 (--no-grammar switches it off). The same --seed gives the same music, whatever --n is.
 
 examples:
+  aria-jax generate --prompt nocturne.mid --out out                    with the released mini
   aria-jax generate --checkpoint run1 --prompt nocturne.mid --out out
   aria-jax generate --checkpoint run1 --prompt nocturne.mid --seconds 20 --n 8 --end --out out
   aria-jax generate --checkpoint run1 --prompt nocturne.mid --max-tokens 6000 --sliding --out out
@@ -37,12 +38,15 @@ examples:
 
 
 MIN_P = 0.035
+RELEASED = "mini"
+"""The model unless another is named."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax generate`."""
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="C", help="workdir of a language model's run")
+    what = f"workdir of a language model, or .safetensors (default: the released {RELEASED})"
+    add("--checkpoint", default=RELEASED, metavar="C", help=what)
     add("--out", metavar="DIR", help="folder for the files; only --json can do without")
     prompt = parser.add_argument_group("prompt (default: none)").add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="X.mid", help="continue its first 15 seconds")
@@ -118,6 +122,8 @@ def run(args: argparse.Namespace) -> None:
 
     stage("loading the model")
     mesh = _mesh(args.mesh)
+    if args.checkpoint == RELEASED:
+        note(f"model: the released {RELEASED} (--checkpoint takes one of yours)")
     loaded = load_model(args.checkpoint, mesh=mesh)
     tokenizer = Tokenizer.preset(loaded.tokenizer)
     prompt = _prompt(args, tokenizer, loaded.reading, limits)

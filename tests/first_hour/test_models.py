@@ -15,6 +15,8 @@ GENERATE = [
     wrong("generate --checkpoint {lm} --prompt {nothing}.mid --out out", "no such file"),
     wrong("generate --checkpoint {lm} --prompt {data} --out out", "token shards"),
     wrong("generate --checkpoint {lm}", "--out DIR"),
+    Use("generate --prompt {piece} --notes 12 --max-tokens 12 --out out", "the released mini",
+        made="out"),
     wrong("generate --checkpoint {encoder} --out out", "head"),
     wrong("generate --checkpoint {empty} --out out", "no checkpoint here"),
     wrong("generate --checkpoint {lm} --out afile", "afile", before=(("afile", "x"),)),

@@ -1,0 +1,55 @@
+"""The weights that come with the package: what they are, how large, and what they say."""
+
+import hashlib
+
+import pytest
+
+import aria_jax
+from aria_jax.checkpoints import RELEASED, check_model, model_path
+from data_pipeline.errors import UserError
+from data_pipeline.tokenizer import Tokenizer
+
+ARIA = Tokenizer.preset("aria")
+SHA256 = "ee2a082a982cfc7bb2703d1380d96a1130789aca2d917d30f2b94566a53a4efc"
+SCALE_NLL = 3.8843
+"""Nats per token of `c_major`, float32, default XLA."""
+PIANO = ARIA.id_of(("prefix", "instrument", "piano"))
+SCALE = [(60, 0), (62, 400), (64, 800), (65, 1200), (67, 1600), (69, 2000), (71, 2400), (72, 2800)]
+
+
+def c_major() -> list[int]:
+    """A scale of eight notes, 600 ms each."""
+    ids = [PIANO, ARIA.bos_id]
+    for pitch, onset in SCALE:
+        ids += map(ARIA.id_of, [("piano", pitch, 60), ("onset", onset), ("dur", 600)])
+    return ids
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return aria_jax.load("mini")
+
+
+def test_the_card_describes_this_file():
+    data = (RELEASED / "mini.safetensors").read_bytes()
+    assert len(data) < 15e6
+    assert hashlib.sha256(data).hexdigest() == SHA256
+    card = (RELEASED / "mini.md").read_text()
+    for word in ("CC BY 4.0", "GiantMIDI", "Kong", "## Training", "## Limits", SHA256[:16]):
+        assert word in card, word
+
+
+def test_a_folder_of_that_name_is_the_users_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert model_path("mini") == RELEASED / "mini.safetensors"
+    (tmp_path / "mini").mkdir()
+    assert str(model_path("mini")) == "mini"
+    with pytest.raises(UserError, match="no checkpoint here"):
+        check_model("mini")
+
+
+def test_mini_knows_how_likely_a_scale_is(mini):
+    assert mini.config.n_rows < 3_000 < mini.config.vocab_size == 17_727
+    assert (mini.tokenizer, mini.reading) == ("aria", "standard")
+    found = aria_jax.score(mini, aria_jax.detokenise(c_major())).mean_nll
+    assert found == pytest.approx(SCALE_NLL, abs=1e-2)  # float32 sums on other machines
