@@ -62,7 +62,7 @@ class Sizes:
     Attributes:
         pairs, rows: of the kernels' checks: pairs, and positions of a packed row.
         width: of the vectors of pairs.
-        runs: presets that are trained, with settings of theirs.
+        runs: presets that are trained, each with its overrides.
         steps: that are timed, of training.
         preset: that decodes and embeds. tokens: decoded by each of `sequences`.
         files, notes: of the MIDI files that are embedded.
@@ -253,7 +253,7 @@ def embed(sizes: Sizes) -> dict[str, float]:
 
 
 def contrastive(sizes: Sizes) -> dict[str, Any]:
-    """Seconds and bytes of loss and gradient, ours and the naive one, in float32."""
+    """Seconds and bytes of loss and gradient, of the blockwise and the naive one, in float32."""
     found: dict[str, Any] = {}
     for n in sizes.batches:
         z1, z2 = jax.random.normal(jax.random.key(n), (2, n, sizes.width))

@@ -115,6 +115,7 @@ def run(args: argparse.Namespace) -> None:
     limits = _checked_limits(args)
     settings = _settings(args)
 
+    from aria_jax.checkpoints import model_path
     from aria_jax.checkpoints.models import load_model
     from aria_jax.generate.continuation import fitting_tokens
     from aria_jax.generate.weights import decoder_weights
@@ -122,8 +123,8 @@ def run(args: argparse.Namespace) -> None:
 
     stage("loading the model")
     mesh = _mesh(args.mesh)
-    if args.checkpoint == RELEASED:
-        note(f"model: the released {RELEASED} (--checkpoint takes one of yours)")
+    if model_path(args.checkpoint) != Path(args.checkpoint):
+        note(f"model: the released {args.checkpoint} (--checkpoint takes one of yours)")
     loaded = load_model(args.checkpoint, mesh=mesh)
     tokenizer = Tokenizer.preset(loaded.tokenizer)
     prompt = _prompt(args, tokenizer, loaded.reading, limits)
