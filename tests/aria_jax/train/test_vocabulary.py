@@ -199,13 +199,13 @@ def test_an_ordered_start_puts_near_times_and_pitches_near_each_other(
 def test_a_file_of_weights_is_a_checkpoint_and_a_released_name_a_file(
     closed_run, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr("aria_jax.checkpoints.RELEASED", tmp_path)
     with pytest.raises(UserError, match=r"mini: the weights .* not part of this installation"):
         load_model("mini")
     loaded = load_model(closed_run)
     about = {"tokenizer": "aria", "pooling": "mean", "reading": "aria-utils", "step": 4}
     file = tmp_path / "mini.safetensors"
     export_model(loaded.model, file, dtype="bfloat16", compact=True, about=about)
-    monkeypatch.setattr("aria_jax.checkpoints.RELEASED", tmp_path)
     for source in (file, "mini"):
         check_model(source)
         found = load_model(source)
