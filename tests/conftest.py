@@ -22,7 +22,7 @@ from tests.tiny_models import tiny_models  # noqa: F401
 _MADE_HERE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
 if _MADE_HERE:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="aria-jax-compiled-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
 
 # Before jax is imported anywhere: eight virtual CPU devices, so that sharding is tested everywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
