@@ -1,7 +1,8 @@
 """Decoding speed against what the memory allows, batch 1: `python benchmarks/bench_generate.py`.
 
 One process measures everything: the ceiling (a large matrix-vector product, which reads memory as
-decoding does), cached decoding in each precision, the grammar's cost, and, where PyTorch is
+decoding does), cached decoding in each precision, of one sequence and of several, the grammar's
+cost, and, where PyTorch is
 installed, a plain key-value-cache loop of the same network in it.
 """
 
@@ -79,15 +80,25 @@ def prompt_of(length: int) -> np.ndarray:
 
 
 def decode_seconds(
-    weights: DecoderWeights, prompt: np.ndarray, n_tokens: int, repeats: int, **settings
+    weights: DecoderWeights,
+    prompt: np.ndarray,
+    n_tokens: int,
+    repeats: int,
+    n_sequences: int = 1,
+    **settings,
 ) -> float:
-    """Seconds a token within the loop: the chunk after the first (prefill, compilation) one."""
+    """Seconds a step within the loop: the chunk after the first (prefill, compilation) one."""
     # Some room is left: at its end no note can begin, and the piece might end.
     decoding = Decoding(max_tokens=2 * n_tokens + 8, chunk=n_tokens, sampler=MinP(), **settings)
 
     def second_chunk() -> float:
         chunks = decode(
-            weights, TOKENIZER, prompt, n_sequences=1, key=jax.random.key(0), settings=decoding
+            weights,
+            TOKENIZER,
+            prompt,
+            n_sequences=n_sequences,
+            key=jax.random.key(0),
+            settings=decoding,
         )
         next(chunks)
         start = time.perf_counter()
@@ -222,6 +233,7 @@ def main() -> None:
     parser.add_argument("--precisions", default="float32", help="comma-separated (float32)")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (512)")
     parser.add_argument("--tokens", type=int, default=64, help="tokens measured (64)")
+    parser.add_argument("--batch", type=int, default=4, help="sequences at once, beside one (4)")
     parser.add_argument("--repeats", type=int, default=3, help="best of 1 + this many (3)")
     parser.add_argument("--json", action="store_true", help="one JSON line")
     args = parser.parse_args()
@@ -236,6 +248,7 @@ def main() -> None:
         if precision == "float32":
             check_same_network(weights, model, prompt)
         seconds = decode_seconds(weights, prompt, args.tokens, args.repeats)
+        batch_seconds = decode_seconds(weights, prompt, args.tokens, args.repeats, args.batch)
         if precision == "float32":
             result["grammar_share"] = grammar_seconds(prompt, args.repeats) / seconds
         slots = -(-len(prompt) // 256) * 256 + -(-2 * args.tokens // 256) * 256
@@ -247,6 +260,8 @@ def main() -> None:
             "limit_tokens_per_s": bandwidth / read,
             "share_of_limit": read / seconds / bandwidth,
             "gb_per_token": read / 1e9,
+            "batch": args.batch,
+            "batch_step_ratio": batch_seconds / seconds,
         }
         del weights
     result["bandwidth_gb_s"] = bandwidth / 1e9
@@ -268,7 +283,8 @@ def _table(result: dict) -> str:
             lines.append(
                 f"{precision:>9}: {row['tokens_per_s']:6.2f} tokens/s of "
                 f"{row['limit_tokens_per_s']:6.2f} ({row['gb_per_token']:.2f} GB a token): "
-                f"{row['share_of_limit']:.0%} of the limit"
+                f"{row['share_of_limit']:.0%} of the limit; a step of {row['batch']} sequences "
+                f"takes {row['batch_step_ratio']:.2f} times as long"
             )
     if "grammar_share" in result:
         lines.append(f"  grammar: {result['grammar_share']:+.2%} time a token")

@@ -1,48 +1,37 @@
 """Int8 or bfloat16 weights times a few float32 rows on a CPU, at the speed of its memory.
 
 XLA's CPU backend has no such product: it converts each value on its own, and float32 with two or
-four times the bytes is faster. numba compiles one that converts in vector registers, and XLA calls
-it through its foreign function interface (`narrow_handler`). Without numba, or with an interface
-of another version, the product is written as a sum, which XLA fuses.
-
-XLA runs the calls of its foreign function interface one after the other, so a call cuts its matrix
-into parts and offers them to the pool (XLA_FFI_ThreadPool_Schedule). Whoever is free takes the next
-part, the caller too: it never waits for a part that nobody has begun, so that a pool of one thread,
-or a busy one, cannot block it. What the parts share is a block of memory that the last one frees: a
-task may begin long after the call has returned.
-
-Structures are read as 64-bit words, by the offsets of version 0.3 of xla/ffi/api/c_api.h.
+four times the bytes is faster. `narrow_cpu.cc` has one that converts in vector registers, written
+against the headers that jax brings for its foreign function interface. The machine's compiler
+makes a library of it once, which is kept in the user's cache. Where that fails, a warning says
+why, and the product is written as a sum, which XLA fuses.
 """
 
 import ctypes
 import functools
-import re
+import hashlib
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
 import sys
 import threading
-from collections.abc import Callable
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 
 from aria_jax.sharding import usable_cpus
+from data_pipeline.artifact import atomic
 
-_KNOWN_INTERFACE = ("0", "3")
-"""Version of the structures that the handler reads."""
-PARTS_PER_THREAD = 4
-"""Enough for threads of unequal speed; a part is still a few hundred rows."""
-
-# Words of the block that the parts of one call share.
-_NEXT, _DONE, _USERS, _PARTS, _ROWS, _SCALE, _X, _Y, _BATCH, _OUTPUTS, _INPUTS, _TASK = range(12)
-_ERROR = _TASK + 5  # after the five words of XLA_FFI_ThreadPool_Schedule_Args
-_WORDS = _ERROR + 3  # and the three of XLA_FFI_Error_Destroy_Args
-# Words of XLA_FFI_Api.
-_VERSION, _DESTROY, _SCHEDULE = 4, 8, 17
-# Words of XLA_FFI_CallFrame: size, extension, interface, context, stage, arguments and results,
-# each of: size, extension, count, types, list.
-_EXTENSION, _API, _CONTEXT, _ARGUMENTS, _RESULTS = 1, 2, 3, 9, 14
+SOURCE = Path(__file__).with_suffix(".cc")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
+_loading = threading.Lock()
 
 
 def most_rows(dtype: jnp.dtype) -> int:
@@ -55,23 +44,35 @@ def on_cpu() -> bool:
     return jax.default_backend() == "cpu"
 
 
-@functools.cache
 def available() -> bool:
-    """Whether the compiled product can be used: with numba, and an interface it knows.
+    """Whether the compiled product can be used.
 
-    On Windows there is no `sched_yield` to wait with.
+    The first call of a process loads it, and the first one of a machine builds it, which takes
+    some seconds; a warning says why there is none.
     """
+    with _loading:
+        return _loaded() is not None
+
+
+@functools.cache
+def _loaded() -> Path | None:
+    """The library whose handlers XLA knows; None, after a warning, where there is none."""
     try:
-        import jaxlib
-        import numba  # noqa: F401
-    except ImportError:
-        return False
-    header = Path(jaxlib.__file__).parent / "include/xla/ffi/api/c_api.h"
-    if not header.is_file() or sys.platform == "win32":
-        return False
-    text = header.read_text(encoding="utf-8")
-    version = re.findall(r"#define XLA_FFI_API_(?:MAJOR|MINOR) (\d+)", text)
-    return tuple(version) == _KNOWN_INTERFACE
+        library = built()
+        register(library)
+        # In a thread of its own: this may be asked while another program is being traced.
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(check).result()
+        return library
+    except (OSError, subprocess.SubprocessError, NotBuilt, jax.errors.JaxRuntimeError) as error:
+        warnings.warn(
+            f"int8 and bfloat16 weights decode slower than they could: {error}", stacklevel=2
+        )
+        return None
+
+
+class NotBuilt(RuntimeError):
+    """Why there is no library."""
 
 
 def narrow_matmul(
@@ -87,175 +88,110 @@ def narrow_matmul(
     kinds = x_BxI.dtype.name, rows_OxI.dtype.name, "none" if scale_O is None else scale_O.dtype.name
     if kinds not in (("float32", "int8", "float32"), ("float32", "bfloat16", "none")):
         raise TypeError(f"rows of activations, matrix and scale of {kinds}")
-    if not available():
-        # Fused into one pass over the matrix for each row of x.
-        sums = [jnp.sum(rows_OxI.astype(jnp.float32) * x_I, axis=1) for x_I in x_BxI]
-        return jnp.stack(sums) * (1.0 if scale_O is None else scale_O)
-    n_outputs = len(rows_OxI)
-    if scale_O is None:
-        scale_O = jnp.ones(n_outputs, jnp.float32)
-    shape = jax.ShapeDtypeStruct((len(x_BxI), n_outputs), jnp.float32)
-    with _compiling:
-        target = _registered(rows_OxI.dtype.name, usable_cpus())
-    return jax.ffi.ffi_call(target, shape)(rows_OxI, scale_O, x_BxI)
+    if available():
+        return _call(x_BxI, rows_OxI, scale_O)
+    # Fused into one pass over the matrix for each row of x.
+    sums = [jnp.sum(rows_OxI.astype(jnp.float32) * x_I, axis=1) for x_I in x_BxI]
+    return jnp.stack(sums) * (1.0 if scale_O is None else scale_O)
 
 
-@functools.cache
-def _registered(kind: str, n_threads: int) -> str:
-    """Compiles a product and makes it known to XLA, once a process; its name there."""
-    compiled = handler(kind, n_threads)  # type: ignore[arg-type]
-    new = ctypes.pythonapi.PyCapsule_New
-    new.restype = ctypes.py_object
-    new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-    name = f"aria_jax_{kind}_rows_{n_threads}"
-    jax.ffi.register_ffi_target(name, new(compiled[0].address, None, None), platform="cpu")
-    _alive.append(compiled)
-    return name
+def _call(x_BxI: jax.Array, rows_OxI: jax.Array, scale_O: jax.Array | None) -> jax.Array:
+    call = jax.ffi.ffi_call(
+        f"aria_jax_{rows_OxI.dtype.name}_rows",
+        jax.ShapeDtypeStruct((len(x_BxI), len(rows_OxI)), jnp.float32),
+    )
+    scales = () if scale_O is None else (scale_O,)
+    return call(rows_OxI, *scales, x_BxI, threads=np.int64(usable_cpus()))
 
 
-_compiling = threading.Lock()
-_alive: list[Any] = []  # compiled code must outlive the programs that call it
+def built() -> Path:
+    """The library for this machine, compiled where the cache has none.
 
-
-def handler(kind: Literal["int8", "bfloat16"], n_threads: int) -> tuple[Any, ...]:
-    """Compiles the handler, a C function of one pointer to XLA_FFI_CallFrame.
-
-    Its arguments are rows [O, I] of that kind, scale float32 [O] and x float32 [B, I]; its result
-    is x @ (rows * scale).T, float32 [B, O].
-
-    Returns:
-        numba's functions, the handler first; they must outlive every program that calls it.
+    Raises:
+        NotBuilt: no compiler, or it failed, or what it made computes something else.
+        OSError: the cache cannot be written.
     """
-    from llvmlite import ir
-    from numba import carray, cfunc, njit, types
-    from numba.extending import intrinsic
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aria-jax"
+    library = cache / f"narrow_cpu-{_key()}.so"
+    if library.is_file():
+        return library
+    compiler = _compiler()
+    cache.mkdir(parents=True, exist_ok=True)
+    with atomic(library) as unfinished:
+        include = ("-I", jax.ffi.include_dir())
+        _run(*compiler, *FLAGS, *include, str(SOURCE), "-o", str(unfinished))
+        # In a process of its own, as code that the machine cannot run would end this one.
+        _run(sys.executable, "-m", __name__, str(unfinished))
+    return library
 
-    word = ir.IntType(64)
 
-    def pointer(typing_context: Any, address: Any) -> tuple[Any, Callable]:
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+def _compiler() -> tuple[str, ...]:
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return (found,)
+    if importlib.util.find_spec("ziglang"):
+        return (sys.executable, "-m", "ziglang", "c++")
+    raise NotBuilt("there is no C++ compiler; `pip install ziglang` brings one")
 
-        return types.voidptr(types.uint64), code
 
-    def fetch_add(typing_context: Any, address: Any, value: Any) -> tuple[Any, Callable]:
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            place = builder.inttoptr(arguments[0], word.as_pointer())
-            return builder.atomic_rmw("add", place, arguments[1], "seq_cst")
+def _run(*command: str) -> None:
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    if result.returncode:
+        said = result.stderr.strip().splitlines() or ["nothing said"]
+        raise NotBuilt(f"{Path(command[0]).name} ends with {result.returncode}: {said[-1]}")
 
-        return types.int64(types.uint64, types.int64), code
 
-    def call(typing_context: Any, function: Any, argument: Any) -> tuple[Any, Callable]:
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            kind = ir.FunctionType(word, [word]).as_pointer()
-            return builder.call(builder.inttoptr(arguments[0], kind), [arguments[1]])
+def _key() -> str:
+    """Of all that the compiled code depends on, the processor among it: homes are shared."""
+    digest = hashlib.sha256(repr((FLAGS, jaxlib.__version__, platform.machine())).encode())
+    headers = sorted(Path(jax.ffi.include_dir()).rglob("*.h"))
+    for file in (SOURCE, *headers):
+        digest.update(file.read_bytes())
+    digest.update(_processor().encode())
+    return digest.hexdigest()[:16]
 
-        return types.uint64(types.uint64, types.uint64), code
 
-    def from_bfloat16(typing_context: Any, bits: Any) -> tuple[Any, Callable]:
-        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            wide = builder.zext(arguments[0], ir.IntType(32))
-            return builder.bitcast(builder.shl(wide, ir.Constant(wide.type, 16)), ir.FloatType())
+def _processor() -> str:
+    """What the processor can do, in the words of its operating system."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return "\n".join(sorted({line for line in lines if line.startswith(("flags", "Features"))}))
 
-        return types.float32(types.uint16), code
 
-    view: Any = carray  # its stub knows Python's own integers only
-    at: Any = intrinsic(pointer)
-    add: Any = intrinsic(fetch_add)
-    invoke: Any = intrinsic(call)
-    stored: Any
-    widen: Any
-    if kind == "int8":
-        stored, widen = np.int8, njit(lambda value: np.float32(value))
-    else:
-        stored, widen = np.uint16, intrinsic(from_bfloat16)
-    allocate: Any = types.ExternalFunction("malloc", types.uint64(types.uint64))
-    release: Any = types.ExternalFunction("free", types.void(types.uint64))
-    give_way: Any = types.ExternalFunction("sched_yield", types.int32())
+def register(library: Path) -> None:
+    """Makes the handlers of a library known to XLA."""
+    symbols = ctypes.CDLL(str(library))
+    for kind in ("int8", "bfloat16"):
+        handler = jax.ffi.pycapsule(getattr(symbols, f"{kind}_rows"))
+        jax.ffi.register_ffi_target(f"aria_jax_{kind}_rows", handler, platform="cpu")
 
-    @njit(fastmath=True)
-    def product(rows: Any, scale: Any, x: Any, y: Any, start: Any, stop: Any) -> None:
-        for i in range(start, stop):
-            row, factor = rows[i], scale[i]
-            for b in range(y.shape[0]):
-                total = np.float32(0)
-                for k in range(row.shape[0]):
-                    total += widen(row[k]) * x[b, k]
-                y[b, i] = total * factor
 
-    @njit
-    def work(block: Any) -> None:
-        """Takes parts until none is left."""
-        words = view(at(block), _WORDS, np.uint64)
-        parts, outputs = np.int64(words[_PARTS]), np.int64(words[_OUTPUTS])
-        batch, inputs = np.int64(words[_BATCH]), np.int64(words[_INPUTS])
-        rows = view(at(words[_ROWS]), (outputs, inputs), stored)
-        scale = view(at(words[_SCALE]), outputs, np.float32)
-        x = view(at(words[_X]), (batch, inputs), np.float32)
-        y = view(at(words[_Y]), (batch, outputs), np.float32)
-        while True:
-            part = add(block + np.uint64(8 * _NEXT), np.int64(1))
-            if part >= parts:
-                return
-            product(rows, scale, x, y, part * outputs // parts, (part + 1) * outputs // parts)
-            add(block + np.uint64(8 * _DONE), np.int64(1))
+def check() -> None:
+    """Raises NotBuilt where the registered handlers give other products than NumPy.
 
-    @njit
-    def leave(block: Any) -> None:
-        if add(block + np.uint64(8 * _USERS), np.int64(-1)) == 1:
-            release(block)
+    By small integers, whose sums are exact; by every width of the tiles, and by lengths that
+    vectors of no size divide.
+    """
+    random = np.random.default_rng(0)
+    rows_OxI = random.integers(-128, 128, (37, 331)).astype(np.int8)
+    x_BxI = random.integers(-64, 65, (7, 331)).astype(np.float32)
+    scale_O = 2.0 ** (np.arange(37, dtype=np.float32) % 5)
+    product_BxO = x_BxI @ rows_OxI.T.astype(np.float32)
+    cpu = jax.local_devices(backend="cpu")[0]
+    with jax.default_device(cpu):
+        int8 = jax.jit(_call)(x_BxI, rows_OxI, scale_O)
+        bfloat16 = jax.jit(_call)(x_BxI, rows_OxI.astype(jnp.bfloat16), None)
+    for kind, found, expected in (
+        ("int8", int8, product_BxO * scale_O),
+        ("bfloat16", bfloat16, product_BxO),
+    ):
+        if not np.array_equal(found, expected):
+            raise NotBuilt(f"the compiled product of {kind} is wrong")
 
-    @cfunc(types.void(types.uint64))
-    def task(block: Any) -> None:
-        work(block)
-        leave(block)
 
-    task_address: Any = task.address
-
-    @njit
-    def buffer(frame: Any, place: Any, number: Any) -> Any:
-        """Words of XLA_FFI_Buffer: size, extension, type, data, rank, dimensions."""
-        return view(at(view(at(frame[place]), number + 1, np.uint64)[number]), 6, np.uint64)
-
-    @njit
-    def dimension(words: Any, axis: Any) -> Any:
-        return view(at(words[5]), axis + 1, np.uint64)[axis]
-
-    @cfunc(types.uint64(types.uint64))
-    def handle(frame_address: Any) -> Any:
-        frame = view(at(frame_address), _RESULTS + 1, np.uint64)
-        api = view(at(frame[_API]), _SCHEDULE + 1, np.uint64)
-        if frame[_EXTENSION] != 0:  # XLA asks for the interface's version: the one it has
-            extension = view(at(frame[_EXTENSION]), 4, np.uint64)
-            metadata = view(at(extension[3]), 5, np.uint64)
-            metadata[3] = api[_VERSION]
-            metadata[4] = 0
-            return np.uint64(0)
-        rows, x = buffer(frame, _ARGUMENTS, 0), buffer(frame, _ARGUMENTS, 2)
-        block = allocate(np.uint64(8 * _WORDS))
-        words = view(at(block), _WORDS, np.uint64)
-        words[_NEXT], words[_DONE], words[_USERS] = 0, 0, n_threads
-        words[_PARTS] = n_threads * PARTS_PER_THREAD
-        words[_ROWS], words[_X] = rows[3], x[3]
-        words[_SCALE] = buffer(frame, _ARGUMENTS, 1)[3]
-        words[_Y] = buffer(frame, _RESULTS, 0)[3]
-        words[_BATCH], words[_OUTPUTS], words[_INPUTS] = (
-            dimension(x, 0),
-            dimension(rows, 0),
-            dimension(rows, 1),
-        )
-        words[_TASK], words[_TASK + 1], words[_TASK + 2] = 40, 0, frame[_CONTEXT]
-        words[_TASK + 3], words[_TASK + 4] = np.uint64(task_address), block
-        for _ in range(n_threads - 1):
-            error = invoke(api[_SCHEDULE], block + np.uint64(8 * _TASK))
-            if error != 0:  # there is no pool: the parts are all the caller's
-                words[_ERROR], words[_ERROR + 1], words[_ERROR + 2] = 24, 0, error
-                invoke(api[_DESTROY], block + np.uint64(8 * _ERROR))
-                leave(block)
-        work(block)
-        while add(block + np.uint64(8 * _DONE), np.int64(0)) < np.int64(words[_PARTS]):
-            give_way()
-        leave(block)
-        return np.uint64(0)
-
-    return handle, task
+if __name__ == "__main__":
+    register(Path(sys.argv[1]))
+    check()
