@@ -82,9 +82,13 @@ def _causal_attention(
 
 
 def _logits(weights: DecoderWeights, x_RxD: jax.Array) -> jax.Array:
+    return all_logits(weights.config, row_logits(weights, x_RxD), NO_PROBABILITY)
+
+
+def row_logits(weights: DecoderWeights, x_RxD: jax.Array) -> jax.Array:
+    """Logits of the ids that have weights, in the order of `token_rows`; float32."""
     normed_RxD = layer_norm(x_RxD, weights.norm_scale_D, weights.norm_bias_D)
-    logits_RxK = (normed_RxD @ weights.head).astype(jnp.float32)
-    return all_logits(weights.config, logits_RxK, NO_PROBABILITY)
+    return (normed_RxD @ weights.head).astype(jnp.float32)
 
 
 def prefill(
@@ -258,3 +262,119 @@ def decode_step(
             )
         )
     return _logits(weights, x_Rx1xD[:, 0]), tuple(layers)
+
+
+def _attend_past_and_chunk(
+    q_1xCxHxK: jax.Array,
+    k_1xCxHxK: jax.Array,
+    v_1xCxHxK: jax.Array,
+    past: LayerCache,
+    start: jax.Array,
+) -> jax.Array:
+    """[1, C, H, K]: one softmax over the slots below `start` and the chunk up to each position.
+
+    As in `_cached_attention` the new keys and values come apart from the cache.
+    """
+    chunk, width, slots = q_1xCxHxK.shape[1], q_1xCxHxK.shape[3], past.keys.shape[2]
+    q = q_1xCxHxK * jnp.asarray(width**-0.5, q_1xCxHxK.dtype)
+    of_past = jnp.einsum("rchk,rhgk->rhcg", q, past.keys, preferred_element_type=jnp.float32)
+    of_past = jnp.where(jnp.arange(slots) < start, of_past, NEG_INF)
+    of_new = jnp.einsum("rchk,rdhk->rhcd", q, k_1xCxHxK, preferred_element_type=jnp.float32)
+    of_new = jnp.where(jnp.tril(jnp.ones((chunk, chunk), bool)), of_new, NEG_INF)
+    weights = jax.nn.softmax(jnp.concatenate([of_past, of_new], axis=-1), axis=-1)
+    to_past, to_new = jnp.split(weights.astype(past.values.dtype), [slots], axis=-1)
+    from_past = jnp.einsum("rhcg,rhkg->rchk", to_past, past.values)
+    return from_past + jnp.einsum("rhcd,rdhk->rchk", to_new, v_1xCxHxK)
+
+
+def extend_cache(
+    weights: DecoderWeights,
+    cache: tuple[LayerCache, ...],
+    ids_C: jax.Array,
+    start: jax.Array,
+    length: jax.Array,
+) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+    """Reads more of one sequence that is already read up to `start`: a prompt while it grows.
+
+    Args:
+        cache: of one row; it needs `start` + C slots. Slots from `start` + `length` on hold nothing
+            of worth afterwards, and whoever reads or writes them next takes them for free.
+        ids_C: int32, padded on the right.
+        length: int32, at least 1; ids that count.
+
+    Returns:
+        `row_logits` of what follows the last id, and the cache with the ids in it.
+    """
+    x_1xCxD = weights.embedding_VxD[token_rows(weights.config, ids_C)][None]
+    position_1xC = (start + jnp.arange(len(ids_C)))[None]
+    cos, sin = rope_tables(position_1xC, x_1xCxD.shape[-1] // weights.n_heads)
+    layers = []
+    for block, past in zip(weights.blocks, cache, strict=True):
+        q, k, v = _queries_keys_values(block, x_1xCxD, cos, sin, weights.n_heads)
+        attended = _attend_past_and_chunk(q, k, v, past, start)
+        k, v = k + 0 * attended, v + 0 * attended  # written after it is read: see `decode_step`
+        x_1xCxD = attn_out_and_mlp(block, x_1xCxD, attended.reshape(x_1xCxD.shape))
+        layers.append(
+            LayerCache(
+                jax.lax.dynamic_update_slice_in_dim(
+                    past.keys, jnp.swapaxes(k, 1, 2), start, axis=2
+                ),
+                jax.lax.dynamic_update_slice_in_dim(
+                    past.values, jnp.moveaxis(v, 1, 3), start, axis=3
+                ),
+            )
+        )
+    last_1xD = jax.lax.dynamic_index_in_dim(x_1xCxD, length - 1, axis=1, keepdims=False)
+    return row_logits(weights, last_1xD)[0], tuple(layers)
+
+
+def decode_rows(
+    weights: DecoderWeights,
+    caches: tuple[tuple[LayerCache, ...], ...],
+    token_R: jax.Array,
+    filled_R: jax.Array,
+    active_R: jax.Array,
+) -> tuple[jax.Array, tuple[tuple[LayerCache, ...], ...]]:
+    """`decode_step` of sequences that have nothing in common: each has its own cache and length.
+
+    Weights are read once for all rows, and only active rows pay for attention.
+
+    Args:
+        caches: of one row each.
+        token_R: int32, as `token_rows` gives them; of rows that are not active, anything.
+        filled_R: int32; tokens in each cache, so the slot that the token goes to.
+        active_R: bool.
+
+    Returns:
+        `row_logits`, of active rows those of the next token; and the caches. Of a row that is not
+        active nothing below `filled_R` is changed.
+    """
+    x_Rx1xD = weights.embedding_VxD[token_R][:, None]
+    cos, sin = rope_tables(filled_R[:, None], x_Rx1xD.shape[-1] // weights.n_heads)
+    rows: list[list[LayerCache]] = [[] for _ in caches]
+    for number, block in enumerate(weights.blocks):
+        q, k, v = _queries_keys_values(block, x_Rx1xD, cos, sin, weights.n_heads)
+        attended = []
+        for row, cache in enumerate(caches):
+            past, filled, one = cache[number], filled_R[row], slice(row, row + 1)
+            mine = jax.lax.cond(
+                active_R[row],
+                lambda q, k, v, past, filled: _attend_past_and_chunk(q, k, v, past, filled),
+                lambda q, k, v, past, filled: jnp.zeros_like(q),
+                *(q[one], k[one], v[one], past, filled),
+            )
+            attended.append(mine)
+            new_k, new_v = k[one] + 0 * mine, v[one] + 0 * mine
+            rows[row].append(
+                LayerCache(
+                    jax.lax.dynamic_update_slice_in_dim(
+                        past.keys, jnp.swapaxes(new_k, 1, 2), filled, axis=2
+                    ),
+                    jax.lax.dynamic_update_slice_in_dim(
+                        past.values, jnp.moveaxis(new_v, 1, 3), filled, axis=3
+                    ),
+                )
+            )
+        attended_Rx1xD = jnp.concatenate(attended).reshape(x_Rx1xD.shape)
+        x_Rx1xD = attn_out_and_mlp(block, x_Rx1xD, attended_Rx1xD)
+    return row_logits(weights, x_Rx1xD[:, 0]), tuple(tuple(layers) for layers in rows)

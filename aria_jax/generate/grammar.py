@@ -10,6 +10,7 @@ sequence means something to the detokeniser, and every note is in the file writt
 """
 
 from enum import IntEnum
+from functools import cache
 
 import flax.struct
 import jax
@@ -180,6 +181,7 @@ def make_grammar(tokenizer: Tokenizer, prompt: np.ndarray) -> Grammar:
     )
 
 
+@cache
 def _keys(tokenizer: Tokenizer) -> np.ndarray:
     """`Grammar.key_V`, int32 [V]."""
     strikes = np.isin(tokenizer.kind, (Kind.NOTE, Kind.DRUM))

@@ -190,6 +190,22 @@ def choose_sampler(
     return Temperature(temperature=temperature)
 
 
+def draw_min_p(
+    logits_BxV: jax.Array, keys_B: jax.Array, temperature_B: jax.Array, p_B: jax.Array
+) -> jax.Array:
+    """What `MinP` draws, int32[B], with settings that are data: each row its own, and changed
+    without compiling anew.
+
+    Args:
+        temperature_B: float32, above 0; p_B: float32, 0 to 1.
+    """
+    scaled_BxV = logits_BxV.astype(jnp.float32) / temperature_B[:, None]
+    probs_BxV = jax.nn.softmax(scaled_BxV, axis=-1)
+    least_Bx1 = p_B[:, None] * probs_BxV.max(-1, keepdims=True)
+    kept_BxV = jnp.where((probs_BxV >= least_Bx1) & (probs_BxV > 0), scaled_BxV, -jnp.inf)
+    return jax.vmap(jax.random.categorical)(keys_B, kept_BxV).astype(jnp.int32)
+
+
 def step_keys(key: jax.Array, sequence_S: jax.Array, step: jax.Array | int) -> jax.Array:
     """One key per sequence for one step, from the sequence's own index only."""
     at_step = jax.random.fold_in(key, step)
