@@ -277,8 +277,8 @@ class RunConfig:
             yield "model.head=embedding needs model.emb_size"
         if m.learned_temperature and m.head != "embedding":
             yield "model.learned_temperature=true is for task contrastive"
-        if self.task == "classify" and d.label is None:
-            yield "task classify needs data.label=NAME (see `aria-jax data inspect`)"
+        if (self.task == "classify") == (d.label is None):
+            yield "task classify needs data.label=NAME (see `aria-jax data inspect`), no other does"
         if fine("train.profile_steps") and t.profile_steps and not t.profile_range:
             yield f"train.profile_steps={t.profile_steps} must be FIRST-LAST, such as 3-7"
         if t.lora_rank and not t.lora_targets:

@@ -67,8 +67,12 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
     if free and known > 0 and len(devices) % known == 0:
         sizes[free[0]] = len(devices) // known
     if int(np.prod(list(sizes.values()))) != len(devices) or min(sizes.values()) < 1:
-        asked = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
-        raise UserError(f"{asked} do not multiply to the {len(devices)} devices there are")
+        given = {axis: n for axis, n in sizes.items() if n != getattr(MeshConfig(), axis)}
+        asked = ", ".join(f"mesh.{axis}={size}" for axis, size in (given or sizes).items())
+        raise UserError(
+            f"{asked}: the axes do not multiply to the {len(devices)} devices there are; leave "
+            "them out, or choose numbers whose product divides that"
+        )
     kinds = (AxisType.Auto,) * len(MESH_AXES)
     return Mesh(_device_grid(tuple(sizes.values()), devices), MESH_AXES, axis_types=kinds)
 

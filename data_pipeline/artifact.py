@@ -87,8 +87,8 @@ class Identity:
         """Each input and setting that is not as `before`, e.g. "val_fraction: 0.1 → 0.2".
 
         Args:
-            details: what can be said of an input that changed, e.g. "3 files more", instead of
-                digests; "" for nothing.
+            details: what can be said of an input or a setting that changed, e.g. "3 files more",
+                instead of digests and values; "" for nothing.
         """
         if (self.kind, self.version) != (before.kind, before.version):
             return [f"{before.kind} (version {before.version}) → {self.kind} ({self.version})"]
@@ -98,7 +98,12 @@ class Identity:
             if old != new:
                 known = (details or {}).get(name, f"{_short(old)} → {_short(new)}")
                 found += [f"{name}: {known}"] * bool(known)
-        was, now = _flat(before.settings), _flat(self.settings)
+        both = [dict(before.settings), dict(self.settings)]
+        for name, known in (details or {}).items():
+            if (old := both[0].get(name)) is not None and old != both[1].get(name) and known:
+                found.append(f"{name}: {known}")
+                both = [{k: v for k, v in side.items() if k != name} for side in both]
+        was, now = map(_flat, both)
         for name in sorted(was.keys() | now.keys()):
             old, new = was.get(name, _ABSENT), now.get(name, _ABSENT)
             if old != new and not name.endswith("_hash"):  # its preset differs, or its version

@@ -3,7 +3,8 @@
 import difflib
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,6 +38,17 @@ class UserError(Exception):
     The command line prints the message on one line and exits with status 2; libraries never
     catch it silently.
     """
+
+
+@contextmanager
+def about(path: object) -> Iterator[None]:
+    """Puts a path, or what else was given, before the message of an error that does not name it."""
+    try:
+        yield
+    except UserError as error:
+        if str(path) in str(error):
+            raise
+        raise UserError(f"{path}: {error}") from error
 
 
 class InvalidMidi(UserError):

@@ -5,7 +5,7 @@ taken as written: the pedal is not folded in.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -302,6 +302,14 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "heavy": _HEAVY,
 }
+
+
+def change(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """E.g. "light → none" where both are presets; "" where thresholds must be compared."""
+    known = [
+        next((name for name, tests in PRESETS.items() if tests == one), "") for one in (before, now)
+    ]
+    return " → ".join(known) if all(known) else ""
 
 
 def load(preset: str | Path) -> dict[str, dict[str, Any]]:

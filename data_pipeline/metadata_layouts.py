@@ -46,7 +46,9 @@ def read_rows(path: Path) -> Iterator[Row]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise UserError(f"{path}: cannot read the metadata ({error.strerror})") from error
+        missing = isinstance(error, FileNotFoundError)
+        reason = "no such file" if missing else error.strerror
+        raise UserError(f"{path}: cannot read the metadata ({reason})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text; save the metadata as UTF-8") from error
     suffix = path.suffix.lower()

@@ -225,12 +225,14 @@ def load_manifest(data_dir: str | Path) -> dict[str, Any]:
         manifest = json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); build the data again") from error
-    version = manifest.get("format_version")
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise UserError(
             f"{path}: shard format {version}, this program reads {FORMAT_VERSION}; "
             "build the data again"
         )
+    if missing := {"splits", "tokenizer"} - manifest.keys():
+        raise UserError(f"{path}: says nothing of {min(missing)}; build the data again")
     return manifest
 
 

@@ -178,7 +178,12 @@ def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
         return 0
     with ExitStack() as stack:
         for folder in {output.parent for output in outputs}:
-            stack.enter_context(new_folder(folder, make=False))
+            stack.enter_context(new_folder(folder))
+            if not os.access(folder, os.W_OK):
+                raise UserError(
+                    f"{folder}: you may not write here; change it with chmod u+w {folder}, or name "
+                    "another place"
+                )
         record.unlink(missing_ok=True)
         if outputs[0].is_dir() and finished is not None:
             shutil.rmtree(outputs[0])  # a model that a verb has made, not a run
@@ -301,7 +306,8 @@ def _refuse_files_of_others(
     for path in map(Path.absolute, outputs):
         if path.is_dir() and not any(path.iterdir()):
             continue
-        if path.exists() and own.get(path) != input_digest(path):
+        # What others wrote is not read: it may be a whole disk.
+        if path.exists() and (path not in own or own[path] != input_digest(path)):
             what = "changed since it was made" if path in own else "there already"
             raise UserError(f"{path}: {what}; choose another output, or --overwrite to replace it")
 

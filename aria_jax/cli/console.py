@@ -78,11 +78,19 @@ class Counter:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the present speed; None as long as that is unknown."""
+        """At the present speed; None as long as that is unknown. Runs down between reports.
+
+        Where the next unit is overdue, the time without it counts as its own.
+        """
         if not self._recent:
             return None
         (began, before), (now, done) = self._recent[0], self._recent[-1]
-        return (self._total - done) * (now - began) / (done - before) if done > before else None
+        if done <= before:
+            return None
+        n, left, waited = done - before, self._total - done, self._clock() - now
+        if waited * n <= now - began:
+            return max(left * (now - began) / n - waited, 0.0)
+        return (left - 1) * (now - began + waited) / (n + 1)
 
     def text(self, bar_width: int = 0) -> str:
         """One line: share, number, rate, time left, note; with a bar where there is room."""
@@ -181,9 +189,12 @@ class Screen:
                 self._drawn, self._written = False, self._clock()
 
     def _now_text(self) -> str:
-        if self._counter is not None and self._counter.started:
-            return self._text(self._counter)
-        return f"{self._verb}: {self._stage} ({self._clock() - self._since:.0f} s)"
+        waited = f"{self._clock() - self._since:.0f} s"
+        if self._counter is None or not self._counter.started:
+            return f"{self._verb}: {self._stage} ({waited})"
+        # The first unit takes longest: it compiles, or processes start.
+        first = "" if self._counter.rate else f" ({self._stage}, {waited})"
+        return self._text(self._counter) + first
 
     def _text(self, counter: Counter) -> str:
         return counter.text(bar_width=20 if sys.stderr.isatty() else 0)

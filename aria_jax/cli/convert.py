@@ -91,6 +91,8 @@ def _from_safetensors(args: argparse.Namespace) -> None:
     from data_pipeline.errors import UserError
     from data_pipeline.midi import STANDARD
 
+    if args.n_heads is not None and args.n_heads < 1:
+        raise UserError(f"--n-heads {args.n_heads} must be at least 1")
     class_names = tuple(name for name in args.class_names.split(",") if name)
     model = import_model(args.source, n_heads=args.n_heads, class_names=class_names)
     if class_names and model.config.head != "class":
@@ -104,9 +106,15 @@ def _from_safetensors(args: argparse.Namespace) -> None:
 def _to_safetensors(args: argparse.Namespace) -> None:
     from aria_jax.checkpoints.models import load_model
     from aria_jax.checkpoints.safetensors import export_model
+    from data_pipeline.errors import UserError
 
     _check_file_name(args.out)
     loaded = load_model(args.source)
+    if args.compact and not loaded.config.vocabulary:
+        raise UserError(
+            f"--compact has no effect on {args.source}: it was trained with the whole vocabulary "
+            "(no model.vocabulary=corpus)"
+        )
     about = {name: getattr(loaded, name) for name in ("tokenizer", "pooling", "reading", "step")}
     export_model(loaded.model, args.out, dtype=args.dtype, compact=args.compact, about=about)
     _report(args.out, loaded.model)
@@ -147,8 +155,11 @@ def _adapters(args: argparse.Namespace) -> None:
     from aria_jax.checkpoints.models import load_adapters
     from aria_jax.checkpoints.safetensors import save_lora
     from aria_jax.cli.console import say
+    from data_pipeline.errors import UserError
 
     _check_file_name(args.out)
+    if not Path(args.source).is_dir():
+        raise UserError(f"{args.source}: the workdir of a run with train.lora_rank is wanted here")
     lora = load_adapters(args.source)
     save_lora(args.out, lora)
     say(f"{args.out}: {lora.n_params:,} parameters, adapters of rank {lora.rank}")
@@ -199,7 +210,7 @@ def _tokenize(args: argparse.Namespace) -> None:
     """Tokenises and prints."""
     from aria_jax.cli.console import note, print_result
     from data_pipeline.cleaning import Cleaning
-    from data_pipeline.errors import UserError
+    from data_pipeline.errors import UserError, about
     from data_pipeline.midi import STANDARD, compat_of, read_midi, reading_name
     from data_pipeline.tokenizer import Tokenizer
 
@@ -213,7 +224,8 @@ def _tokenize(args: argparse.Namespace) -> None:
     if performance.repaired:
         note(f"{args.file}: repaired: {performance.repaired}")
     performance = Cleaning(solo_piano=args.solo_piano).clean(performance)
-    ids = tokenizer.encode(performance).tolist()
+    with about(args.file):
+        ids = tokenizer.encode(performance).tolist()
     result = {
         "ids": ids,
         "n_notes": tokenizer.n_notes(ids),
@@ -246,13 +258,14 @@ def _detokenize_arguments(parser: argparse.ArgumentParser) -> None:
 def _detokenize(args: argparse.Namespace) -> None:
     """Detokenises and writes."""
     from aria_jax.cli.console import say
-    from data_pipeline.errors import UserError, check_file
+    from data_pipeline.errors import UserError, about
     from data_pipeline.midi import write_midi
     from data_pipeline.tokenizer import Tokenizer
 
     check_suffix(args.out, "a MIDI file", ".mid", ".midi", ".kar")
-    check_file(args.ids, "a JSON file of token ids")
-    performance = Tokenizer.preset(args.preset).decode(read_ids(args.ids))
+    tokenizer, ids = Tokenizer.preset(args.preset), read_ids(args.ids)
+    with about(args.ids):
+        performance = tokenizer.decode(ids)
     if not len(performance.notes):
         raise UserError(
             f"{args.ids}: no notes in these tokens: a note is three, (instrument, pitch, velocity) "
@@ -270,6 +283,18 @@ DETOKENIZE = Verb(
 )
 
 
+def check_midi(path: str) -> None:
+    """Raises `UserError` for a path that no reading takes for a MIDI file: found early, cheaply."""
+    from data_pipeline.errors import InvalidMidi
+    from data_pipeline.midi import read_midi
+
+    try:
+        read_midi(path)
+    except InvalidMidi as error:
+        if error.reason == "not-midi":
+            raise
+
+
 def read_ids(path: str) -> "np.ndarray":
     """Token ids of a JSON file, int64; what `aria-jax tokenize --json` prints, or a bare list.
 
@@ -278,10 +303,10 @@ def read_ids(path: str) -> "np.ndarray":
     """
     import numpy as np
 
-    from data_pipeline.errors import UserError
+    from data_pipeline.errors import UserError, check_file
 
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = json.loads(check_file(path, "a JSON file of token ids").read_text("utf-8"))
         ids = content["ids"] if isinstance(content, dict) else content
         if isinstance(ids, list) and len(ids) == 1 and isinstance(ids[0], list):
             ids = ids[0]  # one continuation of `aria-jax generate --json`

@@ -179,7 +179,7 @@ DATA = Verb(DESCRIPTION, add_arguments, run, Writes(_outputs, ("data_dir",)))
 def _build(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import print_result, progress_bar, stage
 
-    stage("listing the files")
+    stage("listing the files, starting processes")
     from data_pipeline.build import build
     from data_pipeline.cleaning import Cleaning
     from data_pipeline.midi import STANDARD, compat_of
@@ -341,9 +341,14 @@ def _plot(args: argparse.Namespace, found: "Inspection") -> None:
 
 def _sample(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import print_result, progress_bar, stage
+    from data_pipeline.artifact import refuse_occupied
+    from data_pipeline.errors import UserError
     from data_pipeline.sample import sample
 
-    stage("choosing the scores")
+    refuse_occupied(args.out_dir, "the sample")
+    if args.per_composer < 1 or args.workers < 0:
+        raise UserError("--per-composer must be at least 1, --workers 0")
+    stage("choosing scores, rendering the first")
     with progress_bar("render", "score") as progress:
         summary = sample(
             args.out_dir, per_composer=args.per_composer, workers=args.workers, progress=progress

@@ -34,7 +34,7 @@ from aria_jax.report import (
     write_page,
 )
 from aria_jax.report.piano_roll import Part, figure_svg, piano_roll_svg
-from data_pipeline.artifact import Identity, write_atomically
+from data_pipeline.artifact import Identity, refuse_occupied, write_atomically
 from data_pipeline.errors import UserError
 from data_pipeline.midi import read_midi
 
@@ -144,8 +144,9 @@ def run(args: argparse.Namespace) -> int:
     from aria_jax.embed.table import read_embeddings
 
     out = Path(args.out)
-    if out.is_file():
-        raise UserError(f"{out} is a file; name a folder for the demo")
+    refuse_occupied(out, "a demo")
+    if args.workers < 1:
+        raise UserError(f"--workers {args.workers} must be at least 1")
     if args.midi is not None:
         _check_corpus(Path(args.midi))
     if args.overwrite:
@@ -232,8 +233,7 @@ def _held_out_piece(data: Path, corpus: Path) -> Path:
     from data_pipeline.shards import TokenShards
 
     shards = TokenShards(data, "val")
-    chosen = int(abs(shards.n_notes - 300).argmin())
-    return corpus / shards[chosen].meta["path"]
+    return corpus / shards[int(abs(shards.n_notes - 300).argmin())].meta["path"]
 
 
 @dataclass(frozen=True)

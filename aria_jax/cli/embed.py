@@ -82,6 +82,15 @@ def add_slicing(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(option, type=int, default=default, help=f"{what} ({default})")
 
 
+def check_slicing(args: argparse.Namespace) -> None:
+    """Raises `UserError` for slices of nothing, or less than no processes."""
+    from data_pipeline.errors import UserError
+
+    for name, least in (("slice_notes", 1), ("max_tokens", 2), ("workers", 0)):
+        if (given := getattr(args, name)) < least:
+            raise UserError(f"--{name.replace('_', '-')} {given} must be at least {least}")
+
+
 def reading_of_source(args: argparse.Namespace, source: "Source", reading: str) -> str:
     """How the files of `source` are read: as wanted, or as its shards were; says where they differ.
 
@@ -109,8 +118,12 @@ def run(args: argparse.Namespace) -> None:
     check_suffix(args.out, "a Parquet file", ".parquet")
     for source in args.sources:
         refuse_inside(args.out, source, "the folder that is embedded")
-    if args.slice_notes < 1 or args.max_tokens < 2 or args.workers < 0:
-        raise UserError("--slice-notes must be at least 1, --max-tokens 2, --workers 0")
+    check_slicing(args)
+    if not Path(args.out).name or Path(args.out).is_dir():
+        raise UserError(f"{args.out}: a folder is here; name the Parquet file to write in it")
+    for option in ("pooling", "bf16"):
+        if args.baseline and getattr(args, option):
+            raise UserError(f"--{option} has no effect with --baseline, which counts: no model")
     if args.per_slice and args.pool_slices != "mean":
         raise UserError(f"--per-slice pools nothing: leave out --pool-slices {args.pool_slices}")
     from aria_jax.embed.pieces import Slicing, common_folder, open_source
@@ -131,6 +144,7 @@ def run(args: argparse.Namespace) -> None:
             args.sources, slicing, spool=Path(folder) / "spool", metadata=args.metadata
         )
         settings["reading"] = reading_of_source(args, source, settings["reading"])
+        stage("counting" if args.baseline else "compiling")
         warnings = list(source.warnings)
         summary = export(
             source,
@@ -221,6 +235,8 @@ def _host(args: argparse.Namespace) -> tuple[int, int]:
             join_processes(shutdown_timeout_s=WAIT_FOR_HOSTS_S)
             given = (jax.process_index(), jax.process_count())
     index, count = (0 if given[0] is None else given[0]), (1 if given[1] is None else given[1])
+    if count < 1:
+        raise UserError(f"--host-count {count} must be at least 1")
     if not 0 <= index < count:
         raise UserError(f"--host-index must lie in 0..{count - 1}")
     return index, count
@@ -234,15 +250,16 @@ def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from aria_jax.config import ComputeConfig
     from aria_jax.embed.encode import model_encoder
     from aria_jax.sharding import local_mesh
+    from data_pipeline.errors import about
     from data_pipeline.tokenizer import Tokenizer
 
     mesh = local_mesh()
     compute = ComputeConfig(dtype="bfloat16" if args.bf16 else "float32")
     loaded = load_model(args.checkpoint, mesh=mesh, compute=compute)
     pooling = args.pooling or loaded.pooling
-    encode = model_encoder(
-        loaded.model, Tokenizer.preset(loaded.tokenizer).pad_id, pooling, mesh=mesh
-    )
+    pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
+    with about(args.checkpoint):
+        encode = model_encoder(loaded.model, pad_id, pooling, mesh=mesh)
     return encode, {
         "fingerprint": loaded.fingerprint,
         "tokenizer": loaded.tokenizer,

@@ -37,7 +37,7 @@ examples:
   aria-jax generate --checkpoint run1 --prompt-ids ids.json --temperature 0 --json"""
 
 
-MIN_P = 0.035
+MIN_P, MAX_N = 0.035, 10_000
 RELEASED = "mini"
 """The model unless another is named."""
 
@@ -45,6 +45,7 @@ RELEASED = "mini"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax generate`."""
     add = parser.add_argument
+    parser.stray = "--prompt"  # type: ignore[attr-defined]
     what = f"workdir of a language model, or .safetensors (default: the released {RELEASED})"
     add("--checkpoint", default=RELEASED, metavar="C", help=what)
     add("--out", metavar="DIR", help="folder for the files; only --json can do without")
@@ -99,6 +100,10 @@ def _prompt_name(args: argparse.Namespace) -> str:
 
 def _outputs(args: argparse.Namespace) -> list[Path]:
     """The page, and the files of each continuation."""
+    from data_pipeline.errors import UserError
+
+    if not 1 <= args.n <= MAX_N:
+        raise UserError(f"--n {args.n}: at least 1, at most {MAX_N:,}; go on with another --seed")
     if not args.out:
         return []
     kinds = [".mid", "-continuation.mid", ".png", *([".wav"] if args.wav else [])]
@@ -117,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
 
     from aria_jax.checkpoints import model_path
     from aria_jax.checkpoints.models import load_model
-    from aria_jax.generate.continuation import fitting_tokens
+    from aria_jax.generate.continuation import check_memory, fitting_tokens
     from aria_jax.generate.weights import decoder_weights
     from data_pipeline.tokenizer import Tokenizer
 
@@ -140,6 +145,7 @@ def run(args: argparse.Namespace) -> None:
     for warning in warnings:  # before the work, not after it
         note(f"aria-jax: warning: {warning}")
     condition = _condition(args, loaded.config.emb_size)
+    check_memory(weights, args.n, room, guided=condition is not None)
     continuations = _generate(args, weights, tokenizer, prompt, settings, condition, mesh)
     files = _save(args, loaded, prompt, continuations) if args.out else []
     result = {
@@ -174,12 +180,11 @@ GENERATE = Verb(
 
 def _checked_limits(args: argparse.Namespace) -> dict[str, Any]:
     """How much of a prompt is taken; refuses what could not be done, or would have no effect."""
-    from data_pipeline.errors import UserError, check_file
+    from aria_jax.cli.convert import check_midi, read_ids
+    from data_pipeline.errors import UserError
 
     if args.out is None and not args.json:
         raise UserError("say where to save with --out DIR (or --json to print the ids only)")
-    if args.n < 1:
-        raise UserError(f"--n {args.n} must be at least 1")
     if args.embedding and not args.embedding_checkpoint:
         raise UserError("--embedding needs --embedding-checkpoint: the run that embeds the piece")
     needs = {
@@ -187,16 +192,10 @@ def _checked_limits(args: argparse.Namespace) -> dict[str, Any]:
         "--notes": (args.notes, args.prompt, "--prompt X.mid, of which it is the length"),
         "--cfg": (args.cfg, args.embedding, "--embedding E.mid, the condition that it is of"),
         "--embedding-checkpoint": (args.embedding_checkpoint, args.embedding, "--embedding E.mid"),
-        "--repetition-window": (
-            args.repetition_window,
-            args.repetition_penalty != 1,
-            "--repetition-penalty above 1",
-        ),
-        "--compat": (
-            args.compat,
-            args.prompt or args.embedding,
-            "--prompt X.mid or --embedding E.mid, the files that are read",
-        ),
+        "--repetition-window": (args.repetition_window, args.repetition_penalty != 1,
+                                "--repetition-penalty above 1"),
+        "--compat": (args.compat, args.prompt or args.embedding,
+                     "--prompt X.mid or --embedding E.mid, the files that are read"),
         "--wav": (args.wav, args.out, "--out DIR, where the sound goes"),
         **{
             f"--{name}": (getattr(args, name.replace("-", "_")), args.temperature, "a --temperature"
@@ -207,15 +206,15 @@ def _checked_limits(args: argparse.Namespace) -> dict[str, Any]:
     for option, (given, needed, text) in needs.items():
         if given is not None and not needed:
             raise UserError(f"{option} has no effect without {text}")
-    wanted = {
-        args.prompt: "one MIDI file",
-        args.prompt_ids: "a JSON file of token ids",
-        args.embedding: "one MIDI file",
-        args.wav: "a SoundFont",
-    }
-    for path, what in wanted.items():
+    for path, check in (
+        (args.prompt, check_midi), (args.prompt_ids, read_ids), (args.embedding, check_midi),
+    ):  # fmt: skip
         if path is not None:
-            check_file(path, what)
+            check(path)
+    if args.wav is not None:
+        from aria_jax.report.listening import check_sound
+
+        check_sound(args.wav)
     if args.out is not None and Path(args.out).is_file():
         raise UserError(f"--out {args.out} is a file; name a folder for the continuations")
     if args.prompt is None:
@@ -269,6 +268,8 @@ def _mesh(text: str | None) -> "Mesh | None":
     from data_pipeline.errors import UserError
 
     assignments = [f"mesh.{part}" for part in text.split(",") if part]
+    if not all("=" in part for part in assignments):
+        raise UserError(f"--mesh {text}: expected AXIS=N,… such as data=2,tensor=4")
     try:
         return make_mesh(with_overrides(RunConfig(), assignments).mesh)
     except UserError as error:

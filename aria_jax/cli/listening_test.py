@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aria_jax.cli import Verb, Writes, add_overwrite
-from data_pipeline.artifact import write_atomically
+from data_pipeline.artifact import refuse_inside, write_atomically
 
 if TYPE_CHECKING:
     from aria_jax.eval.comparison import Comparison, Trial
@@ -103,6 +103,10 @@ def _make(args: argparse.Namespace) -> None:
             f"--prompt-seconds {args.prompt_seconds:g} must lie between 0 and the "
             f"{args.seconds:g} --seconds of a clip"
         )
+    for option, given in (("--judges", args.judges), ("--trials", args.trials)):
+        if given is not None and given < 1:
+            raise UserError(f"{option} {given} must be at least 1")
+    refuse_inside(args.out, args.clips, "the folder of clips")
     clips = _find_clips(Path(args.clips))
     if args.ours not in clips:
         raise UserError(f"{args.clips}: no folder {args.ours!r}; there are {', '.join(clips)}")
@@ -258,12 +262,11 @@ def _analyse(args: argparse.Namespace) -> None:
 
 
 def _read_json(path: str) -> dict[str, Any]:
-    from data_pipeline.errors import UserError
+    from data_pipeline.errors import UserError, check_file
 
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError:
-        raise UserError(f"{path}: no such file") from None
+        file = check_file(path, "a JSON file of `aria-jax listening-test make` or its pages")
+        content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"{path}: not JSON") from None
     if not isinstance(content, dict):
@@ -308,6 +311,7 @@ def _compare(args: argparse.Namespace) -> None:
 
     from aria_jax.cli.console import print_result, stage
     from aria_jax.eval.comparison import frechet_distance, music_statistics, summarise
+    from data_pipeline.errors import about
 
     stage("reading the files")
     sets = {side: _performances(getattr(args, side)) for side in ("generated", "reference")}
@@ -336,7 +340,8 @@ def _compare(args: argparse.Namespace) -> None:
         from aria_jax.embed.encode import performance_encoder
         from data_pipeline.midi import compat_of
 
-        embed = performance_encoder(args.checkpoint)
+        with about(args.checkpoint):
+            embed = performance_encoder(args.checkpoint)
         if compat := compat_of(embed.slicing.reading):  # as the model's corpus was read
             sets = {side: _performances(getattr(args, side), compat) for side in sets}
         generated, reference = (np.stack([embed(one) for one in sets[side]]) for side in sets)
@@ -352,6 +357,9 @@ def _performances(folder: str, compat: str | None = None) -> list:
     from data_pipeline.errors import InvalidMidi, UserError
     from data_pipeline.midi import read_midi
 
+    if not Path(folder).is_dir():
+        what = "a file is here, a folder" if Path(folder).exists() else "no such folder; one"
+        raise UserError(f"{folder}: {what} of MIDI files is wanted")
     found = []
     for path in sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".mid", ".midi")):
         try:

@@ -51,6 +51,8 @@ examples:
 class Parser(argparse.ArgumentParser):
     """Mistakes become one `UserError`, with the nearest right word."""
 
+    stray = ""
+    """Option that a word without one was meant for, e.g. "--prompt"."""
     _given: Sequence[str] = ()
 
     def knows(self, option: str) -> bool:
@@ -71,8 +73,22 @@ class Parser(argparse.ArgumentParser):
                 f"no {given!r}{did_you_mean(given, choices)} (one of {', '.join(choices)})"
             )
         elif found := re.match(r"unrecognized arguments: (.*)$", message):
+            for action in self._actions:  # told by the sub-verb, whose options they are not
+                if isinstance(action, argparse._SubParsersAction):
+                    given = next((a for a in self._given if a in action.choices), None)
+                    if given is not None:
+                        action.choices[given].error(message)
             first = found[1].split()[0].partition("=")[0]
             message = f"unknown argument {found[1]}" + did_you_mean(first, self._options())
+            if self.stray and not first.startswith("-"):
+                message += f"; did you mean {self.stray} {first}?"
+        elif found := re.match(r"argument (\S+): invalid (int|float) value: (.*)$", message):
+            kind = "a whole number" if found[2] == "int" else "a number"
+            message = f"{found[1]} {found[3]}: expected {kind}"
+        elif found := re.match(r"argument (\S+): expected one argument", message):
+            at = self._given.index(found[1]) if found[1] in self._given else -1
+            if 0 <= at < len(self._given) - 1 and not self.knows(name := self._given[at + 1]):
+                message += f", and {name} looks like an option: write {found[1]}={name}"
         elif message.startswith("the following arguments are required"):
             unknown = [a for a in self._given if a.startswith("--") and not self.knows(a)]
             for option in unknown:
@@ -123,6 +139,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"aria-jax: error: {printable(said)}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if (said := out_of_memory(error)) is None:
+            raise
+        print(f"aria-jax: error: {said}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         told = "aria-jax: interrupted; run the same command again to go on"
         if argv is None:
@@ -133,11 +154,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def out_of_memory(error: Exception) -> str | None:
+    """What a user can do about an error of the memory; None for any other error."""
+    text = str(error)
+    if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in text:
+        return None
+    found = re.search(r"allocat\w* (\d+) bytes", text)
+    size = f" ({int(found[1]) / 2**30:.1f} GiB more were wanted)" if found else ""
+    return (
+        f"the memory does not suffice{size}: ask for less at once (a smaller batch, model or "
+        "context, fewer --n, fewer --workers)"
+    )
+
+
 def run_verb(name: str, argv: Sequence[str]) -> int:
     """Runs a verb; its exit status. Raises what `main` tells the user."""
     if name not in VERBS:
         hint = did_you_mean(name, VERBS) or "; `aria-jax --help` lists them"
         raise UserError(f"unknown verb {name!r}{hint}")
+    if "" in argv:  # as a path it would be the folder in which the command runs
+        raise UserError(f"{name}: an argument is empty; is a variable of your shell not set?")
     # What libraries say about themselves is no news to a user; errors still are.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

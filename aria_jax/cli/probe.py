@@ -84,19 +84,22 @@ def _probe(args: argparse.Namespace) -> None:
     stage("loading the libraries")
     from aria_jax.embed.table import read_embeddings, with_metadata
     from aria_jax.eval.probe import few_shot, held_out_splits, probe
-    from aria_jax.report import check_picture
+    from aria_jax.report import check_picture, confusion_matrix, save_chart
     from data_pipeline.errors import UserError, did_you_mean
 
     if args.plot:
         check_picture(args.plot)
     if args.cv < 2 or args.seeds < 1:
         raise UserError(f"--cv {args.cv}, --seeds {args.seeds}: at least 2 folds and 1 seed")
+    shots = numbers(args.few_shot, "--few-shot") if args.few_shot else None
     stage("reading the embeddings")
     table = read_embeddings(args.embeddings)
     if args.metadata:
         table = with_metadata(table, args.metadata)
     names = table.label_names()
-    for wanted in filter(None, (args.label, args.split_column)):
+    # No compositions are no mistake; another label that is not there is one.
+    grouped = args.group_column.replace("composition", "")
+    for wanted in filter(None, (args.label, args.split_column, grouped)):
         if wanted not in names:
             hint, known = did_you_mean(wanted, names), ", ".join(names) or "none"
             raise UserError(f"{args.embeddings}: no label {wanted!r}{hint}; it has {known}")
@@ -127,12 +130,8 @@ def _probe(args: argparse.Namespace) -> None:
                 **options,
             )
     result = next(iter(by_split.values()))
-    curve = []
-    if args.few_shot:
-        curve = few_shot(table.embedding, labels, numbers(args.few_shot, "--few-shot"), **options)
+    curve = few_shot(table.embedding, labels, shots, **options) if shots else []
     if args.plot:
-        from aria_jax.report import confusion_matrix, save_chart
-
         title = f"{args.label}: {result.accuracy:.1%} of {result.n_test} files"
         figure = confusion_matrix(result.confusion, result.classes, title)
         save_chart(figure, args.plot, args.command_line)
@@ -258,13 +257,14 @@ def _bench_suite(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import print_result, progress_bar, stage
 
     stage("loading the libraries")
-    from aria_jax.cli.embed import counting, model_and_untrained
+    from aria_jax.cli.embed import check_slicing, counting, model_and_untrained
     from aria_jax.embed.pieces import open_sources
     from aria_jax.embed.table import read_embeddings
     from aria_jax.eval.suite import BASELINE, find_tasks, markdown_table, rows_by_path, run_suite
     from aria_jax.report import program_version
     from data_pipeline.errors import UserError
 
+    check_slicing(args)
     if args.folds < 2 or args.seeds < 1:
         raise UserError(f"--folds {args.folds}, --seeds {args.seeds}: at least 2 folds and 1 seed")
     others = [_named(text) for text in args.embeddings]

@@ -40,8 +40,12 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _score(args: argparse.Namespace) -> int:
     """Scores; 1 where some file was left out."""
-    from data_pipeline.errors import UserError
+    from data_pipeline.errors import UserError, about
 
+    if args.context is not None and args.context < 2:
+        raise UserError(
+            f"--context {args.context}: a context of {args.context} predicts nothing; use 2 or more"
+        )
     paths, left_out = _listed(args.files)
     if not paths:
         raise UserError("nothing to score: " + "; ".join(left_out))
@@ -55,6 +59,11 @@ def _score(args: argparse.Namespace) -> int:
 
     stage("loading the model")
     loaded = load_model(args.checkpoint)
+    if (args.context or 0) > loaded.config.max_seq_len:
+        raise UserError(
+            f"--context {args.context}: {args.checkpoint} sees {loaded.config.max_seq_len} tokens; "
+            "longer pieces are read in overlapping windows"
+        )
     tokenizer = Tokenizer.preset(loaded.tokenizer)
     compat = compat_of(chosen_reading(args.compat, loaded.reading, args.checkpoint))
     stage("reading the files")
@@ -74,7 +83,8 @@ def _score(args: argparse.Namespace) -> int:
     n_named = len(pieces) + len(left_out)
     if not pieces:
         raise UserError(f"none of the {n_named} files could be read")
-    with progress_bar("score", "token") as progress:
+    stage("compiling")
+    with about(args.checkpoint), progress_bar("score", "token") as progress:
         scores = score_pieces(
             loaded.model, tokenizer, pieces, context=args.context, progress=progress
         )
@@ -165,8 +175,10 @@ def _classify_arguments(parser: argparse.ArgumentParser) -> None:
 def _classify(args: argparse.Namespace) -> None:
     """Classifies and prints."""
     from aria_jax.cli.console import print_result, stage
+    from aria_jax.cli.embed import check_slicing
     from data_pipeline.errors import UserError
 
+    check_slicing(args)
     if args.out:
         check_suffix(args.out, "a file of JSON lines", ".jsonl", ".json")
     if not Path(args.source).exists():
@@ -181,6 +193,8 @@ def _classify(args: argparse.Namespace) -> None:
         if isinstance(one, Prediction) and args.split in (None, one.labels.get("split"))
     ]
     rejected = [one for one in found if not isinstance(one, Prediction)]
+    if not predictions:
+        raise UserError(f"{args.source}: {_no_predictions(args.split, found, rejected)}")
     result: dict[str, Any] = {
         "n_files": len(predictions),
         "n_rejected": len(rejected),
@@ -207,6 +221,16 @@ CLASSIFY = Verb(
     _classify,
     Writes(lambda args: [args.out] if args.out else [], ("source", "checkpoint", "metadata")),
 )
+
+
+def _no_predictions(split: str | None, found: list[Any], rejected: list[Any]) -> str:
+    """Why nothing is said of any file."""
+    if len(rejected) == len(found):
+        first = f", the first: {rejected[0].path} ({rejected[0].message})" if rejected else ""
+        return f"none of the {len(found)} files could be read{first}"
+    there = sorted({one.labels["split"] for one in found if one.labels.get("split")})
+    known = f"there are {' and '.join(there)}" if there else "no file has a label split"
+    return f"--split {split}: no file of it; {known}"
 
 
 def _scores(
@@ -264,17 +288,19 @@ def _predictions(args: argparse.Namespace) -> tuple[tuple[str, ...], str, list[A
     from aria_jax.embed.pieces import Slicing, open_source
     from aria_jax.eval.classifiers import predict
     from aria_jax.sharding import local_mesh
+    from data_pipeline.errors import about
     from data_pipeline.tokenizer import Tokenizer
 
     mesh = local_mesh()
     stage("loading the model")
     loaded = load_model(args.checkpoint, mesh=mesh)
-    stage("reading the files")
     pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
-    encode = class_encoder(loaded.model, pad_id, args.pooling or loaded.pooling, mesh=mesh)
+    with about(args.checkpoint):
+        encode = class_encoder(loaded.model, pad_id, args.pooling or loaded.pooling, mesh=mesh)
     max_tokens = min(args.max_tokens, loaded.config.max_seq_len)
     reading = chosen_reading(args.compat, loaded.reading, args.checkpoint)
     slicing = Slicing(loaded.tokenizer, args.slice_notes, max_tokens, reading)
+    stage("reading the files, compiling")
     with TemporaryDirectory() as folder, progress_bar("classify", "file") as progress:
         source = open_source(
             args.source, slicing, spool=Path(folder) / "spool", metadata=args.metadata

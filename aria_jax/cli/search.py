@@ -59,11 +59,13 @@ def _search(args: argparse.Namespace) -> None:
     from aria_jax.embed.encode import performance_encoder
     from aria_jax.embed.search import random_similarities, search
     from aria_jax.embed.table import read_settings
-    from data_pipeline.errors import UserError, check_file
+    from data_pipeline.errors import UserError, about, check_file
     from data_pipeline.midi import compat_of, read_midi
 
     if args.html:
         check_suffix(args.html, "a page", ".html", ".htm")
+    elif args.midi:
+        raise UserError("--midi has no effect without --html FILE, the page that plays the files")
     if args.k < 1:
         raise UserError(f"-k {args.k} must be at least 1")
     check_file(args.embeddings, "an embeddings file of `aria-jax embed`")
@@ -73,20 +75,22 @@ def _search(args: argparse.Namespace) -> None:
     reading = chosen_reading(args.compat, settings["reading"], args.embeddings)
     query = read_midi(args.query, compat=compat_of(reading))
     stage("loading the model")
-    encoder = performance_encoder(
-        args.checkpoint,
-        slice_notes=settings["slice_notes"],
-        max_tokens=settings["max_tokens"],
-        pooling=settings.get("pooling", "eos"),
-        pool=settings.get("pool_slices", "mean"),
-    )
+    with about(args.checkpoint):
+        encoder = performance_encoder(
+            args.checkpoint,
+            slice_notes=settings["slice_notes"],
+            max_tokens=settings["max_tokens"],
+            pooling=settings.get("pooling", "eos"),
+            pool=settings.get("pool_slices", "mean"),
+        )
     if encoder.fingerprint != settings["fingerprint"]:
         raise UserError(
             f"{args.embeddings} was made by another model than {args.checkpoint} "
             f"({settings['fingerprint']}, not {encoder.fingerprint}); embed the files again"
         )
     stage("embedding the query, compiling first")
-    vector = encoder(query)
+    with about(args.query):
+        vector = encoder(query)
     stage("searching")
     hits = search(vector, args.embeddings, args.k, index=args.index)
     pairs = random_similarities(args.embeddings)

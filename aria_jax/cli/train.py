@@ -142,7 +142,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--assumed-mfu",
         type=float,
-        default=0.4,
         metavar="F",
         help="share of the chips' peak FLOP/s to plan with (default: 0.4)",
     )
@@ -176,8 +175,15 @@ def _check_beginning(args: argparse.Namespace) -> None:
     from aria_jax.checkpoints import newest_record
     from aria_jax.train.init import check_allow_change, check_same_init, init_of_new_run
     from data_pipeline.artifact import refuse_inside, refuse_occupied
+    from data_pipeline.errors import UserError
 
     check_allow_change(_allowed(args))
+    if not args.dry_run and (args.on or args.assumed_mfu is not None):
+        option = "--on" if args.on else "--assumed-mfu"
+        raise UserError(f"{option} has no effect without --dry-run: a run takes the devices here")
+    args.assumed_mfu = 0.4 if args.assumed_mfu is None else args.assumed_mfu
+    if not 0 < args.assumed_mfu <= 1:
+        raise UserError(f"--assumed-mfu {args.assumed_mfu:g}: a share, above 0 and at most 1")
     refuse_inside(args.workdir, args.data, "a corpus")
     refuse_occupied(args.workdir, "a training run")
     record = newest_record(args.workdir)

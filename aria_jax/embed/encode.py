@@ -49,7 +49,7 @@ def model_encoder(
     """
     if model.config.head != "embedding":
         raise UserError(
-            f"this model has a {model.config.head!r} head, not an embedding head; "
+            f"this model has the head {model.config.head!r}, not an embedding head; "
             "train one with `aria-jax train contrastive`"
         )
     return _encoder(model, pad_id, pooling, mesh)
@@ -68,7 +68,7 @@ def class_encoder(
     """
     if model.config.head != "class":
         raise UserError(
-            f"this model has a {model.config.head!r} head, not a class head; "
+            f"this model has the head {model.config.head!r}, not a class head; "
             "train one with `aria-jax train classify`"
         )
     return _encoder(model, pad_id, pooling, mesh, jax.nn.softmax)

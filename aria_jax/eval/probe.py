@@ -284,8 +284,8 @@ def _problem(
 def _folds(y: np.ndarray, group: np.ndarray, folds: int, seed: int) -> list:
     from sklearn.model_selection import StratifiedGroupKFold
 
-    if folds < 2 or len(set(group)) < folds:
-        raise UserError(f"{folds}-fold cross-validation needs {folds} compositions or more")
+    if folds < 2 or len(set(group)) < folds or max(Counter(y.tolist()).values()) < folds:
+        raise UserError(f"{folds} folds need {folds} compositions, and as many files of a class")
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     return list(splitter.split(y, y, group))
 

@@ -1,5 +1,6 @@
 """Performance to prompt, and generated ids to performances on the timeline of the prompt."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -192,6 +193,22 @@ def fitting_tokens(weights: DecoderWeights, prompt: np.ndarray, settings: Decodi
             "use a shorter one, or a sliding context (--sliding)"
         )
     return min(room, settings.max_tokens)
+
+
+def check_memory(weights: DecoderWeights, n: int, max_tokens: int, *, guided: bool) -> None:
+    """Raises `UserError` where the keys and values of `n` continuations cannot be held here."""
+    slots = min(max_tokens, weights.max_seq_len)
+    per_token = 2 * len(weights.blocks) * weights.embedding_VxD.shape[1]
+    each = (1 + guided) * slots * per_token * weights.embedding_VxD.dtype.itemsize
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    memory = sum(one["bytes_limit"] for one in stats if one and "bytes_limit" in one)
+    memory = memory or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if n * each > memory:
+        raise UserError(
+            f"{n:,} continuations at once take {n * each / 2**30:.0f} GiB for their keys and "
+            f"values, of {memory / 2**30:.0f} GiB there are: ask for at most {memory // each:,}, "
+            "and for more with another seed"
+        )
 
 
 def continue_prompt(

@@ -112,7 +112,7 @@ def score_pieces(
     """
     if model.config.head != "lm" or model.head is None:
         raise UserError(
-            f"scoring needs a language model; this one has a {model.config.head!r} head"
+            f"scoring needs a language model; this one has the head {model.config.head!r}"
         )
     context = min(context or model.config.max_seq_len, model.config.max_seq_len)
     if context < 2:

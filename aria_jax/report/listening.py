@@ -1,6 +1,7 @@
 """Pages to listen to: continuations and their files, what a search found, blinded pairs."""
 
 import html
+import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import numpy as np
 
 from aria_jax.report import Provenance, Section, link, paragraph, table, write_page
 from aria_jax.report.piano_roll import PLAYER_SCRIPT, Part, player, save_piano_roll
-from data_pipeline.errors import UserError
+from data_pipeline.errors import UserError, check_file
 from data_pipeline.midi import Performance, write_midi
 
 SAMPLE_RATE = 44_100
@@ -105,20 +106,27 @@ def _section(result: Result, paths: dict[str, str]) -> str:
     return player(result.parts, marks=marks) + paragraph(result.remark) + f"<p>{links}</p>"
 
 
+def check_sound(soundfont: str | Path) -> None:
+    """Raises `UserError` where the synthesiser is missing, or this is no SoundFont."""
+    if importlib.util.find_spec("symusic") is None:
+        raise UserError(
+            "sound needs the package symusic: pip install 'aria-jax[audio]' (or symusic)"
+        )
+    with check_file(soundfont, "a SoundFont").open("rb") as file:
+        head = file.read(12)
+    if head[:4] + head[8:] != b"RIFFsfbk":
+        raise UserError(f"{soundfont}: not a SoundFont (.sf2 or .sf3 file)")
+
+
 def render_wav(midi_path: str | Path, wav_path: str | Path, soundfont: str | Path) -> None:
     """Plays a MIDI file through a SoundFont (16-bit stereo, 44.1 kHz).
 
     Raises:
         UserError: the synthesiser is not installed, or there is no such SoundFont.
     """
-    try:
-        import symusic
-    except ImportError:
-        raise UserError(
-            "sound needs the package symusic: pip install 'aria-jax[audio]' (or symusic)"
-        ) from None
-    if not Path(soundfont).is_file():
-        raise UserError(f"{soundfont}: no such SoundFont (.sf2 or .sf3 file)")
+    check_sound(soundfont)
+    import symusic
+
     synthesizer = symusic.Synthesizer(sf_path=str(soundfont), sample_rate=SAMPLE_RATE)
     try:
         audio = synthesizer.render(symusic.Score(str(midi_path)), stereo=True)

@@ -204,7 +204,8 @@ def _prepare(
         new = relabelled(out, labels.labels_for, MAX_DIFFERENCES) if finished is not None else ""
         if other.inputs["files"] == asked.inputs["files"]:
             new = "other labels of the same files" + f" ({new})" * bool(new)
-        return {"files": files, "labels": new, "exclude": "other files"}
+        filters = filter_presets.change(other.settings["filters"], asked.settings["filters"])
+        return {"files": files, "labels": new, "exclude": "other files", "filters": filters}
 
     there = look(
         out, asked, finished=finished, unfinished=journal.identity(), overwrite=overwrite,

@@ -25,7 +25,15 @@ TOKENIZE = [
     wrong("tokenize {piece} --preset aira", ("no tokenizer preset 'aira'", "did you mean 'aria'?")),
     wrong("tokenize {piece} --jsno", ("unknown argument --jsno", "did you mean '--json'?")),
     wrong("tokenize {data}", "token shards"),
-]
+    wrong("tokenize {silent}", ("silent.mid: ", "no notes")),
+    wrong("tokenize ''", "an argument is empty"),
+    wrong("tokenize cut.mid", ("cut.mid: track 2 of 2 is cut", "--repair"),
+          before=(("cut.mid", "{piece}[:60]"),)),
+    Use("tokenize cut.mid --repair", "cut.mid: repaired", before=(("cut.mid", "{piece}[:900]"),)),
+    Use("tokenize 'Étude № 1.mid' --json", '"n_notes": 320',
+        before=(("Étude № 1.mid", "-> {piece}"),)),
+    wrong("tokenize gone.mid", "gone.mid: no such file", before=(("gone.mid", "-> nowhere"),)),
+]  # fmt: skip
 
 DETOKENIZE = [
     Use("detokenize {ids} out.mid", "out.mid: 20 notes", made="out.mid"),
@@ -34,9 +42,12 @@ DETOKENIZE = [
     wrong("detokenize {nothing}.json out.mid", ("nothing.json", "no such file")),
     wrong("detokenize {text} out.mid", ("text.mid", "expected token ids as JSON")),
     wrong("detokenize {ids} out.wav", ("out.wav", "MIDI")),
-    wrong("detokenize {ids} no/such/out.mid", "cannot write"),
+    Use("detokenize {ids} a/new/out.mid", "20 notes", made="a/new/out.mid"),
+    wrong("detokenize {ids} afile/out.mid", ("afile", "file"), before=(("afile", "x"),)),
+    wrong("detokenize far.json new/out.mid", ("far.json: ", "0..17726"),
+          before=(("far.json", "[6, 0, 99999]"),)),
     wrong("detokenize {ids}", "required: out"),
-]
+]  # fmt: skip
 
 DATA = [
     Use("data build {midi} out --filters none", ("10 of 10 files", "train"), made="out"),
@@ -60,7 +71,21 @@ DATA = [
     wrong("data inspect {nothing}", ("nothing", "no such folder")),
     wrong("data build {data} out", "token shards"),
     wrong("data sample afile", "is a file", before=(("afile", "x"),)),
-]
+    wrong("data sample out --per-composer 0", "--per-composer must be at least 1"),
+    wrong("data sample {data}", "holds a corpus"),
+    wrong("data sample {midi}", ("metadata.json", "there already")),
+    wrong("data build {midi} out --val-fractoin 0.1", "did you mean '--val-fraction'?"),
+    wrong("data build {midi} out --workers 1.5", "--workers '1.5': expected a whole number"),
+    wrong("data build {midi} out --metadata m.csv", ("m.csv", "no such file")),
+    wrong("data build {midi} {midi}/out", ("lies in", "name a folder outside")),
+    wrong("data build {midi} out --filters light", ("filters: none → light", "--overwrite"),
+          after=("data build {piece} out --filters none --workers 1",)),
+    wrong("data inspect d", "shard format None", before=(("d/manifest.json", "[]"),)),
+    wrong("data inspect d", ("says nothing of splits", "build the data again"),
+          before=(("d/manifest.json", '{"format_version": 1}'),)),
+    wrong("data inspect {data} --plot p.csv", ("p.csv", "picture")),
+    Use("data inspect {data} --plot new/p.png", "pieces", made="new/p.png"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("use", [*FRONT, *TOKENIZE, *DETOKENIZE, *DATA], ids=str)

@@ -33,6 +33,16 @@ TRAIN = [
     wrong(f"{PRETRAIN} --config none.yaml", "none.yaml: no such file"),
     wrong(f"{PRETRAIN} {SMALL} mesh.tensor=3", "mesh.tensor=3"),
     wrong(f"{PRETRAIN} --dry-run --on v5p", "expected CHIP:COUNT"),
+    wrong(f"{PRETRAIN} --on v5p:8", "--on has no effect without --dry-run"),
+    wrong(f"{PRETRAIN} --dry-run --assumed-mfu 2", "--assumed-mfu 2"),
+    wrong("train contrastive --data {data} --workdir run label=composer",
+          "task classify needs data.label=NAME (see `aria-jax data inspect`), no other does"),
+    wrong("train pretrain --data {data} --workdir ''", "an argument is empty"),
+    wrong(f"{PRETRAIN} --config c.yaml", ("c.yaml: ", "nearest: steps"),
+          before=(("c.yaml", "stesp: 3"),)),
+    wrong("train pretrain --data {data} --workdir {data}/run", ("lies in", "folder outside")),
+    wrong("train pretrain --data d --workdir run", "says nothing of splits",
+          before=(("d/manifest.json", '{"format_version": 1}'),)),
 ]  # fmt: skip
 
 COMPILE = [
@@ -63,6 +73,9 @@ DEMO = [
     wrong("demo out --midi {nothing}", ("nothing", "no such folder")),
     wrong("demo out --midi {empty}", "no MIDI files"),
     wrong("demo out --worker 2 --zzz", "unknown argument --zzz"),
+    wrong("demo {data}", "holds a corpus"),
+    wrong("demo {midi}", "holds MIDI files"),
+    wrong("demo out --workers 0", "--workers 0 must be at least 1"),
 ]
 
 

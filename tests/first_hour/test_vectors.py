@@ -18,7 +18,12 @@ EMBED = [
     wrong("embed {midi} e.parquet", "one of the arguments --checkpoint --baseline is required"),
     wrong("embed {midi} e.parquet --baseline pich-class", "did you mean 'pitch-class'?"),
     wrong("embed {midi} {ids} e.parquet --baseline statistics", "expected a MIDI file"),
-    wrong("embed {midi} e.parquet --baseline statistics --slice-notes 0", "--slice-notes"),
+    wrong("embed {midi} e.parquet --baseline statistics --slice-notes 0", "--slice-notes 0"),
+    wrong("embed {midi} . --baseline statistics", "a folder is here"),
+    wrong("embed {midi} e.parquet --baseline statistics --pooling mean", "--pooling has no effect"),
+    wrong("embed {midi} e.parquet --baseline statistics --bf16", "--bf16 has no effect"),
+    wrong("embed {midi} e.parquet --baseline statistics --host-count 0", "--host-count 0"),
+    wrong("embed {midi} e.parquet --checkpoint {classifier}", ("classifier: ", "head 'class'")),
 ]
 
 PROBE = [

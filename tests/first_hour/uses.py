@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import os
+import re
 import shlex
 import threading
 import time
@@ -82,7 +83,7 @@ class Use:
         status: exit status; 2 is one line and nothing on the disk.
         made: what is in the folder afterwards, as far as it is named here.
         before: files that are there already, with their text; a name that ends in / is a folder,
-            a text that begins with -> a link to a place.
+            a text that begins with -> a link to a place, {piece}[:60] the first bytes of a place.
         after: commands that ran there before, as `command`; each must succeed.
         needs: a package without which the row is skipped, with that reason.
     """
@@ -128,7 +129,7 @@ def check(use: Use, places: Mapping[str, Path], here: Path) -> None:
     if use.needs and importlib.util.find_spec(use.needs) is None:
         pytest.skip(f"needs {use.needs}")
     for name, text in use.before:
-        _prepare(here, name, text.format(**places) if text.startswith("->") else text)
+        _prepare(here, name, text, places)
     for command in use.after:
         status, told = _run(command, places, here, None)
         assert status == 0, told
@@ -168,13 +169,15 @@ def _run(
     return status, out.getvalue() + err.getvalue()
 
 
-def _prepare(here: Path, name: str, text: str) -> None:
+def _prepare(here: Path, name: str, text: str, places: Mapping[str, Path]) -> None:
     path = here / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if name.endswith("/"):
         path.mkdir()
     elif text.startswith("->"):
-        path.symlink_to(text.removeprefix("->"))
+        path.symlink_to(text.removeprefix("->").strip().format(**places))
+    elif part := re.fullmatch(r"{(\w+)}\[:(\d+)\]", text):
+        path.write_bytes(places[part[1]].read_bytes()[: int(part[2])])
     else:
         path.write_text(text)
 

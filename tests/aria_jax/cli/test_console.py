@@ -69,6 +69,44 @@ def test_the_time_left_follows_the_present_speed_and_the_rate_is_of_the_whole():
     assert "50%" in counter.text() and "500/1,000 steps" in counter.text()
 
 
+def test_the_time_left_runs_down_and_grows_where_a_unit_is_overdue():
+    """Ten files at two seconds each, then one that takes its time."""
+    clock = Clock()
+    counter = Counter("render", "score", clock)
+    for done in range(6):
+        counter.report(done, 11)
+        clock.now += 2
+    clock.now -= 2
+    assert counter.seconds_left == pytest.approx(12)
+    clock.now += 1
+    assert counter.seconds_left == pytest.approx(11)
+    clock.now += 1
+    due = counter.seconds_left
+    assert due == pytest.approx(10)
+    clock.now += 0.001
+    assert counter.seconds_left == pytest.approx(due, abs=0.01)
+    clock.now += 12
+    assert counter.seconds_left == pytest.approx(5 * 24 / 6, abs=0.01)
+
+
+def test_until_the_first_unit_is_done_the_stage_and_its_time_are_shown(monkeypatch):
+    clock = Clock()
+    screen, counter = Screen(clock), Counter("score", "token", clock)
+    monkeypatch.setattr(sys, "stderr", heard := Heard(False, clock))
+    screen.begin("score")
+    screen.stage("compiling")
+    screen.count(counter)
+    counter.report(0, 10)
+    clock.now += 3
+    screen.tick()
+    counter.report(5, 10)
+    clock.now += 3
+    screen.tick()
+    lines = heard.getvalue().splitlines()
+    assert lines[0] == "score: 0% 0/10 tokens (compiling, 3 s)"
+    assert lines[1].startswith("score: 50% 5/10 tokens, 1.7 tokens/s") and "left" in lines[1]
+
+
 def test_a_counter_without_news_or_work_has_a_text():
     counter = Counter("build", "file", Clock())
     assert not counter.started

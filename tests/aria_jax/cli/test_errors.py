@@ -113,6 +113,28 @@ def test_an_option_is_not_near_another_for_its_dashes(capsys):
     assert "did you mean '--json'?" in capsys.readouterr().err
 
 
+def test_no_memory_and_a_folder_without_permission_are_one_line(tmp_path, monkeypatch, capsys):
+    (file := tmp_path / "ids.json").write_text("[6, 0, 694, 17227, 16741]")
+    command = ["detokenize", str(file), str(tmp_path / "new" / "out.mid")]
+    for error in (
+        MemoryError(),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 46094549536 bytes."),
+    ):
+
+        def failing(*_, error=error):
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr("data_pipeline.midi.write_midi", failing)
+            assert main(command) == 2
+        shown = capsys.readouterr().err.splitlines()
+        assert "the memory does not suffice" in shown[-1] and "ask for less" in shown[-1]
+    assert "(42.9 GiB more were wanted)" in shown[-1] and not (tmp_path / "new").exists()
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    assert main(command) == 2 and not (tmp_path / "new").exists()
+    assert "chmod u+w" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("code", ["EACCES", "EROFS", "ENOSPC", "ENAMETOOLONG", "ELOOP", "EIO"])
 def test_whatever_the_disk_says_is_one_line(code, tmp_path, monkeypatch, capsys):
     (file := tmp_path / "a.mid").write_bytes(b"MThd")

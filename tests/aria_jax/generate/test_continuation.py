@@ -8,6 +8,7 @@ import pytest
 
 from aria_jax.generate.continuation import (
     Continuation,
+    check_memory,
     continue_prompt,
     make_prompt,
     prompt_of_file,
@@ -125,6 +126,13 @@ def test_variations_and_progress(tiny_model, piano_prompt):
     assert "notes/s" in str(seen[-1])
     (alone,) = continue_prompt(weights, ARIA, piano_prompt, n=1, seed=1, settings=settings)
     np.testing.assert_array_equal(alone.ids, found[0].ids)
+
+
+def test_more_than_the_memory_holds_is_refused_before_the_work(tiny_model):
+    weights = decoder_weights(tiny_model)
+    check_memory(weights, 1, 100, guided=True)
+    with pytest.raises(UserError, match=r"ask for at most [0-9,]+, and for more with another seed"):
+        check_memory(weights, 10**9, 100, guided=False)
 
 
 def test_no_more_is_generated_than_the_model_sees(random_model, piano_prompt):
