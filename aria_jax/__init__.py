@@ -41,7 +41,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "Performance": _MIDI,
         "tokenise": _API,
         "detokenise": _API,
-        "Tokenizer": "data_pipeline.tokenizer",
+        "Tokenizer": "data_pipeline.tokenizers",
         "augment": "data_pipeline.augment",
     },
     "Corpora": {

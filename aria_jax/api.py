@@ -11,7 +11,7 @@ import numpy as np
 from aria_jax.config import SLICE_NOTES, SLICE_TOKENS, RunConfig, Task, with_settings
 from data_pipeline.errors import InvalidMidi, UserError, expect, kind_of
 from data_pipeline.midi import Performance, compat_of, read_midi
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 if TYPE_CHECKING:
     from aria_jax.checkpoints.models import LoadedModel

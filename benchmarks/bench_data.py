@@ -26,7 +26,7 @@ from data_pipeline._smf import decoded_tracks
 from data_pipeline.augment import AugmentConfig, augment
 from data_pipeline.midi import midi_bytes, pedalled_ends, read_midi
 from data_pipeline.shards import pack_record
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance
 
 DEVELOPMENT_DATA = Path(__file__).parents[2] / "shared" / "data" / "asap"

@@ -20,7 +20,7 @@ from benchmarks.bench_data import DEVELOPMENT_DATA
 from data_pipeline import dedup
 from data_pipeline.errors import InvalidMidi
 from data_pipeline.midi import TEMPO, Performance, read_midi
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from aria_jax.embed.export import export
 from aria_jax.embed.pieces import Piece, Rejection, Slicing, open_source
 from aria_jax.models.heads import Model, build_model
 from aria_jax.presets import for_task
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 PAD = Tokenizer.preset("aria").pad_id
 

@@ -25,7 +25,7 @@ from aria_jax.generate.sampler import MinP, step_keys
 from aria_jax.generate.weights import DecoderWeights, decoder_weights
 from aria_jax.models.heads import build_model
 from aria_jax.presets import MODELS
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 TOKENIZER = Tokenizer.preset("aria")
 

@@ -22,7 +22,7 @@ from data_pipeline.loaders import Batch, BatchStream
 from data_pipeline.loaders.slice_batches import contrastive_pairs, labelled_slices
 from data_pipeline.loaders.windows import lm_windows
 from data_pipeline.midi import NOTE, Performance
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 GOAL = 500_000  # augmented tokens per second and core
 N_PIECES, NOTES_PER_PIECE = 300, 3190  # as many notes as an average ASAP performance has

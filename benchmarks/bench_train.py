@@ -100,7 +100,7 @@ def interleaved(sides: dict[str, Callable[[int], float]], steps: int, rounds: in
 
 def corpus(folder: Path) -> Path:
     """Token shards of 200 made-up pieces."""
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizers import Tokenizer
 
     rng, tokenizer = np.random.default_rng(0), Tokenizer.preset("aria")
     pieces = [(tokenizer.encode(random_performance(rng, 800)), {}) for _ in range(200)]

@@ -12,7 +12,7 @@ from aria_jax.report.piano_roll import PLAYER_SCRIPT, Part, player
 from benchmarks.eval_continuation import MIN_P, TEMPERATURE, Excerpt, by_model, excerpt, opened
 from data_pipeline.errors import UserError
 from data_pipeline.midi import Performance, read_midi
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 VARIATIONS = 3
 

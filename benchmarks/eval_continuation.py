@@ -36,7 +36,7 @@ from data_pipeline.artifact import write_atomically
 from data_pipeline.errors import UserError
 from data_pipeline.midi import Performance
 from data_pipeline.shards import TokenShards
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 TEMPERATURE, MIN_P = 0.98, 0.035
 """Of both systems; what `aria-jax generate` takes."""

@@ -25,8 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import SEGMENT_MS, Kind, Tokenizer
-from data_pipeline.vocabulary import STEP_MS, VELOCITY_STEP
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import SEGMENT_MS, STEP_MS, VELOCITY_STEP, Kind
 
 STEPS = SEGMENT_MS // STEP_MS
 LONGER, END = STEPS, STEPS + 1

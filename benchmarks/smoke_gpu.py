@@ -48,7 +48,7 @@ from aria_jax.train.step import make_train_step
 from aria_jax.train.tasks import batch_shapes, loss_function
 from benchmarks.bench_contrastive import naive_loss
 from data_pipeline.midi import write_midi
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance
 
 BUDGET_SECONDS = 270

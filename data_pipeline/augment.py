@@ -12,10 +12,10 @@ import numba
 import numpy as np
 
 from data_pipeline.settings import AugmentConfig
-from data_pipeline.tokenizer import SEGMENT_MS, STEP_MS, Kind, Tokenizer
+from data_pipeline.tokenizers.aria import AriaTokenizer
+from data_pipeline.vocabulary import SEGMENT_MS, STEP_MS, Kind
 
-_RUBATO_MS = (5_000, 20_000)
-_CURVE_TOKENS = (100, 800)  # a token is a third of a note
+_RUBATO_MS, _CURVE_TOKENS = (5_000, 20_000), (100, 800)  # a token is a third of a note
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class SineModulation:
 
 
 def augment(
-    ids: np.ndarray, config: AugmentConfig, rng: np.random.Generator, tokenizer: Tokenizer
+    ids: np.ndarray, config: AugmentConfig, rng: np.random.Generator, tokenizer: AriaTokenizer
 ) -> np.ndarray:
     """`ids` with each piece changed at random as `config` allows; uint16 [L] as given."""
     n = _n_pieces(ids)
@@ -95,7 +95,7 @@ def change_velocity(ids: np.ndarray, steps: int | np.ndarray) -> np.ndarray:
 def change_tempo(
     ids: np.ndarray,
     factor: float | np.ndarray,
-    tokenizer: Tokenizer,
+    tokenizer: AriaTokenizer,
     rng: np.random.Generator | None = None,
     *,
     rubato: SineModulation | None = None,
@@ -130,7 +130,7 @@ def modulate_velocity(ids: np.ndarray, modulation: SineModulation) -> np.ndarray
 
 
 def drop_notes(
-    ids: np.ndarray, rate: float | np.ndarray, rng: np.random.Generator, tokenizer: Tokenizer
+    ids: np.ndarray, rate: float | np.ndarray, rng: np.random.Generator, tokenizer: AriaTokenizer
 ) -> np.ndarray:
     """Each whole note or drum hit left out with probability `rate`, but the first; uint16 [L].
 
@@ -143,7 +143,7 @@ def drop_notes(
 
 def _n_pieces(ids: np.ndarray) -> int:
     """Parts of a window: one per `<E>`, and what follows the last."""
-    return int(np.count_nonzero(ids == Tokenizer.eos_id)) + 1
+    return int(np.count_nonzero(ids == AriaTokenizer.eos_id)) + 1
 
 
 def _per_piece(ids: np.ndarray, value: float | np.ndarray, dtype: type) -> np.ndarray:
@@ -158,11 +158,11 @@ _PITCHES, _VELOCITIES = 128, 13
 _TIME, _PREFIX = int(Kind.TIME), int(Kind.PREFIX)
 _NOTE, _DRUM, _DUR = int(Kind.NOTE), int(Kind.DRUM), int(Kind.DUR)
 _ONSET, _PEDAL = int(Kind.ONSET), int(Kind.PEDAL)
-_SEGMENT, _STEP, _BOS = SEGMENT_MS, STEP_MS, Tokenizer.bos_id
-_EOS, _PAD, _UNK = Tokenizer.eos_id, Tokenizer.pad_id, Tokenizer.unk_id
-_DIM, _T = Tokenizer.dim_id, Tokenizer.time_id
-_FIRST_NOTE, _FIRST_DRUM = Tokenizer.first_note_id, Tokenizer.first_drum_id
-_FIRST_DUR, _FIRST_ONSET = Tokenizer.first_dur_id, Tokenizer.first_onset_id
+_SEGMENT, _STEP, _BOS = SEGMENT_MS, STEP_MS, AriaTokenizer.bos_id
+_EOS, _PAD, _UNK = AriaTokenizer.eos_id, AriaTokenizer.pad_id, AriaTokenizer.unk_id
+_DIM, _T = AriaTokenizer.dim_id, AriaTokenizer.time_id
+_FIRST_NOTE, _FIRST_DRUM = AriaTokenizer.first_note_id, AriaTokenizer.first_drum_id
+_FIRST_DUR, _FIRST_ONSET = AriaTokenizer.first_dur_id, AriaTokenizer.first_onset_id
 
 
 @_compiled

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import InvalidMidi, UserError
 from data_pipeline.midi import (
     DRUM_CHANNEL,
     PEDAL_DOWN,
@@ -13,7 +13,7 @@ from data_pipeline.midi import (
     note_programs,
     resolve_overlaps,
 )
-from data_pipeline.vocabulary import FAMILIES, IGNORED
+from data_pipeline.vocabulary import FAMILIES, HIGHEST_DRUM, IGNORED, LOWEST_DRUM
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,21 @@ def _without(performance: Performance, unwanted: np.ndarray, drums: bool = False
         pedals=performance.pedals[kept(performance.pedals)],
         programs=programs[kept(programs) & ~named],
     )
+
+
+def supported_notes(performance: Performance) -> Performance:
+    """Only the notes that Aria's vocabulary has tokens for: what is counted and sliced.
+
+    Raises:
+        InvalidMidi: there are none.
+    """
+    performance = remove_instruments(performance)
+    notes = performance.notes
+    pitch_known = (notes["pitch"] >= LOWEST_DRUM) & (notes["pitch"] <= HIGHEST_DRUM)
+    known = (notes["channel"] != DRUM_CHANNEL) | pitch_known
+    if not known.any():
+        raise InvalidMidi("no-notes", "no notes of a supported instrument")
+    return performance if known.all() else replace(performance, notes=notes[known])
 
 
 def threshold_pedal(performance: Performance, threshold: int, hysteresis: int = 0) -> Performance:

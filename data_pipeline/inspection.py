@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.shards import TokenShards, load_manifest, reading_of, rejections
-from data_pipeline.tokenizer import Kind, Tokenizer
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import Kind
 
 
 @dataclass(frozen=True)

@@ -12,63 +12,17 @@ their slices.
 
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline import augment
-from data_pipeline.augment import AugmentConfig
-from data_pipeline.cleaning import remove_instruments
-from data_pipeline.errors import InvalidMidi, UserError
-from data_pipeline.midi import DRUM_CHANNEL, Performance
+from data_pipeline.errors import UserError
+from data_pipeline.midi import Performance
+from data_pipeline.settings import AugmentConfig
 from data_pipeline.shards import TokenShards, load_manifest
-from data_pipeline.tokenizer import Kind, Tokenizer
-from data_pipeline.vocabulary import HIGHEST_DRUM, INSTRUMENTS, LOWEST_DRUM
-
-
-def note_positions(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
-    """Where each note and drum hit of a piece begins, int32 [N]."""
-    kind = tokenizer.kind[ids]
-    return np.flatnonzero((kind == Kind.NOTE) | (kind == Kind.DRUM)).astype(np.int32)
-
-
-def slice_ids(
-    ids: np.ndarray, note_at: np.ndarray, start: int, stop: int, tokenizer: Tokenizer
-) -> np.ndarray:
-    """Notes `start:stop` of a tokenised piece, uint16.
-
-    Composer, form and genre are left out: they would give away what is to be learned (reference:
-    ContrastiveDataset.get_slice empties the metadata).
-
-    Args:
-        ids: uint16 [L]; note_at: its `note_positions`.
-    """
-    start, stop = (int(note_at[i]) if i < len(note_at) else len(ids) for i in (start, stop))
-    body = ids[start:stop]
-    prefix = ids[: int(np.argmax(ids == tokenizer.bos_id))]
-    instrument = tokenizer.instrument[prefix]
-    drums = len(INSTRUMENTS)  # announced where they are heard, as in a slice of the file
-    heard = (instrument != drums) | (tokenizer.kind[body] == Kind.DRUM).any()
-    prefix = prefix[(instrument >= 0) & heard]
-    piece = np.concatenate([prefix, [tokenizer.bos_id], body])
-    return tokenizer.slice_notes(piece, 0, len(piece))
-
-
-def with_tokens(performance: Performance) -> Performance:
-    """Only the notes that have tokens: what is counted and sliced.
-
-    Raises:
-        InvalidMidi: there are none.
-    """
-    performance = remove_instruments(performance)
-    notes = performance.notes
-    pitch_known = (notes["pitch"] >= LOWEST_DRUM) & (notes["pitch"] <= HIGHEST_DRUM)
-    known = (notes["channel"] != DRUM_CHANNEL) | pitch_known
-    if not known.any():
-        raise InvalidMidi("no-notes", "no notes of a supported instrument")
-    return performance if known.all() else replace(performance, notes=notes[known])
+from data_pipeline.tokenizers import Tokenizer
 
 
 def encode_slices(
@@ -77,13 +31,13 @@ def encode_slices(
     """Consecutive slices of `slice_notes` notes, the last as long as it comes; uint16 each.
 
     Args:
-        performance: `with_tokens`.
+        performance: `Tokenizer.with_tokens` of one.
     """
     starts = range(0, len(performance.notes), slice_notes)
     if tokenizer.has_pedal:  # pedal events belong to the notes around them, not to every slice
         ids = tokenizer.encode(performance)
-        at = note_positions(ids, tokenizer)
-        return [slice_ids(ids, at, start, start + slice_notes, tokenizer) for start in starts]
+        at = tokenizer.note_positions(ids)
+        return [tokenizer.slice_ids(ids, at, start, start + slice_notes) for start in starts]
     parts = (performance.slice_notes(start, start + slice_notes) for start in starts)
     return [tokenizer.encode(part) for part in parts]
 
@@ -164,9 +118,9 @@ class Pieces:
         return len(self._get(piece).note_at)
 
     def notes(self, piece: int, start: int, stop: int) -> np.ndarray:
-        """Notes `start:stop`, as `slice_ids` takes them."""
+        """Notes `start:stop`, as `Tokenizer.slice_ids` takes them."""
         found = self._get(piece)
-        return slice_ids(found.ids, found.note_at, start, stop, self.tokenizer)
+        return self.tokenizer.slice_ids(found.ids, found.note_at, start, stop)
 
     def _get(self, piece: int) -> _Piece:
         with self._lock:
@@ -174,7 +128,7 @@ class Pieces:
                 self._cached.move_to_end(piece)
                 return found
         ids = self.shards[piece].ids
-        note_at = note_positions(ids, self.tokenizer)
+        note_at = self.tokenizer.note_positions(ids)
         ids.flags.writeable = note_at.flags.writeable = False
         loaded = _Piece(ids, note_at)
         with self._lock:
@@ -192,13 +146,8 @@ def augmented(
     rng: np.random.Generator,
     tokenizer: Tokenizer,
 ) -> np.ndarray:
-    """Augmented ids without padding, a little longer if slower; `ids` where `config` is None."""
-    if config is None:
-        return ids
-    # `augment` keeps the length, but a slower tempo needs more `<T>`s: at most one for each.
-    room = np.full(np.count_nonzero(ids == tokenizer.time_id) + 2, tokenizer.pad_id, ids.dtype)
-    changed = augment.augment(np.concatenate([ids, room]), config, rng, tokenizer)
-    return changed[changed != tokenizer.pad_id]
+    """`Tokenizer.augment` of ids; `ids` where `config` is None."""
+    return ids if config is None else tokenizer.augment(ids, config, rng)
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,14 @@ Reference: ariautils config.json ("abs") and tokenizer/absolute.py.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizers.aria import AriaTokenizer
 
 SEGMENT_MS = 5000
 STEP_MS = 10
@@ -68,7 +69,7 @@ def ranges_of(ids: np.ndarray) -> tuple[str, ...]:
     return tuple(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
-def reachable_ids(occurring: np.ndarray, tokenizer: "Tokenizer") -> np.ndarray:
+def reachable_ids(occurring: np.ndarray, tokenizer: "AriaTokenizer") -> np.ndarray:
     """Ids that a corpus can hold, however it is augmented; ascending int64.
 
     Those that occur, special tokens, every sounding note of the instruments that occur, and every
@@ -83,6 +84,46 @@ def reachable_ids(occurring: np.ndarray, tokenizer: "Tokenizer") -> np.ndarray:
     notes &= tokenizer.velocity != 0
     always = np.isin(kind, (Kind.SPECIAL, Kind.TIME, Kind.ONSET, Kind.DUR))
     return np.flatnonzero(occurring | notes | always)
+
+
+@dataclass(frozen=True, eq=False)
+class Automaton:
+    """Which tokens may follow which, as tables: a finite automaton over classes of tokens.
+
+    Attributes:
+        class_of: class of each id, int32 [V].
+        following: state after a token of class C in state S, -1 where it may not come; int32
+            [S, C]. Reading begins in state 0.
+    """
+
+    class_of: np.ndarray
+    following: np.ndarray
+
+    def first_error(self, ids: np.ndarray) -> int:
+        """Position of the first token that may not stand where it does; -1 for none."""
+        state = 0
+        for position, one in enumerate(self.class_of[np.asarray(ids, np.int64)].tolist()):
+            state = int(self.following[state, one])
+            if state < 0:
+                return position
+        return -1
+
+
+def event_automaton(tokenizer: "AriaTokenizer") -> Automaton:
+    """prefix* <S> (note onset duration | (drum | pedal) onset | <T> | <D>)* [<E>]; what
+    `aria_jax.generate.grammar` asks of onsets on top of it is not in the tables.
+    """
+    before, between, in_note, in_short, in_duration, end = range(6)
+    bos, eos, dim = range(len(Kind), len(Kind) + 3)
+    class_of = tokenizer.kind.astype(np.int32)
+    class_of[[tokenizer.bos_id, tokenizer.eos_id, tokenizer.dim_id]] = bos, eos, dim
+    following = np.full((6, len(Kind) + 3), -1, np.int32)
+    following[before, [Kind.PREFIX, bos]] = before, between
+    following[between, [Kind.TIME, dim, eos]] = between, between, end
+    following[between, [Kind.NOTE, Kind.DRUM, Kind.PEDAL]] = in_note, in_short, in_short
+    following[in_note, Kind.ONSET], following[in_short, Kind.ONSET] = in_duration, between
+    following[in_duration, Kind.DUR] = between
+    return Automaton(class_of, following)
 
 
 def nearest_index(n_values: int, limit: int, step: int) -> np.ndarray:

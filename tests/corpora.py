@@ -8,7 +8,7 @@ import pytest
 
 from data_pipeline import shards
 from data_pipeline.midi import NOTE, Performance, write_midi
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 
 def random_performance(rng: np.random.Generator, n_notes: int) -> Performance:

@@ -12,7 +12,7 @@ from aria_jax.config import ComputeConfig, ModelConfig
 from aria_jax.generate.live.engine import Engine
 from aria_jax.generate.weights import decoder_weights
 from aria_jax.models.heads import Model, build_model
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 _SIZES = {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 512}
 _HEADS = {

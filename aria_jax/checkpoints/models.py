@@ -29,7 +29,7 @@ from aria_jax.sharding import replicated
 from data_pipeline.errors import UserError
 from data_pipeline.midi import STANDARD
 from data_pipeline.shards import READING_BEFORE
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 PRESETS = ("aria", "pedal")
 

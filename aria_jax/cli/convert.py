@@ -212,7 +212,7 @@ def _tokenize(args: argparse.Namespace) -> None:
     from data_pipeline.cleaning import Cleaning
     from data_pipeline.errors import UserError, about
     from data_pipeline.midi import STANDARD, compat_of, read_midi, reading_name
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizers import Tokenizer
 
     tokenizer = Tokenizer.preset(args.preset)
     try:
@@ -260,7 +260,7 @@ def _detokenize(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import say
     from data_pipeline.errors import UserError, about
     from data_pipeline.midi import write_midi
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizers import Tokenizer
 
     check_suffix(args.out, "a MIDI file", ".mid", ".midi", ".kar")
     tokenizer, ids = Tokenizer.preset(args.preset), read_ids(args.ids)

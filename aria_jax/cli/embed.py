@@ -251,7 +251,7 @@ def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from aria_jax.embed.encode import model_encoder
     from aria_jax.sharding import local_mesh
     from data_pipeline.errors import about
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizers import Tokenizer
 
     mesh = local_mesh()
     compute = ComputeConfig(dtype="bfloat16" if args.bf16 else "float32")
@@ -274,7 +274,7 @@ def counting(name: str, max_tokens: int, compat: str | None = None) -> tuple[Any
     """The encoder of a baseline, and all that its numbers depend on."""
     from aria_jax.embed.encode import baseline_encoder
     from data_pipeline.midi import STANDARD
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizers import Tokenizer
 
     reading = {"tokenizer": "aria", "max_tokens": max_tokens, "reading": compat or STANDARD}
     return baseline_encoder(name, Tokenizer.preset("aria")), {"fingerprint": name, **reading}
@@ -293,7 +293,7 @@ def model_and_untrained(
     from aria_jax.config import ComputeConfig
     from aria_jax.embed.encode import model_encoder
     from aria_jax.models.heads import build_model
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizers import Tokenizer
 
     loaded = load_model(args.checkpoint)
     pad_id = Tokenizer.preset(loaded.tokenizer).pad_id

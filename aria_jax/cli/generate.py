@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from aria_jax.generate.continuation import Continuation
     from aria_jax.generate.decoding import Decoding
     from aria_jax.generate.weights import DecoderWeights
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizers import Tokenizer
 
 DESCRIPTION = """\
 Continue a performance. Per continuation there is a MIDI file with the prompt, one without, and a
@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> None:
     from aria_jax.checkpoints.models import load_model
     from aria_jax.generate.continuation import check_memory, fitting_tokens
     from aria_jax.generate.weights import decoder_weights
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizers import Tokenizer
 
     stage("loading the model")
     mesh = _mesh(args.mesh)
@@ -360,7 +360,7 @@ def _save(
     from aria_jax.models.heads import parameter_specs
     from aria_jax.report import Provenance
     from aria_jax.report.listening import Result, save_continuations
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizers import Tokenizer
 
     stage("writing the files")
     name = _prompt_name(args)

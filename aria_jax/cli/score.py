@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from aria_jax.eval.classifiers import Prediction
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizers import Tokenizer
 
 _SCORE = """\
 Negative log-likelihood of performances under a language model, in nats: the lower, the more the
@@ -55,7 +55,7 @@ def _score(args: argparse.Namespace) -> int:
     from aria_jax.checkpoints.models import load_model
     from aria_jax.generate.score import check_piece, score_pieces
     from data_pipeline.midi import compat_of
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizers import Tokenizer
 
     stage("loading the model")
     loaded = load_model(args.checkpoint)
@@ -289,7 +289,7 @@ def _predictions(args: argparse.Namespace) -> tuple[tuple[str, ...], str, list[A
     from aria_jax.eval.classifiers import predict
     from aria_jax.sharding import local_mesh
     from data_pipeline.errors import about
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizers import Tokenizer
 
     mesh = local_mesh()
     stage("loading the model")

@@ -176,7 +176,7 @@ def _performance(folder: Path, path: str, settings: dict[str, Any]) -> tuple[Pat
 
     from data_pipeline.errors import UserError
     from data_pipeline.midi import compat_of, read_midi, resolve_pedal
-    from data_pipeline.slices import with_tokens
+    from data_pipeline.tokenizers import Tokenizer
 
     name, _, number = path.rpartition("#") if re.search(r"#\d+$", path) else (path, "", "")
     if not (folder / name).is_file():
@@ -187,7 +187,8 @@ def _performance(folder: Path, path: str, settings: dict[str, Any]) -> tuple[Pat
         return None, None
     if number:
         start, n_notes = int(number) * settings["slice_notes"], settings["slice_notes"]
-        performance = with_tokens(performance).slice_notes(start, start + n_notes)
+        performance = Tokenizer.preset(settings["tokenizer"]).with_tokens(performance)
+        performance = performance.slice_notes(start, start + n_notes)
     return folder / name, resolve_pedal(performance)
 
 

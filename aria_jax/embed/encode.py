@@ -21,7 +21,8 @@ from aria_jax.models.heads import Model, head_width
 from aria_jax.sharding import batch_sharding, put_batch, replicated, row_shards, usable_cpus
 from data_pipeline.errors import UserError
 from data_pipeline.midi import Performance
-from data_pipeline.tokenizer import SEGMENT_MS, Kind, Tokenizer
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import SEGMENT_MS, Kind
 
 Encode = Callable[[Sequence[np.ndarray]], np.ndarray]
 """Slices of token ids -> float32 [number of slices, E]."""

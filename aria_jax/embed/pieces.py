@@ -29,8 +29,8 @@ from data_pipeline.errors import InvalidMidi, UserError, printable
 from data_pipeline.metadata import LabelTable, find_tables, read_labels
 from data_pipeline.midi import STANDARD, Performance, compat_of, read_midi
 from data_pipeline.shards import MANIFEST, TokenShards, load_manifest, reading_of
-from data_pipeline.slices import Pieces, encode_slices, truncated, with_tokens
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.slices import Pieces, encode_slices, truncated
+from data_pipeline.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -312,8 +312,8 @@ class _MidiFiles:
         try:
             data = read_entry(self.root, entry)
             performance = read_midi(data, compat=compat_of(self.slicing.reading))
-            n_notes = len(with_tokens(performance).notes)
             slices = midi_slices(performance, self.slicing)
+            known = Tokenizer.preset(self.slicing.tokenizer).with_tokens(performance)
         except InvalidMidi as error:
             return Rejection(path, error.reason, printable(str(error)))
         except OSError as error:
@@ -322,7 +322,7 @@ class _MidiFiles:
             path=path,
             sha256=hashlib.sha256(data).hexdigest(),
             slices=slices,
-            n_notes=n_notes,
+            n_notes=len(known.notes),
             duration_ms=performance.duration_ms,
             labels=self.labels.labels_for(entry.path, performance.texts),
         )
@@ -396,5 +396,5 @@ def midi_slices(performance: Performance, slicing: Slicing) -> list[np.ndarray]:
         InvalidMidi: no notes that have tokens.
     """
     tokenizer = Tokenizer.preset(slicing.tokenizer)
-    slices = encode_slices(with_tokens(performance), tokenizer, slicing.slice_notes)
+    slices = encode_slices(tokenizer.with_tokens(performance), tokenizer, slicing.slice_notes)
     return [truncated(ids, slicing.max_tokens, tokenizer.eos_id) for ids in slices]

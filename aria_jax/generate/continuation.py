@@ -15,7 +15,8 @@ from aria_jax.generate.decoding import Decoding, decode, room_behind
 from aria_jax.generate.weights import DecoderWeights
 from data_pipeline.errors import InvalidMidi, UserError
 from data_pipeline.midi import Performance
-from data_pipeline.tokenizer import SEGMENT_MS, Kind, Tokenizer
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import SEGMENT_MS, Kind
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ class Throughput:
 
 def unconditional_prompt(tokenizer: Tokenizer, instrument: str = "piano") -> np.ndarray:
     """The start of a piece of which nothing is known, int64."""
-    return np.array([tokenizer.id_of(("prefix", "instrument", instrument)), tokenizer.bos_id])
+    return tokenizer.start(instrument)
 
 
 def check_prompt_limits(*, seconds: float | None, notes: int | None) -> None:

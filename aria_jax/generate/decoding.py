@@ -27,7 +27,8 @@ from aria_jax.generate.sampler import MinP, RepetitionPenalty, Sampler, step_key
 from aria_jax.generate.weights import DecoderWeights
 from aria_jax.models.heads import check_known
 from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import Kind, Tokenizer
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import Kind
 
 GUIDANCE_WARM_UP = 250
 """Steps over which guidance grows to its full strength (reference: sample_batch_cfg)."""

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import Kind, Tokenizer
+from data_pipeline.tokenizers import AriaTokenizer, Tokenizer, of_aria
+from data_pipeline.vocabulary import Kind
 
 MAX_EMPTY_SEGMENTS = 12
 """`<T>` in a row that may be generated: a minute of silence, more than any performance holds."""
@@ -140,8 +141,10 @@ def make_grammar(tokenizer: Tokenizer, prompt: np.ndarray) -> Grammar:
     """The automaton for what may follow `prompt`, whose prefix names the instruments.
 
     Raises:
-        UserError: the prompt announces no instrument, so that no note could be decoded.
+        UserError: the prompt announces no instrument, so that no note could be decoded; or the
+            scheme has another grammar.
     """
+    tokenizer = of_aria(tokenizer, "the grammar, unless it is switched off,")
     kind = tokenizer.kind
     announced = np.unique(tokenizer.instrument[prompt[kind[prompt] == Kind.PREFIX]])
     announced = announced[announced >= 0]
@@ -182,7 +185,7 @@ def make_grammar(tokenizer: Tokenizer, prompt: np.ndarray) -> Grammar:
 
 
 @cache
-def _keys(tokenizer: Tokenizer) -> np.ndarray:
+def _keys(tokenizer: AriaTokenizer) -> np.ndarray:
     """`Grammar.key_V`, int32 [V]."""
     strikes = np.isin(tokenizer.kind, (Kind.NOTE, Kind.DRUM))
     pairs = np.stack([tokenizer.instrument[strikes], tokenizer.pitch[strikes]], axis=1)
@@ -192,7 +195,7 @@ def _keys(tokenizer: Tokenizer) -> np.ndarray:
     return key_V
 
 
-def _last_onsets(tokenizer: Tokenizer, segment: np.ndarray) -> tuple[int, np.ndarray]:
+def _last_onsets(tokenizer: AriaTokenizer, segment: np.ndarray) -> tuple[int, np.ndarray]:
     """The latest key begun in a segment, and the latest onset of each key, int16 [K]."""
     key_V = _keys(tokenizer)
     no_key = int(key_V.max())
@@ -208,6 +211,7 @@ def _last_onsets(tokenizer: Tokenizer, segment: np.ndarray) -> tuple[int, np.nda
 
 def state_after(tokenizer: Tokenizer, prompt: np.ndarray, batch: int) -> GrammarState:
     """The state in which `batch` continuations of a prompt begin, even inside an event."""
+    tokenizer = of_aria(tokenizer, "the grammar, unless it is switched off,")
     kind = tokenizer.kind[prompt]
     last, before = (kind[-1:].tolist() or [None])[0], (kind[-2:-1].tolist() or [None])[0]
     expect = Expect.EVENT

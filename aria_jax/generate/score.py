@@ -13,7 +13,8 @@ from aria_jax.losses.cross_entropy import CHUNK_TOKENS, token_nll
 from aria_jax.models.heads import Model, check_known
 from aria_jax.models.transformer import token_rows
 from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import Kind, Tokenizer
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import Kind
 
 BUCKET = 128
 """Windows are padded to multiples of this: few compilations, little waste."""

@@ -20,7 +20,7 @@ from aria_jax.models import (
 )
 from aria_jax.models.transformer import Transformer, row_table
 from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from data_pipeline.vocabulary import SEGMENT_MS, STEP_MS, Kind
 
 HEAD_TENSORS: dict[Head, str] = {

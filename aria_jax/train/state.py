@@ -28,7 +28,7 @@ from aria_jax.sharding import mirrored_shardings
 from aria_jax.train.init import InitFrom, check_resumable, source_record
 from aria_jax.train.step import Build, TrainState, new_state
 from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 
 @dataclass(frozen=True)

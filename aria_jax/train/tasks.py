@@ -25,8 +25,8 @@ from data_pipeline.loaders import BatchStream
 from data_pipeline.loaders.slice_batches import contrastive_pairs, label_values, labelled_slices
 from data_pipeline.loaders.windows import lm_windows
 from data_pipeline.shards import TokenShards, load_manifest, occurring_ids
-from data_pipeline.tokenizer import Tokenizer
-from data_pipeline.vocabulary import ranges_of, reachable_ids
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import ranges_of
 
 Batch = dict[str, Any]
 Aux = dict[str, jax.Array]
@@ -153,7 +153,7 @@ def _vocabulary(model: ModelConfig, preset: str, data_dir: str | Path) -> tuple[
 def _reachable(data_dir: str, corpus_digest: str, preset: str) -> np.ndarray:
     del corpus_digest  # of the corpus there, which another one may replace
     tokenizer = Tokenizer.preset(preset)
-    return reachable_ids(occurring_ids(data_dir, tokenizer.vocab_size), tokenizer)
+    return tokenizer.reachable(occurring_ids(data_dir, tokenizer.vocab_size))
 
 
 def build_task(

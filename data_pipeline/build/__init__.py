@@ -38,7 +38,7 @@ from data_pipeline.metadata import LabelTable, find_tables, read_labels
 from data_pipeline.midi import reading_name
 from data_pipeline.inspection import relabelled
 from data_pipeline.shards import FILES, FORMAT_VERSION, MANIFEST, REJECTED, load_manifest
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 IDENTITY_VERSION = 1
 """Of what a build makes of its inputs; one more when the same inputs give another corpus."""

@@ -29,7 +29,7 @@ from data_pipeline.build.sources import FILE_BYTES, Entry, read_entry
 from data_pipeline.errors import InvalidMidi, printable
 from data_pipeline.metadata import labels_from_texts
 from data_pipeline.midi import compat_of, read_midi
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 # A MIDI file with a pedal press and enough notes for a fingerprint.
 _TRACK = (

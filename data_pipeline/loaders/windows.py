@@ -12,7 +12,7 @@ from data_pipeline.augment import AugmentConfig
 from data_pipeline.errors import UserError
 from data_pipeline.loaders import Batch, BatchStream, element_rng
 from data_pipeline.slices import Pieces, augmented
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 MIN_TOKENS_FOR_DIM = 160
 """Shorter pieces get no `<D>` (reference: 150 tokens without prefix, `<S>` and `<E>`)."""

@@ -7,7 +7,7 @@ import pytest
 import aria_jax
 from aria_jax.checkpoints import RELEASED, check_model, model_path
 from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 ARIA = Tokenizer.preset("aria")
 SHA256 = "ee2a082a982cfc7bb2703d1380d96a1130789aca2d917d30f2b94566a53a4efc"

@@ -23,7 +23,7 @@ from benchmarks.eval_continuation import (
 from benchmarks.ngram import notes_of
 from data_pipeline.errors import UserError
 from data_pipeline.midi import write_midi
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance
 
 TOKENIZER = Tokenizer.preset("aria")

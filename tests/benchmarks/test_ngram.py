@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.ngram import END, LONGER, Backoff, NoteNgram, Notes, events, ids_of, notes_of
 from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance
 
 TOKENIZER = Tokenizer.preset("aria")

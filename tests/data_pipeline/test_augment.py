@@ -17,7 +17,7 @@ from data_pipeline.augment import (
     transpose,
 )
 from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 ARIA = Tokenizer.preset("aria")
 

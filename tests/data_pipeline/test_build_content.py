@@ -15,7 +15,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.inspection import inspect
 from data_pipeline.midi import NOTE, PEDAL, PROGRAM, Performance, midi_bytes, read_midi
 from data_pipeline.shards import TokenShards, load_manifest, rejections
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance
 from tests.smf import midi_file, track
 

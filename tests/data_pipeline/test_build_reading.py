@@ -11,7 +11,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.inspection import inspect
 from data_pipeline.midi import TEMPO, midi_bytes, read_midi
 from data_pipeline.shards import MANIFEST, TokenShards, load_manifest, reading_of, rejections
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance
 
 ARIA = Tokenizer.preset("aria")

@@ -9,7 +9,7 @@ import pytest
 from data_pipeline import dedup
 from data_pipeline.errors import UserError
 from data_pipeline.midi import NOTE, PEDAL, PROGRAM, TEMPO, Performance, read_midi
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 
 def performance(seed, n_notes=300):

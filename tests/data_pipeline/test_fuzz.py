@@ -20,7 +20,7 @@ from data_pipeline.midi import (
     resolve_overlaps,
     resolve_pedal,
 )
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance
 from tests.smf import random_file
 

@@ -6,7 +6,7 @@ import pytest
 from data_pipeline.errors import UserError
 from data_pipeline.inspection import inspect
 from data_pipeline.shards import TokenShards
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance, write_corpus
 
 

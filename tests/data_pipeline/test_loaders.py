@@ -13,7 +13,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.loaders.slice_batches import contrastive_pairs, label_values, labelled_slices
 from data_pipeline.loaders.windows import lm_windows
 from data_pipeline.shards import TokenShards
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 COMMON = {"split": "train", "seq_len": 96, "global_batch": 6, "seed": 3, "augment": AugmentConfig()}
 SLICES = {"min_slice_notes": 8, "max_slice_notes": 40}

@@ -8,7 +8,8 @@ import pytest
 from data_pipeline.loaders.slice_batches import contrastive_pairs
 from data_pipeline.shards import TokenShards
 from data_pipeline.slices import random_slice
-from data_pipeline.tokenizer import Kind, Tokenizer
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import Kind
 
 TOKENIZER = Tokenizer.preset("aria")
 SETTINGS = {"split": "train", "seq_len": 512, "global_batch": 23, "seed": 5}

@@ -12,7 +12,8 @@ from data_pipeline.augment import AugmentConfig
 from data_pipeline.errors import UserError
 from data_pipeline.loaders.windows import lm_windows, pack_best_fit
 from data_pipeline.shards import TokenShards
-from data_pipeline.tokenizer import Kind, Tokenizer
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import Kind
 
 TOKENIZER = Tokenizer.preset("aria")
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from data_pipeline.midi import NOTE, TEMPO, Performance, read_midi, resolve_pedal
-from data_pipeline.tokenizer import INSTRUMENTS, Tokenizer
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import INSTRUMENTS
 
 TOKENIZER = Tokenizer.preset("aria")
 
@@ -53,7 +54,7 @@ def test_notes_of_every_detokenised_file(golden):
 
 
 def instrument_name(program: int) -> str:
-    from data_pipeline.tokenizer import FAMILIES
+    from data_pipeline.vocabulary import FAMILIES
 
     assert FAMILIES[program // 8] in INSTRUMENTS
     return FAMILIES[program // 8]

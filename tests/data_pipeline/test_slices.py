@@ -11,12 +11,9 @@ from data_pipeline.errors import InvalidMidi
 from data_pipeline.midi import PEDAL, PROGRAM, Performance
 from data_pipeline.slices import (
     encode_slices,
-    note_positions,
-    slice_ids,
     truncated,
-    with_tokens,
 )
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from data_pipeline.vocabulary import STEP_MS
 from tests.corpora import random_performance
 
@@ -37,14 +34,14 @@ def band(seed: int, n: int) -> Performance:
 
 
 def of_file(performance, tokenizer, slice_notes):
-    return encode_slices(with_tokens(performance), tokenizer, slice_notes)
+    return encode_slices(tokenizer.with_tokens(performance), tokenizer, slice_notes)
 
 
 def of_record(performance, tokenizer, slice_notes):
     ids = tokenizer.encode(performance, labels={"composer": "bach", "genre": "jazz"})
-    at = note_positions(ids, tokenizer)
+    at = tokenizer.note_positions(ids)
     starts = range(0, len(at), slice_notes)
-    return [slice_ids(ids, at, start, start + slice_notes, tokenizer) for start in starts]
+    return [tokenizer.slice_ids(ids, at, start, start + slice_notes) for start in starts]
 
 
 def n_notes_of_build(performance):
@@ -76,7 +73,7 @@ def test_the_record_has_the_slices_of_the_file(seed, n, slice_notes):
         onsets = ARIA.events(one)[1] - ARIA.events(other)[1]
         assert np.abs(onsets).max(initial=0) <= STEP_MS
     n_notes = n_notes_of_build(performance)
-    assert sum(map(ARIA.n_notes, files)) == len(with_tokens(performance).notes) == n_notes
+    assert sum(map(ARIA.n_notes, files)) == len(ARIA.with_tokens(performance).notes) == n_notes
 
 
 def test_pedal_events_are_in_the_slice_of_their_notes():
@@ -104,7 +101,7 @@ def test_nothing_with_tokens_is_refused_by_name():
     performance.notes["channel"] = 9
     performance.notes["pitch"] = 5
     with pytest.raises(InvalidMidi, match="no notes"):
-        with_tokens(performance)
+        ARIA.with_tokens(performance)
 
 
 def test_a_long_slice_keeps_its_beginning_and_its_end():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.errors import InvalidMidi, UserError
 from data_pipeline.midi import NOTE, PEDAL, PROGRAM, Performance
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from data_pipeline.vocabulary import INSTRUMENTS, PROGRAMS, Kind
 from tests.corpora import random_performance
 

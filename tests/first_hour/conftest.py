@@ -8,7 +8,7 @@ import pytest
 
 from aria_jax.cli.main import main
 from data_pipeline.midi import NOTE, Performance, read_midi, write_midi
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.first_hour.uses import Use, check
 
 

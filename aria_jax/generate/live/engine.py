@@ -21,7 +21,8 @@ from aria_jax.generate.sampler import draw_min_p
 from aria_jax.generate.weights import DecoderWeights
 from aria_jax.models.transformer import row_table
 from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import SEGMENT_MS, Kind, Tokenizer
+from data_pipeline.tokenizers import AriaTokenizer, Tokenizer, of_aria
+from data_pipeline.vocabulary import SEGMENT_MS, Kind
 
 CHUNKS = (16, 128)
 """Ids read at a time: what a player plays in a second or two, and what must be caught up on."""
@@ -184,7 +185,7 @@ def _generate(
     return jax.lax.while_loop(lambda rows: (rows.n_R < stop_R).any(), step, rows)
 
 
-def duet_words(tokenizer: Tokenizer, weights: DecoderWeights) -> tuple[np.ndarray, Words]:
+def duet_words(tokenizer: AriaTokenizer, weights: DecoderWeights) -> tuple[np.ndarray, Words]:
     """The ids of the words, int64 [W], and the words.
 
     `<E>` and `<D>` are not among them: whoever plays on decides when it ends.
@@ -209,7 +210,7 @@ def duet_words(tokenizer: Tokenizer, weights: DecoderWeights) -> tuple[np.ndarra
     return ids_W, Words(grammar, jnp.asarray(row_V[ids_W]))
 
 
-def opening(tokenizer: Tokenizer) -> np.ndarray:
+def opening(tokenizer: AriaTokenizer) -> np.ndarray:
     """The ids that every session begins with, int64."""
     return np.array([tokenizer.id_of(("prefix", "instrument", "piano")), tokenizer.bos_id])
 
@@ -277,14 +278,14 @@ class Engine:
         width: int = 1,
         slots: int | None = None,
     ) -> None:
-        self.weights, self.tokenizer = weights, tokenizer
+        self.weights, self.tokenizer = weights, of_aria(tokenizer, "a duet")
         self.slots = min(slots or MAX_SLOTS, weights.max_seq_len)
         if self.slots < MIN_SLOTS:
             raise UserError(
                 f"this model sees {self.slots} tokens at once; a duet needs at least {MIN_SLOTS}"
             )
         self.width = max(1, min(width, players))
-        self._ids_W, self._words = duet_words(tokenizer, weights)
+        self._ids_W, self._words = duet_words(self.tokenizer, weights)
         n_rows = -(-players // self.width) * self.width
         self.rows = [self._idle_row() for _ in range(n_rows)]
         self._free = list(range(players))

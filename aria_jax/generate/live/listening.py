@@ -12,8 +12,15 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from data_pipeline.midi import PEDAL_DOWN
-from data_pipeline.tokenizer import SEGMENT_MS, Kind, Tokenizer
-from data_pipeline.vocabulary import DUR_INDEX, ONSET_INDEX, STEP_MS, VELOCITY_INDEX
+from data_pipeline.tokenizers import AriaTokenizer
+from data_pipeline.vocabulary import (
+    DUR_INDEX,
+    ONSET_INDEX,
+    SEGMENT_MS,
+    STEP_MS,
+    VELOCITY_INDEX,
+    Kind,
+)
 
 SILENCE_MS = 10_000
 """Of a longer silence between notes the context keeps this much."""
@@ -82,7 +89,7 @@ class Listener:
         sounded_until: of the context, in ms.
     """
 
-    tokenizer: Tokenizer
+    tokenizer: AriaTokenizer
     ids: list[int]
     origin: int | None = None
     sounded_until: int = 0

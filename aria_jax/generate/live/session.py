@@ -16,7 +16,7 @@ from aria_jax.generate.decoding import slide
 from aria_jax.generate.live.engine import STEPS, Engine, Row, Settings, opening
 from aria_jax.generate.live.listening import Listener, Note, Played
 from aria_jax.generate.live.reading import ROOM, Reader
-from data_pipeline.tokenizer import SEGMENT_MS
+from data_pipeline.vocabulary import SEGMENT_MS
 
 RESERVE = 256
 """Slots that are free when the model's turn begins."""

@@ -13,7 +13,8 @@ from aria_jax.checkpoints.safetensors import export_model
 from aria_jax.cli.main import main
 from aria_jax.config import ComputeConfig, ModelConfig
 from aria_jax.models.heads import build_model
-from data_pipeline.tokenizer import Kind, Tokenizer
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import Kind
 
 
 def test_published_weights_become_a_checkpoint_and_come_back(golden, tmp_path, capsys):

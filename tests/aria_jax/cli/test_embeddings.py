@@ -22,7 +22,7 @@ from aria_jax.embed.pieces import Slicing, midi_slices
 from aria_jax.embed.table import read_embeddings
 from aria_jax.models.heads import build_model
 from data_pipeline.midi import PROGRAM, read_midi, write_midi
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance
 
 SMALL = ["--slice-notes", "100", "--max-tokens", "512", "--workers", "0"]

@@ -14,7 +14,7 @@ from aria_jax.embed.table import read_embeddings, read_settings
 from aria_jax.generate.continuation import make_prompt
 from aria_jax.models.heads import build_model
 from data_pipeline.midi import TEMPO, midi_bytes, read_midi
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance
 
 ARIA = Tokenizer.preset("aria")

@@ -8,7 +8,8 @@ import pytest
 
 from aria_jax.cli.main import main
 from data_pipeline.midi import NOTE, PROGRAM, Performance, read_midi, write_midi
-from data_pipeline.tokenizer import Kind, Tokenizer
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import Kind
 
 
 @pytest.fixture

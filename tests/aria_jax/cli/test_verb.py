@@ -13,7 +13,7 @@ from aria_jax.cli.main import main
 from aria_jax.config import ComputeConfig, ModelConfig
 from aria_jax.models.heads import build_model
 from data_pipeline.midi import write_midi
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance
 
 

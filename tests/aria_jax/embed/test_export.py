@@ -31,7 +31,7 @@ from aria_jax.sharding import make_mesh
 from data_pipeline.errors import UserError
 from data_pipeline.midi import read_midi, write_midi
 from data_pipeline.shards import TokenShards
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance
 
 TOKENIZER = Tokenizer.preset("aria")

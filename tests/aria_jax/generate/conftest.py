@@ -9,7 +9,7 @@ from flax import nnx
 
 from aria_jax.config import ComputeConfig, ModelConfig
 from aria_jax.models.heads import Model, build_model
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 
 def make_random_model(seed: int = 0, scale: float = 1.0, **config) -> Model:

@@ -18,7 +18,8 @@ from aria_jax.generate.sampler import Temperature
 from aria_jax.generate.weights import decoder_weights
 from data_pipeline.errors import UserError
 from data_pipeline.midi import NOTE, PEDAL, Performance, midi_bytes, read_midi, write_midi
-from data_pipeline.tokenizer import Kind, Tokenizer
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import Kind
 
 ARIA = Tokenizer.preset("aria")
 

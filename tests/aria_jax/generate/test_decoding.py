@@ -18,7 +18,8 @@ from aria_jax.models import parameter_shardings
 from aria_jax.models.heads import parameter_specs, split_model
 from aria_jax.sharding import make_mesh
 from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import Kind, Tokenizer
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import Kind
 
 ARIA = Tokenizer.preset("aria")
 

@@ -10,7 +10,8 @@ import pytest
 
 from aria_jax.generate.grammar import Expect, make_grammar, state_after
 from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import Kind, Tokenizer
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import Kind
 
 ARIA = Tokenizer.preset("aria")
 

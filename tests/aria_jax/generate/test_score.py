@@ -6,7 +6,7 @@ import pytest
 
 from aria_jax.generate.score import score_pieces, windows
 from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 ARIA = Tokenizer.preset("aria")
 

@@ -16,7 +16,8 @@ from aria_jax.generate.grammar import make_grammar, state_after
 from aria_jax.generate.sampler import Greedy, MinP
 from aria_jax.generate.weights import decoder_weights
 from data_pipeline.errors import UserError
-from data_pipeline.tokenizer import Kind, Tokenizer
+from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import Kind
 
 ARIA = Tokenizer.preset("aria")
 CONTEXT = 64

@@ -10,7 +10,7 @@ from aria_jax.config import SLICE_NOTES
 from aria_jax.train.loop import run
 from aria_jax.train.tasks import build_task, file_metrics
 from data_pipeline.loaders.slice_batches import labelled_slices
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance, write_corpus
 
 

@@ -25,7 +25,7 @@ from data_pipeline.augment import augment
 from data_pipeline.errors import UserError
 from data_pipeline.settings import AugmentConfig
 from data_pipeline.shards import TokenShards
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from data_pipeline.vocabulary import ids_in, ranges_of
 
 ARIA = Tokenizer.preset("aria")

@@ -21,7 +21,7 @@ from aria_jax.generate.sampler import MinP, draw_min_p
 from aria_jax.generate.weights import decoder_weights
 from data_pipeline.errors import UserError
 from data_pipeline.midi import PEDAL, Performance
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance
 
 TOKENIZER = Tokenizer.preset("aria")

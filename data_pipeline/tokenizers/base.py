@@ -1,0 +1,231 @@
+"""The protocol of tokenizers: all that shards, loaders, training, embedding and generation ask of a
+scheme that turns performances into token ids.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from data_pipeline.errors import InvalidMidi, UserError, did_you_mean
+from data_pipeline.midi import Performance
+from data_pipeline.settings import AugmentConfig
+from data_pipeline.vocabulary import Automaton, Kind
+
+COMMON_SPECIAL = ("<S>", "<E>", "<P>", "<U>")
+
+
+class Tokenizer(ABC):
+    """A vocabulary and the two directions through it.
+
+    Whoever implements one gives `preset_name`, `tokens`, `kind`, `encode`, `decode` and `events`;
+    the rest follows from them, and is overridden where a scheme has more or does it faster. Ids fit
+    uint16; the first four are those of `COMMON_SPECIAL` in every scheme. Objects never change, and
+    `Tokenizer.preset(preset_name)` is the same one in any process.
+
+    Attributes:
+        preset_name: what manifests and checkpoints call it.
+        dim_id: `<D>`, which announces the end; -1 in a scheme without it.
+        augmentations: settings of `AugmentConfig` that `augment` carries out; empty for none.
+        has_pedal: whether pedal events are tokens; elsewhere durations have the pedal in them.
+    """
+
+    preset_name: str
+    augmentations: frozenset[str] = frozenset()
+    bos_id, eos_id, pad_id, unk_id = range(4)
+    dim_id = -1
+
+    @staticmethod
+    @lru_cache
+    def preset(name: str) -> "Tokenizer":
+        """The tokenizer of that name, built once.
+
+        Raises:
+            UserError: no such preset, or a package it needs is missing.
+        """
+        from data_pipeline.tokenizers import SCHEMES, load_scheme
+
+        if name not in SCHEMES:
+            *names, last = SCHEMES
+            known = f"{', '.join(names)} and {last}"
+            hint = did_you_mean(name, SCHEMES)
+            raise UserError(f"no tokenizer preset {name!r}{hint}; the presets are {known}")
+        return load_scheme(name)
+
+    # --- vocabulary ---
+
+    @property
+    @abstractmethod
+    def tokens(self) -> tuple:
+        """Token of each id: a string, or a tuple such as ("piano", 60, 70) or ("onset", 1230)."""
+
+    @property
+    @abstractmethod
+    def kind(self) -> np.ndarray:
+        """`Kind` of each id, uint8 [V]; exactly one token of each note is a NOTE or DRUM."""
+
+    @property
+    def has_pedal(self) -> bool:
+        """Whether pedal events are tokens."""
+        return False
+
+    @cached_property
+    def _id_of(self) -> dict:
+        return {token: i for i, token in enumerate(self.tokens)}
+
+    def id_of(self, token: str | tuple) -> int:
+        """The id of a token; UserError where the vocabulary has none such."""
+        try:
+            return self._id_of[token]
+        except KeyError:
+            raise UserError(f"the {self.preset_name} vocabulary has no token {token!r}") from None
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids."""
+        return len(self.tokens)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of vocabulary and scheme: data and models with the same hash fit together."""
+        return hashlib.sha256(json.dumps([self.preset_name, self.tokens]).encode()).hexdigest()
+
+    # What a token says, for features of it; -1 where it does not say this. int32 [V] each.
+
+    def _says_nothing(self) -> np.ndarray:
+        return np.full(self.vocab_size, -1, np.int32)
+
+    @cached_property
+    def onset_ms(self) -> np.ndarray:
+        """Onset within its segment of each onset token in ms, else -1; int32 [V]."""
+        return self._says_nothing()
+
+    @cached_property
+    def dur_ms(self) -> np.ndarray:
+        """Duration of each duration token in ms, else -1; int32 [V]."""
+        return self._says_nothing()
+
+    @cached_property
+    def pitch(self) -> np.ndarray:
+        """Pitch of each token that begins a note or drum hit, else -1; int32 [V]."""
+        return self._says_nothing()
+
+    @cached_property
+    def velocity(self) -> np.ndarray:
+        """Velocity of each token that names one, else -1; int32 [V]."""
+        return self._says_nothing()
+
+    def reachable(self, occurring: np.ndarray) -> np.ndarray:
+        """Ids that a corpus can hold, however it is augmented; ascending int64.
+
+        Args:
+            occurring: bool [V], the ids in the corpus as it is.
+        """
+        del occurring
+        return np.arange(self.vocab_size)
+
+    # --- performance -> ids -> performance ---
+
+    @abstractmethod
+    def encode(
+        self,
+        performance: Performance,
+        *,
+        labels: Mapping[str, str] | None = None,
+        add_eos: bool = True,
+    ) -> np.ndarray:
+        """Token ids of a performance, uint16 [L].
+
+        Args:
+            labels: composer, form, genre; left out by a scheme without tokens for them.
+            add_eos: end with `<E>`.
+
+        Raises:
+            InvalidMidi: no note of it has a token.
+        """
+
+    @abstractmethod
+    def decode(self, ids: np.ndarray) -> Performance:
+        """A performance of 1 tick = 1 ms; what is incomplete in `ids` is left out."""
+
+    @abstractmethod
+    def events(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Whole notes, drum hits and pedal events in `ids`: position of the first token of each,
+        and its onset in ms from the first token; int64 [N] both.
+        """
+
+    def check_ids(self, ids: np.ndarray) -> np.ndarray:
+        """`ids` as int64; UserError where one is not of the vocabulary."""
+        ids = np.asarray(ids, np.int64)
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.vocab_size):
+            raise UserError(f"token ids must lie in 0..{self.vocab_size - 1}")
+        return ids
+
+    # --- slices ---
+
+    def note_positions(self, ids: np.ndarray) -> np.ndarray:
+        """Where each note and drum hit of a piece begins, int32 [N]."""
+        kind = self.kind[np.asarray(ids)]
+        return np.flatnonzero((kind == Kind.NOTE) | (kind == Kind.DRUM)).astype(np.int32)
+
+    def n_notes(self, ids: np.ndarray) -> int:
+        """Notes and drum hits in `ids`."""
+        return len(self.note_positions(ids))
+
+    def with_tokens(self, performance: Performance) -> Performance:
+        """Only the notes that have tokens: what is counted and sliced.
+
+        Raises:
+            InvalidMidi: there are none.
+        """
+        if not len(performance.notes):
+            raise InvalidMidi("no-notes", "no notes")
+        return performance
+
+    def slice_ids(self, ids: np.ndarray, note_at: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Notes `start:stop` of a piece as a piece of its own, without labels; uint16.
+
+        Args:
+            ids: uint16 [L]; note_at: its `note_positions`.
+        """
+        del note_at
+        part = self.decode(ids).slice_notes(start, stop)
+        if not len(part.notes):
+            return np.array([self.bos_id, self.eos_id], np.uint16)
+        return self.encode(part)
+
+    def start(self, instrument: str = "piano") -> np.ndarray:
+        """The beginning of a piece of which only the instrument is known, int64."""
+        del instrument
+        return np.array([self.bos_id])
+
+    # --- what a scheme may or may not have ---
+
+    def augment(
+        self, ids: np.ndarray, config: AugmentConfig, rng: np.random.Generator
+    ) -> np.ndarray:
+        """Part of a piece, or of several, changed at random as far as `augmentations` goes; uint16.
+
+        No padding comes back; the length may differ. What the scheme cannot do is left undone:
+        callers compare `augmentations` with what they ask for.
+        """
+        del config, rng
+        return ids
+
+    def grammar(self) -> Automaton | None:
+        """The automaton that reads every whole piece of this scheme; None where there is none."""
+        return None
+
+    def with_dim(self, ids: np.ndarray, rng: np.random.Generator | None) -> np.ndarray:
+        """`ids` with `<D>`, the sign that the end is near, about 100 tokens from it.
+
+        Raises:
+            UserError: the scheme has no such token.
+        """
+        raise UserError(
+            f"the {self.preset_name} tokenizer has no <D> that announces the end: task `continue` "
+            "takes shards built with aria or pedal"
+        )
