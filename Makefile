@@ -12,7 +12,7 @@ CHECKPOINT ?= mini
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-dedup bench-generate bench-probe bench-train bench-contrastive bench-embed train-mini scaling-study compile-check compile-check-gpu compile-table compile-table-gpu calibrate smoke-gpu eval-mini wheel clean
+.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-storage bench-dedup bench-generate bench-probe bench-train bench-contrastive bench-embed train-mini scaling-study compile-check compile-check-gpu compile-table compile-table-gpu calibrate smoke-gpu eval-mini wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ fuzz: setup ## reading and tokenising half a million broken MIDI files (FILES=nu
 
 bench-loaders: setup ## tokens/s that each loader delivers, with and without augmentation
 	$(BIN)/python -m benchmarks.bench_loaders
+
+bench-storage: setup ## loaders on a corpus in a bucket beside the disk, and requests per million tokens
+	$(BIN)/python -m benchmarks.bench_storage
 
 bench-dedup: setup ## precision and recall of near-duplicate search on planted copies (MIDI=folder)
 	$(BIN)/python -m benchmarks.bench_dedup $(MIDI)

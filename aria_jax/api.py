@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from aria_jax.config import SLICE_NOTES, SLICE_TOKENS, RunConfig, Task, with_settings
+from data_pipeline import storage
 from data_pipeline.errors import InvalidMidi, UserError, expect, kind_of
 from data_pipeline.midi import Performance, compat_of, read_midi
 from data_pipeline.tokenizers import Tokenizer
@@ -215,7 +216,7 @@ def train(
 
     from aria_jax.presets import for_task
     from aria_jax.train.hooks import JsonlSink
-    from aria_jax.train.loop import run
+    from aria_jax.train.loop import run, send_workdir
 
     if not isinstance(task, RunConfig) and task not in get_args(Task):
         raise UserError(
@@ -223,12 +224,14 @@ def train(
         )
     config = task if isinstance(task, RunConfig) else for_task(preset, task)
     config = with_settings(config, settings.items()).validate()
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-    sink = JsonlSink(Path(workdir) / "metrics.jsonl")
+    folder = storage.local(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    sink = JsonlSink(folder / "metrics.jsonl")
     try:
-        return run(config, data, workdir, init_from=init_from, sinks=[sink])
+        return run(config, data, folder, init_from=init_from, sinks=[sink])
     finally:
         sink.close()
+        send_workdir(folder)
 
 
 def _model(model: "LoadedModel | str | Path", verb: str) -> "LoadedModel":

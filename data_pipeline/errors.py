@@ -11,12 +11,18 @@ from typing import Any, TypeVar
 Kind = TypeVar("Kind")
 
 
+SHOWN_AS: dict[str, str] = {}
+"""Folders of this disk that stand for something else, and what a user calls it; see `storage`."""
+
+
 def printable(text: str) -> str:
-    """The text as any format can hold it: lone surrogates become U+FFFD.
+    """The text as a user knows it and any format can hold it: lone surrogates become U+FFFD.
 
     They stand for the bytes of a file name that is not UTF-8, or come from JSON truncated in
     the middle of a character.
     """
+    for folder, name in SHOWN_AS.items():
+        text = text.replace(folder, name)
     if text.isascii():
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
@@ -103,7 +109,9 @@ def check_file(path: str | Path, wanted: str) -> Path:
     """
     if not isinstance(path, str | Path):
         raise UserError(f"expected the path of {wanted}, not {kind_of(path)}")
-    path = Path(path)
+    from data_pipeline import storage  # which raises these errors
+
+    path = storage.local(path)
     if path.is_dir():
         shards = (path / "manifest.json").is_file()
         found = "token shards are here" if shards else "a folder is here"

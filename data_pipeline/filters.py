@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.midi import DRUM_CHANNEL, Performance
 
@@ -320,7 +321,7 @@ def load(preset: str | Path) -> dict[str, dict[str, Any]]:
     """
     if str(preset) in PRESETS:
         return PRESETS[str(preset)]
-    path = Path(preset)
+    path = storage.local(preset)
     if not path.is_file():
         raise UserError(f"{preset}: no filter preset ({', '.join(PRESETS)}) and no such file")
     try:

@@ -23,6 +23,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import storage
 from data_pipeline.errors import UserError, printable
 from data_pipeline.metadata_layouts import ALIASES, SPLIT_NAMES, read_rows, same_name, short
 
@@ -194,9 +195,13 @@ def find_tables(
     """
     root = Path(midi_dir)
     if metadata_path is not None:
-        return [("", Path(metadata_path))]
+        return [("", storage.local(metadata_path))]
     if not root.is_dir():
         return []
+    if storage.is_remote(root):  # of files that were named one by one, none has come yet
+        for name, one in storage.listing(root).items():
+            if name.count("/") < 2 and any(fnmatchcase(Path(name).name, t) for t in _TABLE_NAMES):
+                storage.fetch(root / name, {"": one})
     try:
         folders = [root, *sorted(child for child in root.iterdir() if child.is_dir())]
     except OSError as error:

@@ -25,6 +25,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
+from data_pipeline import storage
 from data_pipeline.artifact import sync, synced
 from data_pipeline.errors import UserError, check_readable
 
@@ -210,15 +211,16 @@ class SplitWriter:
 
 def load_manifest(data_dir: str | Path) -> dict[str, Any]:
     """The manifest of a finished build; UserError where none is, or one of another format."""
-    path = Path(data_dir) / MANIFEST
+    folder = storage.local(data_dir)
+    path = folder / MANIFEST
     if not path.is_file():
-        unfinished = (Path(data_dir) / ".build").is_dir()
+        unfinished = (folder / ".build").is_dir()
         hint = (
             "the build there is unfinished: run the same `aria-jax data build` again"
             if unfinished
             else "make it with `aria-jax data build MIDI_DIR OUT_DIR`"
         )
-        if not Path(data_dir).exists():
+        if not folder.exists():
             raise UserError(f"{data_dir}: no such folder, so no token shards here; {hint}")
         raise UserError(f"{data_dir}: no token shards here ({MANIFEST} is missing); {hint}")
     try:
@@ -256,9 +258,9 @@ class TokenShards:
     """
 
     def __init__(self, data_dir: str | Path, split: str, tokenizer: Any = None):
-        self.data_dir = Path(data_dir)
+        self.data_dir = storage.local(data_dir)
         self.split = split
-        self.manifest = load_manifest(data_dir)
+        self.manifest = load_manifest(self.data_dir)
         if split not in self.manifest["splits"]:
             raise UserError(
                 f"{data_dir}: no split {split!r}; it has {', '.join(self.manifest['splits'])}"
@@ -271,6 +273,7 @@ class TokenShards:
                 "build the data again with the model's preset (--preset)"
             )
         shards = self.manifest["splits"][split]["shards"]
+        self._objects = self._in_bucket()
         self._paths = [self._checked(shard) for shard in shards]
         self._first = np.cumsum([0] + [shard["n_pieces"] for shard in shards])
         self._readers: dict[int, Any] = {}
@@ -286,10 +289,23 @@ class TokenShards:
         except _DAMAGE as error:
             raise _damaged(index_path, error) from error
 
+    def _in_bucket(self) -> dict[str, storage.Object]:
+        """The shards of a corpus in a bucket, which are brought when they are read."""
+        there = storage.listing(self.data_dir) if storage.is_remote(self.data_dir) else {}
+        names = {shard["file"] for shard in self.manifest["splits"][self.split]["shards"]}
+        return {name: there[name] for name in names & there.keys()}
+
+    def read_ahead(self) -> None:
+        """Begins to bring all shards from their bucket; UserError where the disk has no room."""
+        storage.read_ahead(self.data_dir, self._objects)
+
     def _checked(self, shard: dict[str, Any]) -> Path:
         path = self.data_dir / shard["file"]
         check_readable(path)
         size = path.stat().st_size if path.is_file() else None
+        if storage.is_remote(path):
+            there = self._objects.get(shard["file"])
+            size = None if there is None else there.size
         if size != shard["bytes"]:
             found = "missing" if size is None else f"{size} bytes instead of {shard['bytes']}"
             raise UserError(f"{path}: {found}; copy it again or build the data again")
@@ -314,9 +330,10 @@ class TokenShards:
             if shard not in self._readers:
                 from array_record.python.array_record_module import ArrayRecordReader
 
-                self._readers[shard] = ArrayRecordReader(
-                    os.fsencode(self._paths[shard]), _READER_OPTIONS
-                )
+                path = self._paths[shard]
+                if (there := self._objects.get(path.name)) is not None:
+                    storage.fetch(path, {"": there}, lazily=False)
+                self._readers[shard] = ArrayRecordReader(os.fsencode(path), _READER_OPTIONS)
             return self._readers[shard]
 
     def __getstate__(self) -> dict[str, Any]:
@@ -359,6 +376,7 @@ def occurring_ids(data_dir: str | Path, vocab_size: int) -> np.ndarray:
     found = np.zeros(vocab_size, bool)
     for split in load_manifest(data_dir)["splits"]:
         pieces = TokenShards(data_dir, split)
+        pieces.read_ahead()
         for i in range(len(pieces)):
             found[pieces[i].ids] = True
     return found
@@ -373,7 +391,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
 
 def rejections(data_dir: str | Path) -> Iterable[dict[str, Any]]:
     """The lines of rejected.jsonl: path, stage, reason, value. Raises UserError without it."""
-    path = Path(data_dir) / REJECTED
+    path = storage.local(data_dir) / REJECTED
     if not path.is_file():
         raise UserError(f"{path}: missing; build the corpus again with --overwrite")
     with path.open(encoding="utf-8") as file:

@@ -85,6 +85,7 @@ class Pieces:
                 f"{data_dir}: split {split!r} is empty; build with another --val-fraction "
                 "or from more files"
             )
+        self.shards.read_ahead()
         self._cache_bytes = cache_bytes
         self._start_empty()
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.buckets import _networks, bucket  # noqa: F401
 from tests.corpora import corpus, midi_corpus  # noqa: F401  fixtures for every room
 from tests.golden.arrays import unpack_golden
 from tests.tiny_models import duet_engine, duet_model, tiny_models  # noqa: F401

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import storage
 from data_pipeline.artifact import file_digest, json_digest, rows_digest
 from data_pipeline.errors import UserError
 
@@ -26,7 +27,7 @@ def model_path(source: str | Path) -> Path:
     Raises:
         UserError: such a name, but the installation has no such weights.
     """
-    path = Path(source)
+    path = storage.local(source)
     if str(source) not in RELEASED_NAMES or path.exists():
         return path
     file = RELEASED / f"{source}.safetensors"
@@ -52,9 +53,11 @@ def check_model(source: str | Path) -> None:
 
 def newest_step(workdir: str | Path) -> Path | None:
     """The folder of the newest complete checkpoint; None where there is none."""
-    folder = Path(workdir) / DIRECTORY
+    folder = storage.local(workdir) / DIRECTORY
     found = folder.iterdir() if folder.is_dir() else ()
     steps = [step for step in found if step.name.isdecimal() and (step / "record").is_dir()]
+    if storage.is_remote(folder):
+        steps = [step for step in steps if not storage.is_changed(step / storage.COMMITTED)]
     return max(steps, key=lambda step: int(step.name), default=None)
 
 
@@ -79,11 +82,11 @@ def model_digest(source: str | Path) -> str:
     step = newest_step(path)
     if step is None:
         return json_digest(str(source))
-    files = sorted(p for p in step.rglob("*") if p.is_file())
+    if storage.is_remote(step):
+        sizes = {name: one.size for name, one in storage.listing(step).items()}
+    else:
+        files = (p for p in step.rglob("*") if p.is_file())
+        sizes = {str(p.relative_to(step)): p.stat().st_size for p in files}
     record = step / "record" / "metadata"
-    return rows_digest(
-        [
-            [step.name, file_digest(record)],
-            *([str(p.relative_to(step)), p.stat().st_size] for p in files),
-        ]
-    )
+    rows = sorted(sizes.items(), key=lambda row: Path(row[0]))
+    return rows_digest([[step.name, file_digest(record)], *map(list, rows)])

@@ -27,8 +27,10 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 
 from aria_jax.checkpoints import DIRECTORY
+from aria_jax.checkpoints.sending import Outbox
 from aria_jax.models import Parameters
 from aria_jax.sharding import replicated
+from data_pipeline import storage
 from data_pipeline.artifact import json_digest
 from data_pipeline.errors import UserError
 
@@ -60,23 +62,33 @@ class Checkpointer:
 
     Where a program has several processes, all of them call each method.
 
+    Orbax writes to gs:// itself; what is for s3:// goes through this disk, see `sending.Outbox`.
+
     Args:
         keep: so many of the newest; older ones are removed.
         read_only: nothing there is made, removed or renamed.
     """
 
     def __init__(self, workdir: str | Path, keep: int = 3, *, read_only: bool = False):
-        self.directory = (Path(workdir) / DIRECTORY).absolute()
+        self.directory = (storage.place(workdir) / DIRECTORY).absolute()
         self._read_only = read_only
+        root, self._outbox = str(self.directory), None
+        if storage.is_remote(self.directory):
+            storage.fetch(self.directory)
+            url = storage.url(self.directory)
+            if url.startswith("gs://"):
+                root = url
+            else:
+                self._outbox = Outbox(self.directory, read_only)
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, create=not read_only, read_only=read_only
         )
         names = ("params", "opt_state", "ema", "record")
-        self._manager = ocp.CheckpointManager(self.directory, item_names=names, options=options)
+        self._manager = ocp.CheckpointManager(root, item_names=names, options=options)
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint as process 0 sees them, oldest first."""
-        steps = sorted(self._manager.all_steps())
+        steps = sorted(self._manager.all_steps() if self._outbox is None else self._outbox.steps())
         if jax.process_count() == 1:
             return steps
         number = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
@@ -95,6 +107,8 @@ class Checkpointer:
         """Starts writing; returns once the arrays may be changed. A step is written once."""
         if step in self._manager.all_steps():
             return
+        if self._outbox is not None:
+            self._outbox.wait()
         trees: dict[str, Any] = {"params": params}
         if opt_state is not None:
             trees["opt_state"] = jax.tree.leaves(opt_state)
@@ -108,6 +122,8 @@ class Checkpointer:
             raise UserError(
                 f"{self.directory}: step {step} is not saved behind step {self.steps()[-1]}"
             )
+        if self._outbox is not None:
+            self._outbox.send_after(self._manager.wait_until_finished)
 
     def newest(self, read: Callable[[int], Read]) -> tuple[int, Read]:
         """The newest step that `read` can read, and what it read.
@@ -167,6 +183,8 @@ class Checkpointer:
         wanted, structure = jax.tree.flatten(like)
         target = wanted if item == "opt_state" else like
         path = self._manager.directory / str(step) / item
+        if self._outbox is not None:
+            storage.fetch(self.directory / str(step), lazily=False)
         described = self.record(step).get("arrays", {}).get(item, {})
 
         def read() -> Any:
@@ -188,12 +206,16 @@ class Checkpointer:
         return jax.tree.unflatten(structure, arrays)
 
     def wait(self) -> None:
-        """Returns when everything is on the disk."""
+        """Returns when everything is on the disk, or in the bucket."""
         self._manager.wait_until_finished()
+        if self._outbox is not None:
+            self._outbox.wait()
 
     def close(self) -> None:
         """Finishes writing and lets go of the directory."""
         self._manager.close()
+        if self._outbox is not None:
+            self._outbox.wait()
 
     def _together(self, step: int, read: Callable[[], Read]) -> Read:
         """What `read` reads in this process, unless one of all processes fails.
@@ -250,13 +272,13 @@ class Checkpointer:
     def _set_aside(self, steps: list[int]) -> None:
         """Renames damaged steps, so that nothing reads, counts or removes them any more."""
         for step in steps:
-            aside = self._manager.directory / f"{step}.damaged"
+            aside = self.directory / f"{step}.damaged"
             if jax.process_index() == 0:
                 number = 1
-                while aside.exists():
+                while aside.exists() or storage.fetch(Path(aside)):
                     number += 1
-                    aside = self._manager.directory / f"{step}.damaged-{number}"
-                (self._manager.directory / str(step)).rename(aside)
+                    aside = self.directory / f"{step}.damaged-{number}"
+                storage.move(self.directory / str(step), aside)
             warnings.warn(f"the damaged checkpoint {step} is kept as {aside}", stacklevel=3)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")

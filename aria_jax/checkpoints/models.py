@@ -26,6 +26,7 @@ from aria_jax.models.heads import (
 )
 from aria_jax.models.lora import Lora, LoraTraining
 from aria_jax.sharding import replicated
+from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.midi import STANDARD
 from data_pipeline.shards import READING_BEFORE
@@ -129,7 +130,7 @@ def load_model(
         if step is not None:
             raise UserError(f"{path}: a file of weights has one step, no others to choose from")
         return _from_safetensors(path, mesh, dtype, compute)
-    checkpointer = _opened(Path(path))
+    checkpointer = _opened(storage.local(path))
 
     def read(step: int) -> LoadedModel:
         record = checkpointer.record(step)
@@ -226,7 +227,7 @@ def load_adapters(path: str | Path) -> Lora:
     Raises:
         UserError: the run has no adapters, or trained a new head beside them.
     """
-    checkpointer = _opened(Path(path))
+    checkpointer = _opened(storage.local(path))
 
     def read(step: int) -> Lora:
         record = checkpointer.record(step)
@@ -292,7 +293,7 @@ def merged_with_base(
         UserError: the base is gone, or has changed since.
     """
     training = LoraTraining.from_record(saved)
-    base_path = Path(saved["base"] if base is None else base)
+    base_path = storage.local(saved["base"] if base is None else base)
     base_params = base_weights(base_path, saved, read_base, config)
     specs = parameter_specs(config)
     trained_specs, frozen_specs = training.split_specs(specs)
@@ -306,7 +307,7 @@ def merged_with_base(
 
 def lora_record(training: LoraTraining, base_path: Path, base_params: Parameters) -> dict[str, Any]:
     """What a checkpoint says of its adapters and of their base, as JSON types."""
-    base = {"base": str(base_path.absolute()), "fingerprint": params_digest(base_params)}
+    base = {"base": storage.url(base_path.absolute()), "fingerprint": params_digest(base_params)}
     return {**training.record(), **base}
 
 

@@ -30,6 +30,7 @@ from aria_jax.models.heads import (
     with_vocabulary,
 )
 from aria_jax.models.lora import Lora
+from data_pipeline import storage
 from data_pipeline.artifact import atomic, write_atomically
 from data_pipeline.errors import UserError
 
@@ -68,7 +69,7 @@ def import_model(
     """
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
+    path = storage.local(path)
     if path.suffix != ".safetensors":
         raise UserError(
             f"{path}: only .safetensors files are read; pickles (.bin, .pt, .pth) can run code"

@@ -16,7 +16,6 @@ import argparse
 import io
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, redirect_stdout
@@ -26,6 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import storage
 from data_pipeline.artifact import (
     Identity,
     There,
@@ -159,6 +159,11 @@ def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
     record = outputs[0].absolute().parent / f".{outputs[0].name}.identity.json"
     if writes.in_folder:
         record = record.parent.parent / f".{record.parent.name}{record.name}"
+    if storage.is_remote(outputs[0]):
+        if not storage.is_remote(record.parent.parent):
+            raise UserError(f"{outputs[0].parent}: this is a whole bucket; name a folder in it")
+        for path in (record, *outputs):
+            storage.fetch(path)
     before = _read(record)
     finished = _finished(record.parent, before, outputs)
     _refuse_files_of_others(record.parent, before, outputs, args.overwrite)
@@ -184,13 +189,17 @@ def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
                     f"{folder}: you may not write here; change it with chmod u+w {folder}, or name "
                     "another place"
                 )
-        record.unlink(missing_ok=True)
+        if record.is_file():
+            storage.remove(record)
         if outputs[0].is_dir() and finished is not None:
-            shutil.rmtree(outputs[0])  # a model that a verb has made, not a run
+            storage.remove(outputs[0])  # a model that a verb has made, not a run
         tee = stack.enter_context(redirect_stdout(_Tee(sys.stdout)))
         stage("starting")
         status = verb.run(args) or 0
         if status == 0:
+            for path in [outputs[0].parent] if writes.in_folder else outputs:
+                storage.upload(path)
+                storage.fetch(path)  # of a model that was written there directly
             files = {
                 os.path.relpath(path, record.parent): input_digest(path)
                 for path in outputs
@@ -199,7 +208,7 @@ def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
             for name in before.get("files", {}).keys() - files.keys():
                 stale = record.parent / name
                 if stale.is_file():  # of what was overwritten
-                    stale.unlink()
+                    storage.remove(stale)
             kept: dict[str, Any] = {"identity": identity.to_json(), "files": files}
             kept["inputs"] = {
                 name.replace("_", "-"): {"given": value, "files": _listed(value)}
@@ -208,7 +217,39 @@ def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
             }
             kept["printed"] = {**printed, form: tee.getvalue()}
             write_atomically(record, json.dumps(kept))
+            storage.upload(record)
     return status
+
+
+def bring(args: argparse.Namespace) -> None:
+    """Makes a place of this disk of every argument with a scheme, and brings what lies there.
+
+    Raises:
+        UserError: an unknown scheme; no such bucket, no right to read it, or no answer.
+    """
+    places: list[Path] = []
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(map(placed, value))
+        if not isinstance(value, str | Path):
+            return value
+        name, equals, path = str(value).partition("=")  # NAME=FILE
+        if equals and "/" not in name and storage.is_url(path):
+            return f"{name}={placed(path)}"
+        if not storage.is_url(value):
+            return value
+        places.append(storage.place(value))
+        return str(places[-1])
+
+    for name, value in vars(args).items():
+        if name != "command_line":
+            setattr(args, name, placed(value))
+    from aria_jax.cli.console import stage
+
+    for path in places:
+        stage(f"bringing {printable(str(path))}")
+        storage.fetch(path)
 
 
 def _identity(verb: str, args: argparse.Namespace, writes: Writes) -> Identity:

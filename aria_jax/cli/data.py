@@ -341,6 +341,7 @@ def _plot(args: argparse.Namespace, found: "Inspection") -> None:
 
 def _sample(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import print_result, progress_bar, stage
+    from data_pipeline import storage
     from data_pipeline.artifact import refuse_occupied
     from data_pipeline.errors import UserError
     from data_pipeline.sample import sample
@@ -353,6 +354,7 @@ def _sample(args: argparse.Namespace) -> None:
         summary = sample(
             args.out_dir, per_composer=args.per_composer, workers=args.workers, progress=progress
         )
+    storage.upload(Path(args.out_dir))
     counts = ", ".join(f"{name} {n}" for name, n in summary.per_composer.items())
     text = f"{args.out_dir}: {summary.n_pieces} pieces ({counts})"
     for score, reason in summary.failed:

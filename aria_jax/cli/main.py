@@ -190,13 +190,14 @@ def run_verb(name: str, argv: Sequence[str]) -> int:
     verb.add_arguments(parser)
     args = verb.parse(parser, argv)
     args.command_line = shlex.join(["aria-jax", name, *argv])  # reports say what made them
+    from aria_jax.cli import bring, run_once
+
+    bring(args)
     for model in ("checkpoint", "embedding_checkpoint"):
         if path := getattr(args, model, None):  # before the seconds that loading jax takes
             from aria_jax.checkpoints import check_model
 
             check_model(path)
-    from aria_jax.cli import run_once
-
     return run_once(name, verb, args)
 
 

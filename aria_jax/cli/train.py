@@ -241,8 +241,8 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
 
     from aria_jax.checkpoints import newest_step
     from aria_jax.presets import chip_of, write_config
+    from aria_jax.train import loop
     from aria_jax.train.hooks import JsonlSink, MetricSink, TensorBoardSink
-    from aria_jax.train.loop import run as train
     from aria_jax.train.processes import join_processes, leave_at_once, lost_contact
     from aria_jax.train.tasks import resolve
 
@@ -281,7 +281,7 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     console.answer_interrupt("saving; Ctrl-C again to stop now")
     try:
         with console.progress_bar(args.task, "step") as report:
-            result = train(
+            result = loop.run(
                 config,
                 args.data,
                 workdir,
@@ -300,6 +300,8 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
             sink.close()
         if first and made and not newest_step(workdir) and not _has_metrics(workdir):
             shutil.rmtree(workdir)  # it failed before the first step
+        elif first:
+            loop.send_workdir(workdir)
     shown = {name: round(value, 5) for name, value in result.metrics.items()}
     summary = {"step": result.final_step, "interrupted": result.interrupted, "metrics": shown}
     text = f"step {result.final_step}: " + ", ".join(
@@ -309,9 +311,7 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
         text += "\ninterrupted; run the same command again to go on"
     if first:
         console.print_result({**summary, "workdir": str(workdir)}, args.json, text)
-    if result.interrupted:
-        return 130 if console.interrupted() else 1
-    return 0
+    return 0 if not result.interrupted else 130 if console.interrupted() else 1
 
 
 def _has_metrics(workdir: Path) -> bool:

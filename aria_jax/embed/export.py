@@ -8,7 +8,7 @@
 
 Parts do not depend on the number of hosts: host h of H makes parts h, h + H, …, and whoever
 finishes the last one joins them. Hosts that do not know of each other share parts by their claims.
-Where the disk knows no locks two processes may do the same work, with the same result.
+Where the disk knows no locks, and in a bucket, two may do the same work, with the same result.
 
 A finished OUT of the same model and settings is brought up to date: vectors of files that have not
 changed are kept, whatever became of their labels, names and neighbours.
@@ -37,6 +37,7 @@ from aria_jax.embed.table import (
     read_identity,
     write_embeddings,
 )
+from data_pipeline import storage
 from data_pipeline.artifact import Identity, There, look, new_folder, write_atomically
 from data_pipeline.errors import UserError
 from data_pipeline.workers import map_in_order
@@ -105,14 +106,14 @@ def export(
     Raises:
         UserError: there are other embeddings, or the beginning of some; every file was rejected.
     """
-    out, paths = Path(out), source.paths
+    out, paths = storage.local(out), source.paths
     settings = {**settings, "per_slice": per_slice, "files_per_part": files_per_part}
     if pool != "mean":  # which every file without this setting is
         settings["pool_slices"] = pool
     model = str(settings.pop("fingerprint"))
     identity = Identity(KIND, VERSION, {"model": model, **source.digests()}, settings)
     n_parts = -(-len(paths) // files_per_part)
-    parts = _Parts(out, identity, str(origin), n_parts)
+    parts = _Parts(out, identity, storage.url(origin), n_parts)
     with new_folder(out.parent):
         known = parts.open(overwrite)
         if known is None:
@@ -248,8 +249,7 @@ class _Parts:
     """The parts of one export on disk; used by several processes at once."""
 
     def __init__(self, out: Path, identity: Identity, origin: str, n_parts: int):
-        self._out, self._identity, self._n_parts = out, identity, n_parts
-        self._origin = origin
+        self._out, self._identity, self._origin, self._n_parts = out, identity, origin, n_parts
         self._folder = out.with_name(out.name + ".parts")
         self._rejected = out.with_name(out.name + ".rejected.jsonl")
 
@@ -266,11 +266,14 @@ class _Parts:
         if self._out.is_dir():
             raise UserError(f"{self._out} is a folder; name a file for the embeddings")
         with _locked(self._out.parent):
+            storage.fetch(self._folder)
+            storage.fetch(self._rejected)
             finished, unfinished = read_identity(self._out), self._unfinished()
             if finished == self._identity:
                 # Killed between joining and tidying up, of which the identity may be gone already.
                 if unfinished in (None, self._identity):
-                    shutil.rmtree(self._folder, ignore_errors=True)
+                    self._drop()
+                self._send()
                 return None
             if finished is None and self._out.exists() and not overwrite:
                 raise UserError(
@@ -287,9 +290,10 @@ class _Parts:
                 details=lambda _: {"files": "other files", "labels": "other labels"},
             )
             if there is There.FRESH:
-                shutil.rmtree(self._folder, ignore_errors=True)
+                self._drop()
             self._folder.mkdir(exist_ok=True)
             write_atomically(self._folder / "identity.json", json.dumps(self._identity.to_json()))
+            storage.upload(self._folder / "identity.json")
             return KnownVectors(self._out if update else None)
 
     def _unfinished(self) -> Identity | None:
@@ -331,16 +335,20 @@ class _Parts:
         """Writes a part; its list of rejected files comes last and marks it done."""
         if table is not None:
             write_embeddings(table, self._path(part, "parquet"))
+            storage.upload(self._path(part, "parquet"))
         rows = [
             {"path": r.path, "stage": "embed", "reason": r.reason, "value": r.message}
             for r in rejected
         ]
         text = "".join(json.dumps(row) + "\n" for row in rows)
         write_atomically(self._path(part, "jsonl"), text)
+        storage.upload(self._path(part, "jsonl"))
 
     def join(self) -> bool:
         """Makes OUT if all parts are there; False while other hosts are at work."""
         with _locked(self._out.parent):
+            storage.fetch(self._folder)  # of other hosts too
+            storage.fetch(self._out)
             if self.finished():
                 return True  # another process was faster
             if not all(map(self.has, range(self._n_parts))):
@@ -351,13 +359,23 @@ class _Parts:
             if rejected:
                 write_atomically(self._rejected, rejected, beside=self._folder)
             else:
-                self._rejected.unlink(missing_ok=True)
+                storage.remove(self._rejected)
             if tables:
                 join_embeddings(tables, self._out, self._identity, self._origin)
-            shutil.rmtree(self._folder, ignore_errors=True)
+            self._send()
+            self._drop()
             if not tables:
                 raise UserError(f"nothing to embed: every file was rejected, see {self._rejected}")
             return True
+
+    def _send(self) -> None:
+        storage.upload(self._rejected)
+        storage.upload(self._out)
+
+    def _drop(self) -> None:
+        if storage.is_remote(self._folder):
+            storage.remove(self._folder)
+        shutil.rmtree(self._folder, ignore_errors=True)
 
     def count(self) -> tuple[int, int]:
         """Rows and rejected files of a finished export."""

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
+from data_pipeline import storage
 from data_pipeline.artifact import hashed, json_digest, rows_digest
 from data_pipeline.build.listing import SUFFIXES, Entry, is_midi_name
 from data_pipeline.build.sources import (
@@ -24,7 +25,7 @@ from data_pipeline.build.sources import (
     read_entry,
     readable_root,
     walk_folder,
-)
+)  # fmt: skip
 from data_pipeline.errors import InvalidMidi, UserError, printable
 from data_pipeline.metadata import LabelTable, find_tables, read_labels
 from data_pipeline.midi import STANDARD, Performance, compat_of, read_midi
@@ -126,17 +127,15 @@ def open_source(
         UserError: no MIDI files or shards there, or shards of another tokenizer.
     """
     source = common_folder(sources)
-    sources = [sources] if isinstance(sources, str | Path) else sources
+    sources = [storage.place(one) for one in _as_list(sources)]
     tokenizer = Tokenizer.preset(slicing.tokenizer)
     if not _is_one(sources):
         entries = _listed(sources, source)
         table = read_labels(source, find_tables(source, metadata))
         return _MidiFiles(source, slicing, entries, table)
     if (source / MANIFEST).is_file():
-        sizes = {
-            split: len(TokenShards(source, split, tokenizer))
-            for split in load_manifest(source)["splits"]
-        }
+        splits = load_manifest(source)["splits"]
+        sizes = {split: len(TokenShards(source, split, tokenizer)) for split in splits}
         sizes = {split: size for split, size in sizes.items() if size}
         return _Shards(source, slicing, tuple(sizes), tuple(sizes.values()))
     tables = spool.with_name(spool.name + ".tables")
@@ -154,14 +153,17 @@ def common_folder(sources: str | Path | Sequence[str | Path]) -> Path:
     Raises:
         UserError: one of them is not there.
     """
-    paths = [Path(p) for p in ([sources] if isinstance(sources, str | Path) else sources)]
+    paths = [storage.local(path) for path in _as_list(sources)]
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
     if _is_one(paths):
         return paths[0]
-    folders = [path if path.is_dir() else path.parent for path in paths]
-    return Path(os.path.commonpath([folder.absolute() for folder in folders]))
+    return Path(os.path.commonpath([(p if p.is_dir() else p.parent).absolute() for p in paths]))
+
+
+def _as_list(sources: str | Path | Sequence[str | Path]) -> Sequence[str | Path]:
+    return [sources] if isinstance(sources, str | Path) else sources
 
 
 def _is_one(sources: Sequence[str | Path]) -> bool:
@@ -171,7 +173,6 @@ def _is_one(sources: Sequence[str | Path]) -> bool:
 
 def _listed(sources: Sequence[str | Path], root: Path) -> list[Entry]:
     """The MIDI files among `sources` and in the folders among them, each once."""
-    names = ", ".join(SUFFIXES)
     files: dict[str, Entry] = {}
     for source in map(Path, sources):
         path = str(source.absolute().relative_to(root))
@@ -186,7 +187,7 @@ def _listed(sources: Sequence[str | Path], root: Path) -> list[Entry]:
         elif is_midi_name(source.name):
             files[path] = Entry(path, source.stat().st_size)
         else:
-            raise UserError(f"{source}: expected a MIDI file ({names}) or a folder")
+            raise UserError(f"{source}: expected a MIDI file ({', '.join(SUFFIXES)}) or a folder")
     return list(files.values())
 
 
@@ -361,8 +362,7 @@ class _Shards:
     def _opened(self) -> list[Pieces]:
         return [Pieces(self.data_dir, split) for split in self.splits]
 
-    def __getstate__(self) -> dict:
-        # Each process opens the files itself.
+    def __getstate__(self) -> dict:  # each process opens the files itself
         return {name: value for name, value in self.__dict__.items() if name != "_opened"}
 
     def digests(self) -> dict[str, str | None]:

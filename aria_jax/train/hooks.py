@@ -285,6 +285,7 @@ class SaveCheckpoints:
         every_minutes: None for steps alone.
         ask_every: steps between looks at the clock, which all processes must take together.
         agree: the answer of process 0, in every process.
+        before: called before each save.
     """
 
     def __init__(
@@ -297,7 +298,9 @@ class SaveCheckpoints:
         ask_every: int,
         clock: Clock = time.perf_counter,
         agree: Callable[[bool], bool] | None = None,
+        before: Callable[[], None] = lambda: None,
     ):
+        self._before = before
         self._checkpointer, self._record, self._every = checkpointer, record, every
         self._seconds = None if every_minutes is None else 60 * every_minutes
         self._ask_every, self._clock, self._agree = ask_every, clock, agree or process_0_says
@@ -313,6 +316,7 @@ class SaveCheckpoints:
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts writing a checkpoint of the step."""
+        self._before()
         record = {**self._record(step), "ema": state.ema is not None}
         self._checkpointer.save(
             step, state.params, record, opt_state=state.opt_state, ema=state.ema

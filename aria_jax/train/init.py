@@ -14,6 +14,7 @@ from aria_jax.checkpoints import (
     newest_step,
 )
 from aria_jax.config import RunConfig, from_dict, to_dict
+from data_pipeline import storage
 from data_pipeline.artifact import MAX_DIFFERENCES, Identity, json_digest
 from data_pipeline.errors import UserError
 from data_pipeline.shards import load_manifest
@@ -107,7 +108,7 @@ def _check_safetensors(path: Path) -> None:
 
 def source_record(init_from: str | Path) -> dict[str, str]:
     """What a run's checkpoints say of the weights it began from."""
-    return {"path": str(model_path(init_from).resolve()), "digest": model_digest(init_from)}
+    return {"path": storage.url(model_path(init_from).resolve()), "digest": model_digest(init_from)}
 
 
 def check_same_init(
@@ -137,7 +138,7 @@ def corpus_record(data_dir: str | Path) -> dict[str, Any]:
     """What a run's checkpoints say of the corpus they were trained on."""
     manifest = load_manifest(data_dir)
     made_of = {"n_files": manifest.get("source", {}).get("n_files"), **manifest.get("identity", {})}
-    return {"path": str(data_dir), "digest": json_digest(manifest), "made_of": made_of}
+    return {"path": storage.url(data_dir), "digest": json_digest(manifest), "made_of": made_of}
 
 
 def check_resumable(

@@ -11,8 +11,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from aria_jax.checkpoints import DIRECTORY
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.models import model_record
+from aria_jax.checkpoints.sending import Sender
 from aria_jax.config import RunConfig, to_dict, with_overrides
 from aria_jax.presets import chip_of
 from aria_jax.sharding import batch_sharding, iterate_rows, make_mesh
@@ -33,6 +35,7 @@ from aria_jax.train.processes import lost_contact, stop_requests
 from aria_jax.train.state import Network, first_state, random_state, shardings_of
 from aria_jax.train.step import TrainState, TrainStep, make_eval_step, make_train_step
 from aria_jax.train.tasks import Task, build_task, resolve
+from data_pipeline import storage
 from data_pipeline.artifact import refuse_inside, refuse_occupied
 from data_pipeline.errors import UserError
 from data_pipeline.loaders import BatchStream
@@ -90,10 +93,11 @@ def run(
             `workdir` has another corpus, other settings or another beginning.
     """
     check_allow_change(allow_change)
+    workdir, data_dir = storage.local(workdir), storage.local(data_dir)
     refuse_inside(workdir, data_dir, "a corpus")
     refuse_occupied(workdir, "a training run")
     config = resolve(config.validate(), data_dir, workdir)
-    mesh, settings, workdir = make_mesh(config.mesh), config.train, Path(workdir)
+    mesh, settings = make_mesh(config.mesh), config.train
     check_batch(config, mesh)
     task = build_task(config, data_dir, mesh=mesh)
     for note in (*task.notes, *replicated_work(config, mesh)):
@@ -102,14 +106,14 @@ def run(
     tokenizer, reading = manifest["tokenizer"]["preset"], reading_of(manifest)
     record = {**model_record(config.model, tokenizer, reading), "config": to_dict(config)}
     record["corpus"] = corpus_record(data_dir)
-    with _checkpoints(workdir, settings.keep_checkpoints) as checkpointer:
+    with _checkpoints(workdir, settings.keep_checkpoints) as checkpointer, _sent(workdir) as send:
         init = resolve_init(workdir, init_from, checkpointer)
         network, state, step = first_state(config, mesh, init, checkpointer, record, allow_change)
         if on_start is not None:
             on_start(init)
         log, sharding = Log(sinks), batch_sharding(mesh)
         monitor = _monitor(config, mesh, log, checkpointer, clock)
-        save = _save(config, task, checkpointer, record, clock)
+        save = _save(config, task, checkpointer, record, send, clock)
         best = KeepBest(workdir, record)
         evaluate = _evaluate(config, task, network, sharding, log, monitor, best)
         with _profile(config, workdir, step) as profile:
@@ -252,14 +256,44 @@ def _monitor(
     )
 
 
+def send_workdir(workdir: Path) -> None:
+    """Sends to its bucket what a run has written beside its checkpoints."""
+    storage.upload(workdir, only=_beside_checkpoints)
+
+
+def _beside_checkpoints(name: str) -> bool:
+    return DIRECTORY not in name.split("/")
+
+
+@contextmanager
+def _sent(workdir: Path) -> Iterator[Callable[[], None]]:
+    """Sends that all the while; yields what sends it at once, so that no step that a checkpoint
+    has behind it lacks its metrics.
+    """
+    if jax.process_index() or not storage.is_remote(workdir):
+        yield lambda: None
+        return
+    sender = Sender(workdir, _beside_checkpoints)
+    try:
+        yield sender.send_now
+    finally:
+        sender.stop()
+
+
 def _save(
-    config: RunConfig, task: Task, checkpointer: Checkpointer, record: dict[str, Any], clock: Clock
+    config: RunConfig,
+    task: Task,
+    checkpointer: Checkpointer,
+    record: dict[str, Any],
+    send: Callable[[], None],
+    clock: Clock,
 ) -> SaveCheckpoints:
     return SaveCheckpoints(
         checkpointer,
         lambda step: {**record, "position": position(config, task.train, step)},
         every=config.train.checkpoint_every,
         every_minutes=config.train.checkpoint_every_minutes,
+        before=send,
         ask_every=1 if jax.process_count() == 1 else config.train.log_every,
         clock=clock,
     )

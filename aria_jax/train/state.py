@@ -27,6 +27,7 @@ from aria_jax.models.lora import LoraTraining
 from aria_jax.sharding import mirrored_shardings
 from aria_jax.train.init import InitFrom, check_resumable, source_record
 from aria_jax.train.step import Build, TrainState, new_state
+from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizers import Tokenizer
 
@@ -114,7 +115,7 @@ def first_state(
         saved = checkpointer.record(step)
         record |= {name: saved[name] for name in ("init_from", "lora") if name in saved}
         if lora is not None:
-            base = Path(saved["lora"]["base"])
+            base = storage.local(saved["lora"]["base"])
             base_params = base_weights(base, saved["lora"], read, config.model)
             frozen = jax.tree.map(
                 lambda new, old: jax.device_put(new, old.sharding),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import filters as filter_presets
+from data_pipeline import storage
 from data_pipeline.artifact import (
     MAX_DIFFERENCES,
     Identity,
@@ -29,7 +30,7 @@ from data_pipeline.artifact import (
     write_atomically,
 )
 from data_pipeline.build.journal import Journal, Listing, disk_errors_explained
-from data_pipeline.build.merge import DEDUP, Excluded, MergeSettings, merge_units
+from data_pipeline.build.merge import DEDUP, Excluded, MergeSettings, merge_units, send_corpus
 from data_pipeline.build.sources import has_inner_tables, readable_root
 from data_pipeline.build.unit_worker import Job, Limits
 from data_pipeline.cleaning import Cleaning
@@ -125,8 +126,8 @@ def build(
     _check_arguments(val_fraction, dedup, max_per_composition, shards, runner, workers)
     if exclude and dedup == "none":
         raise UserError("cannot build: exclude compares as dedup says, which is none")
-    others = [Path(other) for other in exclude]
-    source, out = Path(midi_dir), Path(out_dir)
+    others = [storage.local(other) for other in exclude]
+    source, out = storage.local(midi_dir), storage.local(out_dir)
     refuse_inside(out, source, "the folder of your MIDI files")
     refuse_occupied(out, "a corpus")
     unit_settings = {
@@ -176,6 +177,7 @@ def build(
             run(work.missing_jobs(root, labels), work.store, work.progress, settings=unit_settings)
             warnings = labels.warnings(entry.path for entry in journal.listing.entries())
             _finish(journal, out, how, asked, warnings, others)
+        send_corpus(out)
     return _summary(out, load_manifest(out), not unfinished)
 
 
@@ -214,7 +216,8 @@ def _prepare(
     if there is There.DONE:
         journal.remove()
         return False
-    manifest.unlink(missing_ok=True)
+    if manifest.is_file():
+        storage.remove(manifest)
     if there is There.RESUME:
         journal.accept()
     else:

@@ -16,14 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline import dedup
+from data_pipeline import dedup, storage
 from data_pipeline.artifact import publish, synced
 from data_pipeline.build.journal import read_summaries, read_unit, rejection
 from data_pipeline.shards import (
-    REJECTED,
-    SPLITS,
-    SplitWriter,
-)
+    FILES, MANIFEST, REJECTED, SPLITS, SplitWriter, index_name, load_manifest,
+)  # fmt: skip
 
 _MADE_BY_MERGE = re.compile(r"[a-z]+-\d{5}-of-\d{5}\.arrayrecord|[a-z]+-index\.npz")
 DEDUP = ("exact", "near", "none")
@@ -381,3 +379,17 @@ def merge_units(
         "warnings": plan.warnings,
         "rejected": dict(sorted(rejected.items())),
     }
+
+
+def send_corpus(out: Path) -> None:
+    """Sends a corpus to the bucket it is in; the manifest last, which says that it is whole."""
+    if not storage.is_remote(out):
+        return
+    own = {FILES, REJECTED}
+    for split, made in load_manifest(out)["splits"].items():
+        own |= {index_name(split), *(shard["file"] for shard in made["shards"])}
+    storage.upload(out, only=own.__contains__)
+    for name in storage.listing(out):
+        if _MADE_BY_MERGE.fullmatch(name) and name not in own:
+            storage.remove(out / name)  # of a corpus that this one replaces
+    storage.upload(out / MANIFEST)

@@ -58,7 +58,7 @@ on_all_slices() {
 # The slices' own Python may be too old; the environment has the one that the wheel was made for.
 install() {
   on_all_slices scp "$wheel" '{}:' && on_all_slices ssh '{}' --command \
-    'python3 -m pip install -q --user uv && "$HOME/.local/bin/uv" venv -q --clear --python 3.11 aria-jax-env && "$HOME/.local/bin/uv" pip install -q --python aria-jax-env "./@{wheel_name}[tpu]"'
+    'python3 -m pip install -q --user uv && "$HOME/.local/bin/uv" venv -q --clear --python 3.11 aria-jax-env && "$HOME/.local/bin/uv" pip install -q --python aria-jax-env "./@{wheel_name}[tpu,gcs]"'
 }
 
 # shellcheck disable=SC2016

@@ -120,7 +120,7 @@ def test_tpu_pod_goes_on_after_a_preemption(tmp_path, capsys, wheel):
     assert "--spot" in calls and "--accelerator-type v5p-128" in calls
     assert calls.count("ARIA_JAX_COORDINATOR=auto aria-jax train pretrain") == 2
     assert calls.count(f"scp {wheel} aria-jax:") == 2
-    assert calls.count('"./aria_jax-0.1.0-py3-none-any.whl[tpu]"') == 2
+    assert calls.count('"./aria_jax-0.1.0-py3-none-any.whl[tpu,gcs]"') == 2
 
 
 def test_tpu_pod_does_not_repeat_a_command_that_is_wrong(tmp_path, capsys):
