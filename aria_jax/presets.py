@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from aria_jax.config import (
     CORPUS,
@@ -185,6 +185,11 @@ class Chip:
     matrix_unit: int = 128
     clock: float = 1.0
 
+    @property
+    def platform(self) -> Literal["gpu", "tpu"]:
+        """What jax calls such devices."""
+        return "tpu" if self.kinds[0].startswith("TPU") else "gpu"
+
 
 # TPUs: cloud.google.com/tpu/docs, pages v4, v5e, v5p, v6e. GPUs: NVIDIA data sheets, SXM modules,
 # without sparsity; memory as the driver reports it, which the sheets round; `network` is NVLink or,
@@ -225,7 +230,7 @@ def for_hardware(
         per_host: GPUs of one host, 8 by default; between hosts only gradients travel.
     """
     m, medium = run.model, for_task("medium", "pretrain").model
-    on_tpu = CHIPS[family].kinds[0].startswith("TPU")
+    on_tpu = CHIPS[family].platform == "tpu"
     sharded = math.gcd(chips, MAX_SHARDED if on_tpu else per_host or GPUS_OF_A_HOST)
     rows = max(run.data.global_batch // chips, 1)
     views = 2 if run.task == "contrastive" else 1

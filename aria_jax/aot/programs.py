@@ -21,11 +21,11 @@ from aria_jax.aot.hlo import COLLECTIVES, collective_bytes, shapes
 from aria_jax.config import RunConfig
 from aria_jax.generate.cache import LayerCache, PromptCache, cache_sharding, decode_step, prefill
 from aria_jax.generate.weights import abstract_decoder_weights
-from aria_jax.losses.cross_entropy import CHUNK_TOKENS
+from aria_jax.losses.cross_entropy import loss_chunk
 from aria_jax.models import Parameters, abstract_parameters
 from aria_jax.models.heads import abstract_model, parameter_specs, split_model
 from aria_jax.presets import Chip
-from aria_jax.sharding import batch_sharding, replicated
+from aria_jax.sharding import batch_sharding, platform, replicated
 from aria_jax.train.loop import check_batch
 from aria_jax.train.plan import forward_flops_per_token
 from aria_jax.train.state import Network, abstract_state, shardings_of
@@ -175,7 +175,9 @@ def uncounted_loss_flops(config: RunConfig, task: Task, made: Program, mesh: Mes
     if task not in ("pretrain", "continue"):
         return 0.0
     ways = mesh.size // mesh.shape["tensor"]
-    chunks = -(-made.tokens // (config.train.grad_accumulation * ways * CHUNK_TOKENS))
+    with jax.set_mesh(mesh):
+        chunk_tokens = loss_chunk(platform())
+    chunks = -(-made.tokens // (config.train.grad_accumulation * ways * chunk_tokens))
     head = 3 * flops_per_token(config)["head"]
     return head * made.tokens / mesh.size * (1 - 1 / max(chunks, 1))
 

@@ -32,6 +32,11 @@ GPU_COLUMNS = 128
 """Columns of the head on a GPU are a multiple of this: tensor cores read rows of aligned length."""
 
 
+def loss_chunk(platform: str) -> int:
+    """Tokens whose logits exist at once on one device of "cpu", "gpu" or "tpu"."""
+    return GPU_CHUNK_TOKENS if platform == "gpu" else CHUNK_TOKENS
+
+
 def next_token_loss(
     hidden_BxLxD: jax.Array,
     head_DxV: jax.Array,
@@ -69,7 +74,7 @@ def next_token_loss(
             f"{list(targets)} and mask {list(mask)} do not fit together"
         )
     if chunk_tokens is None:
-        chunk_tokens = GPU_CHUNK_TOKENS if platform() == "gpu" else CHUNK_TOKENS
+        chunk_tokens = loss_chunk(platform())
     mask_BxL = loss_mask_BxL.astype(jnp.float32)
     n_tokens = mask_BxL.sum()
     weights_BxL = mask_BxL / jnp.maximum(n_tokens, 1)

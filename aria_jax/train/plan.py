@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import AbstractMesh
 
 from aria_jax.config import ModelConfig, RunConfig
-from aria_jax.losses.cross_entropy import CHUNK_TOKENS
+from aria_jax.losses.cross_entropy import loss_chunk
 from aria_jax.models import parameter_count
 from aria_jax.models.heads import head_width, parameter_specs
 from aria_jax.presets import Chip
@@ -86,7 +86,7 @@ def plan(
         tokens=tokens,
         epochs=config.train.steps * config.data.global_batch / max(n_examples, 1),
         mesh=sizes,
-        memory=_memory(config, abstract_state(config, network, mesh), sizes),
+        memory=_memory(config, abstract_state(config, network, mesh), sizes, chip),
         hbm=None if chip is None else chip.hbm,
         assumed_mfu=assumed_mfu,
         hours=None
@@ -134,7 +134,9 @@ def _mesh_sizes(config: RunConfig, n_devices: int) -> dict[str, int]:
     return {axis: filled[axis] for axis in MESH_AXES}
 
 
-def _memory(config: RunConfig, state: TrainState, sizes: dict[str, int]) -> dict[str, int]:
+def _memory(
+    config: RunConfig, state: TrainState, sizes: dict[str, int], chip: Chip | None
+) -> dict[str, int]:
     def size(part: Any) -> int:
         return sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
@@ -147,11 +149,11 @@ def _memory(config: RunConfig, state: TrainState, sizes: dict[str, int]) -> dict
         "parameters": weights + 2 * frozen,
         "gradients": weights + frozen,
         "optimizer": size(state.opt_state) + size(state.ema),
-        "activations": _activations(config, sizes),
+        "activations": _activations(config, sizes, "cpu" if chip is None else chip.platform),
     }
 
 
-def _activations(config: RunConfig, sizes: dict[str, int]) -> int:
+def _activations(config: RunConfig, sizes: dict[str, int], platform: str) -> int:
     """Bytes held for the backward pass, by formula: what `remat` keeps, and one block at work."""
     m = config.model
     d, ff = m.d_model, m.d_model * m.ff_mult
@@ -164,7 +166,7 @@ def _activations(config: RunConfig, sizes: dict[str, int]) -> int:
     kept = {"none": 6 * d + 2 * wide, "dots": products, "full": d, "offload": 0}
     held = m.n_layers * tokens * kept[config.compute.remat] * itemsize
     at_work = tokens * (6 * d + 2 * wide) * itemsize
-    logits = min(CHUNK_TOKENS, tokens) * m.n_rows * 4 * 2 if m.head == "lm" else 0
+    logits = min(loss_chunk(platform), tokens) * m.n_rows * 4 * 2 if m.head == "lm" else 0
     return int(held + at_work + logits)
 
 

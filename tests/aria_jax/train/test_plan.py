@@ -50,6 +50,13 @@ def test_memory_divides_over_the_mesh_and_hours_over_the_chips():
     assert cut.epochs == pytest.approx(51.2)
 
 
+def test_logits_of_a_gpu_are_of_the_larger_chunk():
+    """The vocabulary loss works on 4,096 tokens at a time there, 1,024 elsewhere, float32 twice."""
+    config = with_overrides(MEDIUM, ["global_batch=64"])  # a row of 8,192 tokens each
+    gpu, tpu = (planned(config, chip=chip).memory["activations"] for chip in ("h100", "v5p"))
+    assert gpu - tpu == (4096 - 1024) * 17_727 * 4 * 2
+
+
 def test_a_mesh_that_does_not_fit_the_devices_is_a_user_error():
     with pytest.raises(UserError, match="do not multiply to 64 devices"):
         planned(dataclasses.replace(MEDIUM, mesh=MeshConfig(3, 64, 1)))
