@@ -89,6 +89,9 @@ def rotary_attention(
         return _packed(q_BxLxD, k_BxLxD, v_BxLxD, cos[:, :, 0], sin[:, :, 0], segment_ids)
     q, k, v = (split_heads(x, n_heads) for x in (q_BxLxD, k_BxLxD, v_BxLxD))
     q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+    if platform() == "gpu":
+        # Kept in place of what they are made of: rotating once more is a pass over both.
+        q, k = (checkpoint_name(x, ATTENTION_RESIDUALS) for x in (q, k))
     out = attention(q, k, v, segment_ids=segment_ids, implementation=implementation)
     return out.reshape(q_BxLxD.shape)
 

@@ -104,6 +104,11 @@ def test_between_hosts_only_gradients_travel():
     assert accelerator_run("medium", "pretrain", "h100:1").compute.dtype == "bfloat16"
 
 
+def test_layers_are_unrolled_on_gpus_and_a_loop_on_tpus():
+    runs = {name: accelerator_run("medium", "pretrain", name) for name in ("h100:8", "v5p:2x2x1")}
+    assert [run.compute.scan_layers for run in runs.values()] == [False, True]
+
+
 @pytest.mark.aot_gpu
 @pytest.mark.parametrize("topology", ["h100:8", "2x a100:4"])
 def test_a_training_step_on_gpus(topology, capsys):

@@ -163,6 +163,16 @@ def test_remat_dots_attends_once_for_each_layer(monkeypatch, platform, packed_ro
     assert (calls("dots"), calls("full")) == (layers, 2 * layers)
 
 
+def test_on_gpus_rotated_queries_and_keys_are_kept_and_not_made_again(monkeypatch):
+    """Of each of two layers, either is one concatenation of two halves."""
+
+    def rotations(remat: str) -> int:
+        options = dict(packed_rows=False, remat=remat, scan_layers=False)
+        return live_calls(attending(monkeypatch, "gpu", **options).jaxpr.jaxpr, "concatenate")
+
+    assert rotations("full") - rotations("dots") == 2 * 2
+
+
 def test_a_program_for_gpus_calls_cudnn_once_for_each_layer(monkeypatch):
     traced = attending(monkeypatch, "gpu", packed_rows=False, remat="dots", scan_layers=False)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
