@@ -12,7 +12,7 @@ CHECKPOINT ?= mini
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-storage bench-dedup bench-generate bench-probe bench-train bench-contrastive bench-embed train-mini scaling-study compile-check compile-check-gpu compile-table compile-table-gpu calibrate smoke-gpu eval-mini wheel clean
+.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-storage bench-dedup bench-duet bench-generate bench-probe bench-train bench-contrastive bench-embed train-mini scaling-study compile-check compile-check-gpu compile-table compile-table-gpu calibrate smoke-gpu eval-mini wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ bench-probe: setup ## the probe on 1,000 and 10,000 embeddings, beside scikit-le
 
 bench-generate: setup ## tokens/s of decoding against the memory bandwidth, and in PyTorch where installed
 	$(BIN)/python -m benchmarks.bench_generate --precisions float32,bfloat16,int8
+
+bench-duet: setup ## how long a player waits for the answer, with and without reading ahead (MIDI=folder CHECKPOINT=model)
+	$(BIN)/python -m benchmarks.bench_duet $(MIDI) --checkpoint $(CHECKPOINT)
 
 bench-contrastive: setup ## time and peak memory of the contrastive loss, 1k to 64k pairs, against the naive one
 	$(BIN)/python -m benchmarks.bench_contrastive

@@ -44,6 +44,8 @@ ALLOWED = {
     "aria_jax.eval": COMMON
     | {f"aria_jax.{r}" for r in ("models", "losses", "embed", "checkpoints")},
     "aria_jax.report": COMMON,
+    "aria_jax.serve": COMMON
+    | {f"aria_jax.{r}" for r in ("models", "checkpoints", "generate", "embed")},
     # Compiles the very programs that others run.
     "aria_jax.aot": COMMON
     | {
@@ -64,6 +66,7 @@ ALLOWED = {
             "eval",
             "report",
             "aot",
+            "serve",
         )
     },
 }

@@ -160,6 +160,8 @@ class Screen:
         with self._lock:
             silent = self._clock() - self._written
             counted = self._counter is not None and self._counter.started
+            if not counted and not self._stage:
+                return
             if sys.stderr.isatty():
                 if counted or self._drawn or silent >= SHOWN_AFTER_S:
                     columns = shutil.get_terminal_size().columns
@@ -321,7 +323,10 @@ def hush_libraries() -> None:
 
 
 def stage(name: str) -> None:
-    """Names what is done from now on, e.g. "loading the model"; shown where it takes long."""
+    """Names what is done from now on, e.g. "loading the model"; shown where it takes long.
+
+    Nothing is shown of the stage "": a server that waits for requests.
+    """
     _screen.stage(name)
 
 

@@ -33,6 +33,7 @@ VERBS = {
     "retrieve": ("search", "retrieval metrics of embeddings: MRR, Hit@k"),
     "search": ("search", "the performances nearest to a query"),
     "bench-suite": ("probe", "every labelled task in one table, beside published figures"),
+    "serve": ("serve", "play a duet in the browser; the models for programs"),
     "convert": ("convert", "weights from and to published PyTorch checkpoints"),
     "listening-test": ("listening_test", "blinded A/B pages, and the analysis of their votes"),
     "demo": ("demo", "the whole story on a small corpus, ending in an HTML report"),

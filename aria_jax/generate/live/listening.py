@@ -45,6 +45,23 @@ class _Pending:
 
 
 @dataclass
+class Note:
+    """A note or pedal event of the model, for whoever plays it.
+
+    Attributes:
+        index: within its turn, from 0.
+        pitch: None of a pedal event, whose velocity is 127 (down) or 0.
+        onset: ms of the session.
+    """
+
+    index: int
+    pitch: int | None
+    velocity: int
+    onset: int
+    duration_ms: int
+
+
+@dataclass
 class Played:
     """A note or pedal event of the context.
 
@@ -60,22 +77,10 @@ class Played:
     velocity: int
     duration_ms: int
 
-
-@dataclass
-class Note:
-    """A note or pedal event of the model, for whoever plays it.
-
-    Attributes:
-        index: within its turn, from 0.
-        pitch: None of a pedal event, whose velocity is 127 (down) or 0.
-        onset: ms of the session.
-    """
-
-    index: int
-    pitch: int | None
-    velocity: int
-    onset: int
-    duration_ms: int
+    def told(self, index: int, shift_ms: int) -> Note:
+        """For whoever plays it, `shift_ms` later."""
+        onset = self.onset_ms + shift_ms
+        return Note(index, self.pitch, self.velocity, onset, self.duration_ms)
 
 
 @dataclass
@@ -142,7 +147,13 @@ class Listener:
     def skip_silence(self, t: int) -> None:
         """Nothing sounds and something is to begin: what is too long of the silence is left out."""
         if self.origin is not None and not self._pending:
-            self.origin += max(0, t - self.origin - self.sounded_until - SILENCE_MS)
+            self.skip_silence_before(t - self.origin)
+
+    def skip_silence_before(self, onset_ms: int) -> int:
+        """The same, of a time of the context; how many ms are left out."""
+        excess_ms = max(0, onset_ms - self.sounded_until - SILENCE_MS)
+        self.origin = None if self.origin is None else self.origin + excess_ms
+        return excess_ms
 
     @property
     def is_silent(self) -> bool:

@@ -14,7 +14,7 @@ import numpy as np
 
 from aria_jax.generate.decoding import slide
 from aria_jax.generate.live.engine import STEPS, Engine, Row, Settings, opening
-from aria_jax.generate.live.listening import Listener, Note, Played
+from aria_jax.generate.live.listening import Listener, Note
 from aria_jax.generate.live.reading import ROOM, Reader
 from data_pipeline.vocabulary import SEGMENT_MS
 
@@ -95,14 +95,12 @@ class LiveSession:
         if self.turn == "player" and not self._wanted_takes:
             self._commit(t)
         self.settings = changed
-        getattr(self, f"_on_{event['type']}")(event, t)
+        if event["type"] != "tick":
+            getattr(self, f"_on_{event['type']}")(event, t)
         if event["type"] in ("note_off", "pedal") and self.turn == "player":
             self._commit(t)
         if event["type"] != "tick" or len(self.ids) != n_ids:
             self.recording.append(event)
-
-    def _on_tick(self, event: dict[str, Any], t: int) -> None:
-        """Time passes."""
 
     def _on_note_on(self, event: dict[str, Any], t: int) -> None:
         self._dismiss_takes()
@@ -154,7 +152,7 @@ class LiveSession:
         self.turn, self._answer_start = "player", 0
 
     def _on_takes(self, event: dict[str, Any], t: int) -> None:
-        if not self._answer_start or self._makes_takes:
+        if not self._answer_start or self.makes_takes:
             return
         self._on_take_over(event, t)
         self.listener.end_all(t)
@@ -163,7 +161,7 @@ class LiveSession:
         self._begin_take()
 
     def _on_choose(self, event: dict[str, Any], t: int) -> None:
-        if not 0 <= event["take"] < len(self.takes) or self._makes_takes:
+        if not 0 <= event["take"] < len(self.takes) or self.makes_takes:
             return
         chosen, start = self.takes[event["take"]], self._answer_start
         self._dismiss_takes()
@@ -220,6 +218,7 @@ class LiveSession:
 
     def _begin(self, earliest_ms: int) -> None:
         """The model plays on behind `ids`, nothing before `earliest_ms` of the context."""
+        earliest_ms -= self.listener.skip_silence_before(earliest_ms)
         self._earliest_ms = max(earliest_ms, self.listener.latest_onset_ms())
         self._floor_ms = self.listener.begin_at(self._earliest_ms)
         # Where all is read the last id is read again: what follows it must be known.
@@ -232,7 +231,8 @@ class LiveSession:
         notes = self.listener.played(self._turn_start)
         event.setdefault("made", self._made)  # bars may have been dropped for what is cut now
         if "keep" not in event:
-            before_ms = self.listener.context_ms(t)
+            end = self.end_of_answer
+            before_ms = self.listener.context_ms(t if end is None else min(t, end))
             event["keep"] = self._n_dropped + sum(note.onset_ms < before_ms for note in notes)
         kept = notes[: max(0, event["keep"] - self._n_dropped)]
         self._truncate(kept[-1].at if kept else self._turn_start)
@@ -251,7 +251,7 @@ class LiveSession:
         """
         if self._reader.has_work:
             self._reader.read(self.ids)
-        elif self._makes_takes:
+        elif self.makes_takes:
             self._work_on_take()
         elif self._wants_more(until):
             return self._play()
@@ -259,7 +259,7 @@ class LiveSession:
 
     def has_work(self, until: int) -> bool:
         """Whether `step` would do anything."""
-        return self._reader.has_work or self._makes_takes or self._wants_more(until)
+        return self._reader.has_work or self.makes_takes or self._wants_more(until)
 
     @property
     def played_until(self) -> int:
@@ -267,11 +267,16 @@ class LiveSession:
         return self._session_ms(max(self.listener.latest_onset_ms(), self._answer_ms))
 
     @property
+    def answer_began(self) -> int:
+        """Session time of the latest hand-over."""
+        return self._session_ms(self._answer_ms)
+
+    @property
     def end_of_answer(self) -> int | None:
         """Session time at which the answer is long enough; None where it has no end."""
         if self.turn != "model" or not self.settings.length_ms:
             return None
-        return self._session_ms(self._answer_ms) + self.settings.length_ms
+        return self.answer_began + self.settings.length_ms
 
     @property
     def wants_hand_over(self) -> bool:
@@ -304,8 +309,8 @@ class LiveSession:
         self._generate(STEPS if self._told else 3)
         notes = self.listener.played(self._turn_start)
         fresh = [
-            self._note(self._told + i, note, self._session_ms(0))
-            for i, note in enumerate(notes[self._told - self._n_dropped :])
+            note.told(i, self._session_ms(0))
+            for i, note in enumerate(notes[self._told - self._n_dropped :], self._told)
         ]
         self._told += len(fresh)
         end = self.end_of_answer
@@ -326,15 +331,11 @@ class LiveSession:
         self.ids.extend(self.engine.play([row])[0].tolist())
         self._reader.generated(len(self.ids))
 
-    @staticmethod
-    def _note(index: int, note: Played, shift_ms: int) -> Note:
-        onset = note.onset_ms + shift_ms
-        return Note(index, note.pitch, note.velocity, onset, note.duration_ms)
-
     # --- other answers to choose from ---
 
     @property
-    def _makes_takes(self) -> bool:
+    def makes_takes(self) -> bool:
+        """Whether other answers are being made."""
         return self._wanted_takes > len(self.takes)
 
     def _begin_take(self) -> None:
@@ -353,7 +354,7 @@ class LiveSession:
         kept = [note for note in notes if note.onset_ms < end_ms]
         self.takes.append(self.ids[self._turn_start : kept[-1].at if kept else self._turn_start])
         self._take += 1
-        if self._makes_takes:
+        if self.makes_takes:
             self._begin_take()
         else:
             self._bring_answer_back()
@@ -364,7 +365,7 @@ class LiveSession:
         self._reader.catch_up(len(self.ids))
 
     def _dismiss_takes(self) -> None:
-        if self._makes_takes:
+        if self.makes_takes:
             self._bring_answer_back()
         self.takes, self._wanted_takes = [], 0
 
@@ -372,7 +373,7 @@ class LiveSession:
         """The notes of a take, in ms from the hand-over."""
         start = self._answer_start
         tail = Listener(self.engine.tokenizer, self._with_answer[:start] + self.takes[take])
-        return [self._note(i, note, -self._answer_ms) for i, note in enumerate(tail.played(start))]
+        return [note.told(i, -self._answer_ms) for i, note in enumerate(tail.played(start))]
 
 
 def replay(

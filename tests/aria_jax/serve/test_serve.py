@@ -1,0 +1,303 @@
+"""The server as programs and pages meet it: a real one, on a port of its own."""
+
+import base64
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+
+import numpy as np
+import pytest
+import uvicorn
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from aria_jax.embed.encode import performance_encoder
+from aria_jax.embed.export import embed_pieces
+from aria_jax.embed.pieces import Piece, open_source
+from aria_jax.embed.table import write_embeddings
+from aria_jax.generate.live.session import replay
+from aria_jax.serve.app import Models, make_app
+from aria_jax.serve.jobs import Batcher
+from aria_jax.serve.studio import Studio
+from data_pipeline.midi import midi_bytes, read_midi
+from data_pipeline.tokenizer import Tokenizer
+from tests.corpora import random_performance
+
+
+@contextmanager
+def serving(models: Models, token: str | None = None):
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    config = uvicorn.Config(
+        make_app(models, port=port, token=token),
+        log_level="error",
+        loop="asyncio",
+        ws="websockets-sansio",
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=lambda: server.run(sockets=[listening]))
+    thread.start()
+    yield port
+    server.should_exit = True
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def models(duet_engine, tiny_models, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve")
+    encoder = performance_encoder(tiny_models["encoder"])
+    return Models(
+        Studio(duet_engine, "standard", save_to=folder / "saved", about="a test"),
+        "standard",
+        Batcher(encoder),
+    )
+
+
+@pytest.fixture(scope="module")
+def port(models):
+    with serving(models) as port:
+        yield port
+
+
+@pytest.fixture
+def duet(port):
+    """Connects, says hello and gives a connection with `say` and `until`."""
+    open_ = []
+
+    def begin(session: str | None = None, seed: int | None = 1):
+        socket = connect(f"ws://127.0.0.1:{port}/duet", origin=f"http://127.0.0.1:{port}")
+        page = Page(socket)
+        open_.append(page)
+        page.say("hello", session=session, seed=seed)
+        page.welcome = page.until("welcome", "full")
+        return page
+
+    yield begin
+    for page in open_:
+        page.leave()
+
+
+class Page:
+    """A page without a browser."""
+
+    def __init__(self, socket) -> None:
+        self.socket, self.began, self.heard = socket, time.monotonic(), []
+
+    def now(self) -> int:
+        return int((time.monotonic() - self.began) * 1000)
+
+    def say(self, type: str, **rest) -> None:
+        timed = {} if type == "hello" else {"t": self.now()}
+        self.socket.send(json.dumps({"type": type, **timed, **rest}))
+
+    def until(self, *types: str, seconds: float = 20) -> dict:
+        while True:
+            message = json.loads(self.socket.recv(timeout=seconds))
+            self.heard.append(message)
+            if message["type"] in types:
+                return message
+
+    def play(self, n: int = 4) -> None:
+        for i in range(n):
+            self.say("note_on", pitch=60 + i, velocity=70)
+            time.sleep(0.01)
+            self.say("note_off", pitch=60 + i)
+
+    def leave(self) -> None:
+        with suppress(ConnectionClosed, TimeoutError):
+            self.say("bye")
+            self.until("ended", seconds=5)
+        self.socket.close()
+
+
+def test_a_duet_from_hello_to_the_saved_file(duet, models, duet_engine):
+    page = duet()
+    assert page.welcome["turn"] == "player" and not page.welcome["resumed"]
+    page.play()
+    page.say("hand_over")
+    turn = page.until("turn")
+    assert turn["turn"] == "model" and turn["can_undo"]
+    first = page.until("notes")
+    assert first["first_ms"] > 0 and first["notes"][0][3] >= turn["t"]
+    page.say("settings", temperature=0.8, density=1)
+    keep = page.until("keep")
+    later = page.until("notes")
+    assert later["notes"][0][0] >= keep["keep"] or not later["notes"]
+    page.say("note_on", pitch=50, velocity=60)  # playing takes over
+    assert page.until("turn")["turn"] == "player"
+    page.say("note_off", pitch=50)
+    page.say("save")
+    midi = read_midi(base64.b64decode(page.until("midi")["data"]))
+    mine = midi.notes["pitch"][midi.notes["channel"] == 0]
+    assert mine.tolist() == [60, 61, 62, 63, 50]
+    page.leave()
+    saved = models.studio.saved[-1]
+    assert (read_midi(saved).notes["channel"] == 0).sum() == 5
+    # What is saved beside it plays the session again.
+    record = json.loads(saved.with_suffix(".json").read_text())
+    row = duet_engine.take_row()
+    again = replay(duet_engine, row, record["events"], seed=record["seed"])
+    assert again.n_turns == 1
+    assert Tokenizer.preset("aria").decode(np.array(again.ids)).notes["pitch"][-1] == 50
+    duet_engine.give_back(row)
+
+
+def test_other_answers_and_taking_back(duet):
+    page = duet()
+    page.play()
+    page.say("settings", length_ms=6000)
+    page.say("hand_over")
+    page.until("notes")
+    page.say("takes")
+    takes = page.until("takes")["takes"]
+    assert len(takes) == 3
+    assert all(0 <= note[3] < 6000 for take in takes for note in take)
+    page.say("choose", take=1)
+    page.say("undo")
+    while page.until("turn")["can_undo"]:
+        pass
+    page.say("undo")  # there is none any more: nothing happens
+    page.say("load", data=base64.b64encode(b"MThd, but no MIDI file").decode())
+    assert "MIDI" in page.until("error")["message"]
+    piece = random_performance(np.random.default_rng(0), 20)
+    page.say("load", data=base64.b64encode(midi_bytes(piece)).decode(), seconds=600)
+    assert len(page.until("loaded")["rows"]) == 20
+
+
+def test_a_lost_connection_is_taken_up_again(duet):
+    page = duet()
+    page.play()
+    page.say("hand_over")
+    page.until("notes")
+    page.socket.close()
+    again = duet(session=page.welcome["session"])
+    again.began = page.began
+    assert again.welcome["resumed"] and again.welcome["turn"] == "model"
+    assert again.welcome["answer"] and len(again.welcome["history"]) > 4
+    assert again.until("notes")["turn"] == 1
+
+
+def test_a_full_house_says_so(duet):
+    pages = [duet() for _ in range(4)]
+    assert {page.welcome["type"] for page in pages} == {"welcome"}
+    late = duet()
+    assert late.welcome["type"] == "full" and "4 places" in late.welcome["message"]
+    pages[0].leave()
+    assert duet().welcome["type"] == "welcome"
+
+
+def test_nonsense_is_answered_and_floods_are_closed(duet):
+    page, other = duet(), duet()
+    for text in ("", "{", "[" * 5000, '{"type":"note_on","t":1e999}', '{"type":"x"}', "null"):
+        page.socket.send(text)
+        page.until("error")
+    page.socket.send(b"\x00\xff")
+    page.until("error")
+    page.play(1)
+    with pytest.raises(ConnectionClosed):
+        for _ in range(5000):
+            page.say("clock")
+        while True:
+            page.until("never")
+    other.play(1)
+    other.say("hand_over")
+    assert other.until("notes")["notes"]
+
+
+def test_only_the_servers_own_page_may_connect(port):
+    with pytest.raises(InvalidStatus):
+        connect(f"ws://127.0.0.1:{port}/duet", origin="http://evil.example")
+    with pytest.raises(urllib.error.HTTPError, match="421"):
+        request(port, "/", headers={"Host": "evil.example"})
+    with pytest.raises(urllib.error.HTTPError, match="403"):
+        request(port, "/v1/tokenise", b"", headers={"Origin": "http://evil.example"})
+    for path in ("/../app.py", "/%2e%2e/app.py", "/..%2fapp.py"):
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            request(port, path)
+
+
+def request(port: int, path: str, body: bytes | None = None, headers: dict | None = None) -> bytes:
+    kind = {"Content-Type": "audio/midi"} if body is not None else {}
+    asked = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", data=body, headers={**kind, **(headers or {})}
+    )
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        return answer.read()
+
+
+def test_programs_tokenise_continue_and_find_out_how(port):
+    piece = random_performance(np.random.default_rng(1), 30)
+    found = json.loads(request(port, "/v1/tokenise", midi_bytes(piece)))
+    piece = read_midi(midi_bytes(piece))  # a file cannot hold two notes of one key
+    assert found["ids"] == Tokenizer.preset("aria").encode(piece).tolist()
+    asked = {
+        "midi": base64.b64encode(midi_bytes(piece)).decode(),
+        "prompt_seconds": 600,
+        "seconds": 5,
+        "seed": 3,
+    }
+    answers = [
+        request(
+            port, "/v1/continue", json.dumps(asked).encode(), {"Content-Type": "application/json"}
+        )
+        for _ in range(2)
+    ]
+    assert answers[0] == answers[1]  # the same seed
+    *lines, last = [json.loads(line) for line in answers[0].splitlines()]
+    notes = [note for line in lines for note in line["notes"]]
+    assert len(read_midi(base64.b64decode(last["midi"])).notes) == 30 + len(notes)
+    paths = json.loads(request(port, "/openapi.json"))["paths"]
+    assert {"/v1/info", "/v1/tokenise", "/v1/continue", "/v1/embed"} <= set(paths)
+    with pytest.raises(urllib.error.HTTPError, match="422"):
+        request(port, "/v1/tokenise", b"no MIDI file")
+    with pytest.raises(urllib.error.HTTPError, match="413"):
+        request(port, "/v1/tokenise", b"x" * (3 << 19))
+    with pytest.raises(urllib.error.URLError):  # not even read
+        request(port, "/v1/tokenise", b"x" * (3 << 20))
+
+
+def test_embeddings_share_batches(port, models):
+    pieces = [random_performance(np.random.default_rng(i), 20 + i) for i in range(12)]
+    with ThreadPoolExecutor(12) as pool:
+        answers = list(
+            pool.map(
+                lambda piece: json.loads(request(port, "/v1/embed", midi_bytes(piece))), pieces
+            )
+        )
+    for piece, answer in zip(pieces, answers, strict=True):
+        alone = models.batcher.encoder(read_midi(midi_bytes(piece)))
+        np.testing.assert_allclose(answer["embedding"], alone, atol=1e-5)  # other batch shapes
+    assert max(models.batcher.batches) > 1
+
+
+def test_search_and_token(duet_engine, models, tmp_path):
+    folder = tmp_path / "midis"
+    folder.mkdir()
+    for i in range(3):
+        piece = random_performance(np.random.default_rng(i), 20)
+        (folder / f"{i}.mid").write_bytes(midi_bytes(piece))
+    encoder = models.batcher.encoder
+    source = open_source(folder, encoder.slicing, spool=tmp_path / "spool")
+    found = [one for i in range(3) if isinstance(one := source.piece(i), Piece)]
+    table = embed_pieces(found, encoder.encode, pool="mean", fingerprint=encoder.fingerprint)
+    write_embeddings(table, tmp_path / "emb.parquet")
+    offered = Models(
+        Studio(duet_engine, "standard"), "standard", models.batcher, tmp_path / "emb.parquet"
+    )
+    with serving(offered, token="correct1horse") as port:
+        query = (folder / "1.mid").read_bytes()
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            request(port, "/v1/search?k=2", query)
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            request(port, "/v1/search?k=2", query, {"Authorization": "Bearer wrong"})
+        shown = {"Authorization": "Bearer correct1horse"}
+        hits = json.loads(request(port, "/v1/search?k=2", query, shown))["hits"]
+        assert hits[0]["path"] == "1.mid" and len(hits) == 2
+        with pytest.raises(InvalidStatus):
+            connect(f"ws://127.0.0.1:{port}/duet")
+        connect(f"ws://127.0.0.1:{port}/duet?token=correct1horse").close()
