@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from aria_jax.config import SLICE_NOTES, SLICE_TOKENS, RunConfig, Task, with_settings
+from aria_jax.config import RunConfig, Task, with_settings
 from data_pipeline import storage
 from data_pipeline.errors import InvalidMidi, UserError, expect, kind_of
 from data_pipeline.midi import Performance, compat_of, read_midi
@@ -61,8 +61,8 @@ def embed(
     source: "File | Sequence[str | Path]",
     *,
     metadata: str | Path | None = None,
-    slice_notes: int = SLICE_NOTES,
-    max_tokens: int = SLICE_TOKENS,
+    slice_notes: int | None = None,
+    max_tokens: int | None = None,
     pool_slices: str = "mean",
 ) -> "np.ndarray | Embeddings":
     """Embeddings as `aria-jax embed` computes them: the mean over consecutive slices of 300 notes.
@@ -71,6 +71,8 @@ def embed(
         model: trained by `train contrastive`, or its path.
         source: a performance or MIDI file; or a folder, archive, token shards or list of files.
         metadata: labels of a folder's files (default: metadata.json beside them).
+        slice_notes: notes of a slice (default: 300, or fewer where the model was trained on fewer).
+        max_tokens: tokens of a slice (default: 2,048, or as many as it was trained on).
         pool_slices: "mean", or "mean+std" for the standard deviation over slices too: [2E].
 
     Returns:

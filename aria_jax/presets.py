@@ -84,7 +84,7 @@ RECIPES: dict[tuple[str, Task], dict[str, Any]] = {
         "optimizer": OptimizerConfig(peak_lr=5e-4, warmup_steps=50, b2=0.98, end_ratio=0.02),
         "train": TrainConfig(steps=1_000, eval_every=100, eval_batches=16),
     },
-    # As `tiny` does: embed with --slice-notes 127 --max-tokens 384, as it was trained.
+    # As `tiny` does: slices that fill their rows. What is embedded with it is sliced the same way.
     ("mini", "contrastive"): {
         "data": DataConfig(seq_len=384, global_batch=32, min_slice_notes=100, max_slice_notes=127),
         "augmentation": AugmentConfig(tempo=0.0, velocity=0, mixup=False),

@@ -15,7 +15,14 @@ import numpy as np
 from aria_jax.checkpoints import check_model, model_path
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.safetensors import import_model, read_about
-from aria_jax.config import ComputeConfig, ModelConfig, from_dict, to_dict
+from aria_jax.config import (
+    SLICE_NOTES,
+    SLICE_TOKENS,
+    ComputeConfig,
+    ModelConfig,
+    from_dict,
+    to_dict,
+)
 from aria_jax.models import Parameters, Specs, abstract_parameters, parameter_shardings
 from aria_jax.models.heads import (
     Model,
@@ -49,6 +56,8 @@ class LoadedModel:
         reading: how the MIDI files of its corpus were read, as `data_pipeline.midi.reading_name`.
         corpus: token shards it was trained on; "" where unknown.
         adapted: whether adapters were merged into the weights they belong to.
+        slices: notes and tokens of the slices that it embeds best: 300 and 2,048 as the paper has
+            them, or those it was trained on where they were shorter.
     """
 
     model: Model
@@ -60,6 +69,7 @@ class LoadedModel:
     reading: str = STANDARD
     corpus: str = ""
     adapted: bool = False
+    slices: tuple[int, int] = (SLICE_NOTES, SLICE_TOKENS)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -152,7 +162,8 @@ def load_model(
             restored = merged_with_base(
                 saved, config, restore=restore, read_base=read_base, mesh=mesh, base=base
             )
-        pooling = record.get("config", {}).get("train", {}).get("pooling", "eos")
+        run = record.get("config", {})
+        pooling = run.get("train", {}).get("pooling", "eos")
         reading = record.get("reading", READING_BEFORE)
         corpus = record.get("corpus", {}).get("path", "")
         return LoadedModel(
@@ -165,6 +176,7 @@ def load_model(
             reading=reading,
             corpus=corpus,
             adapted=saved is not None,
+            slices=_slices_of(run.get("data", {})),
         )
 
     try:
@@ -201,7 +213,15 @@ def _from_safetensors(
         path=str(source),
         pooling=about.get("pooling", "eos"),
         reading=about.get("reading", STANDARD),
+        slices=tuple(about.get("slices", (SLICE_NOTES, SLICE_TOKENS))),
     )
+
+
+def _slices_of(data: dict[str, Any]) -> tuple[int, int]:
+    """What `slices` follows from the data settings of a run."""
+    if (most := data.get("max_slice_notes", SLICE_NOTES)) >= SLICE_NOTES:
+        return SLICE_NOTES, SLICE_TOKENS
+    return most, data["seq_len"]
 
 
 def preset_of(source: str, vocab_size: int, asked: str | None = None) -> str:

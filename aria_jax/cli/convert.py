@@ -115,7 +115,8 @@ def _to_safetensors(args: argparse.Namespace) -> None:
             f"--compact has no effect on {args.source}: it was trained with the whole vocabulary "
             "(no model.vocabulary=corpus)"
         )
-    about = {name: getattr(loaded, name) for name in ("tokenizer", "pooling", "reading", "step")}
+    kept = ("tokenizer", "pooling", "reading", "step", "slices")
+    about = {name: getattr(loaded, name) for name in kept}
     export_model(loaded.model, args.out, dtype=args.dtype, compact=args.compact, about=about)
     _report(args.out, loaded.model)
 

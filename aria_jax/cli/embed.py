@@ -1,6 +1,7 @@
 """`aria-jax embed`: one embedding per file."""
 
 import argparse
+from dataclasses import asdict, fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -8,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 from aria_jax.cli import Verb, add_compat, check_suffix, chosen_reading, warn_of_reading
 
 if TYPE_CHECKING:
-    from aria_jax.embed.pieces import Source
+    from aria_jax.embed.pieces import Slicing, Source
 
 DESCRIPTION = """\
 Embed every MIDI file of a folder or archive (or every piece of token shards): consecutive slices of
-300 notes, each embedded at its <E> token, averaged per file (--pool-slices mean+std adds the
-standard deviation over slices: twice the numbers). Writes Parquet: path, sha256, embedding,
-n_slices, n_notes, duration_ms, labels. Files that cannot be read are named in OUT.rejected.jsonl;
+300 notes (fewer where the model was trained on fewer), each embedded, averaged per file
+(--pool-slices mean+std adds the standard deviation over slices: twice the numbers). Writes Parquet:
+path, sha256, embedding, n_slices, n_notes, duration_ms, labels. Files that cannot be read are named
+in OUT.rejected.jsonl;
 the rest goes on. Interrupted and run again, it goes on where it stopped; where files or labels have
 changed since, labels are refreshed and only other files embedded again. What another model made, or
 other settings, is replaced with --overwrite only.
@@ -24,11 +26,16 @@ Many hosts: run the same command on each with --host-index and --host-count on a
 embeds by counting instead, to hold a model against.
 
 examples:
+  aria-jax embed my_midis emb.parquet                   with the released mini-embedding
   aria-jax embed my_midis emb.parquet --checkpoint run2
   aria-jax embed nocturne.mid waltz.mid emb.parquet --checkpoint run2
   aria-jax embed my_midis.tar emb.parquet --checkpoint run2 --bf16 --workers 8
   aria-jax embed my_data emb.parquet --checkpoint run2 --per-slice
   aria-jax embed my_data counts.parquet --baseline pitch-class"""
+
+
+RELEASED = "mini-embedding"
+"""The model unless another is named."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,8 +47,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder, archive or Parquet of MIDI, token shards; or MIDI files",
     )
     parser.add_argument("out", help="Parquet file to write")
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--checkpoint", help="workdir of a contrastive run")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--checkpoint",
+        metavar="C",
+        help=f"workdir of a contrastive run, or .safetensors (default: the released {RELEASED})",
+    )
     which.add_argument("--baseline", choices=("pitch-class", "statistics"), help="count instead")
     add_slicing(parser)
     add_compat(parser, "default: as the model's corpus was read")
@@ -79,7 +90,8 @@ def add_slicing(parser: argparse.ArgumentParser) -> None:
         ("--slice-notes", SLICE_NOTES, "notes of a slice"),
         ("--max-tokens", SLICE_TOKENS, "tokens of a slice"),
     ):
-        parser.add_argument(option, type=int, default=default, help=f"{what} ({default})")
+        how = f"{what} ({default}, or fewer where the model was trained on fewer)"
+        parser.add_argument(option, type=int, help=how)
 
 
 def check_slicing(args: argparse.Namespace) -> None:
@@ -87,7 +99,7 @@ def check_slicing(args: argparse.Namespace) -> None:
     from data_pipeline.errors import UserError
 
     for name, least in (("slice_notes", 1), ("max_tokens", 2), ("workers", 0)):
-        if (given := getattr(args, name)) < least:
+        if (given := getattr(args, name)) is not None and given < least:
             raise UserError(f"--{name.replace('_', '-')} {given} must be at least {least}")
 
 
@@ -111,13 +123,16 @@ def reading_of_source(args: argparse.Namespace, source: "Source", reading: str) 
 
 def run(args: argparse.Namespace) -> None:
     """Embeds and writes."""
-    from aria_jax.cli.console import print_result, progress_bar, stage
+    from aria_jax.cli.console import note, print_result, progress_bar, stage
     from data_pipeline.artifact import refuse_inside
     from data_pipeline.errors import UserError
 
     check_suffix(args.out, "a Parquet file", ".parquet")
     for source in args.sources:
         refuse_inside(args.out, source, "the folder that is embedded")
+    if not args.checkpoint and not args.baseline:
+        args.checkpoint = RELEASED
+        note(f"model: the released {RELEASED} (--checkpoint takes one of yours)")
     check_slicing(args)
     if not Path(args.out).name or Path(args.out).is_dir():
         raise UserError(f"{args.out}: a folder is here; name the Parquet file to write in it")
@@ -126,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"--{option} has no effect with --baseline, which counts: no model")
     if args.per_slice and args.pool_slices != "mean":
         raise UserError(f"--per-slice pools nothing: leave out --pool-slices {args.pool_slices}")
-    from aria_jax.embed.pieces import Slicing, common_folder, open_source
+    from aria_jax.embed.pieces import common_folder, open_source
 
     origin = common_folder(args.sources)
     from aria_jax.embed.export import export
@@ -136,12 +151,9 @@ def run(args: argparse.Namespace) -> None:
     stage("loading the libraries" if args.baseline else "loading jax and the model")
     encode, settings = _encoder(args)
     stage("listing the files")
-    slicing = Slicing(
-        settings["tokenizer"], args.slice_notes, settings["max_tokens"], settings["reading"]
-    )
     with TemporaryDirectory() as folder, progress_bar("embed", "file") as progress:
         source = open_source(
-            args.sources, slicing, spool=Path(folder) / "spool", metadata=args.metadata
+            args.sources, slicing_in(settings), spool=Path(folder) / "spool", metadata=args.metadata
         )
         settings["reading"] = reading_of_source(args, source, settings["reading"])
         stage("counting" if args.baseline else "compiling")
@@ -150,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
             source,
             encode,
             args.out,
-            settings={**settings, "slice_notes": args.slice_notes},
+            settings=settings,
             origin=origin.resolve(),
             per_slice=args.per_slice,
             pool=args.pool_slices,
@@ -171,9 +183,11 @@ def run(args: argparse.Namespace) -> None:
         "n_kept": summary.n_kept,
         "complete": summary.complete,
         "fingerprint": settings["fingerprint"],
+        "slice_notes": settings["slice_notes"],
+        "max_tokens": settings["max_tokens"],
         "warnings": warnings,
     }
-    text = f"{args.out}: {summary.n_rows} rows"
+    text = f"{args.out}: {summary.n_rows} rows, from slices of {settings['slice_notes']} notes"
     if not summary.complete:
         text = "this host's parts are done; the last host to finish writes " + args.out
     if summary.done_before:
@@ -245,10 +259,10 @@ def _host(args: argparse.Namespace) -> tuple[int, int]:
 def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The encoder, and all that its numbers depend on."""
     if args.baseline:
-        return counting(args.baseline, args.max_tokens, args.compat)
+        return counting(args.baseline, args, args.compat)
     from aria_jax.checkpoints.models import load_model
     from aria_jax.config import ComputeConfig
-    from aria_jax.embed.encode import model_encoder
+    from aria_jax.embed.encode import model_encoder, slicing_of
     from aria_jax.sharding import local_mesh
     from data_pipeline.errors import about
     from data_pipeline.tokenizers import Tokenizer
@@ -260,24 +274,36 @@ def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
     with about(args.checkpoint):
         encode = model_encoder(loaded.model, pad_id, pooling, mesh=mesh)
+    reading = chosen_reading(args.compat, loaded.reading, args.checkpoint)
     return encode, {
         "fingerprint": loaded.fingerprint,
-        "tokenizer": loaded.tokenizer,
-        "max_tokens": min(args.max_tokens, loaded.config.max_seq_len),
+        **asdict(slicing_of(loaded, args.slice_notes, args.max_tokens, reading)),
         "pooling": pooling,
-        "reading": chosen_reading(args.compat, loaded.reading, args.checkpoint),
         "dtype": compute.dtype,
     }
 
 
-def counting(name: str, max_tokens: int, compat: str | None = None) -> tuple[Any, dict[str, Any]]:
+def slicing_in(settings: dict[str, Any]) -> "Slicing":
+    """How files were sliced for numbers of these settings."""
+    from aria_jax.embed.pieces import Slicing
+
+    return Slicing(*(settings[field.name] for field in fields(Slicing)))
+
+
+def counting(
+    name: str, args: argparse.Namespace, compat: str | None = None
+) -> tuple[Any, dict[str, Any]]:
     """The encoder of a baseline, and all that its numbers depend on."""
+    from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
     from aria_jax.embed.encode import baseline_encoder
+    from aria_jax.embed.pieces import Slicing
     from data_pipeline.midi import STANDARD
     from data_pipeline.tokenizers import Tokenizer
 
-    reading = {"tokenizer": "aria", "max_tokens": max_tokens, "reading": compat or STANDARD}
-    return baseline_encoder(name, Tokenizer.preset("aria")), {"fingerprint": name, **reading}
+    notes, tokens = args.slice_notes or SLICE_NOTES, args.max_tokens or SLICE_TOKENS
+    slicing = Slicing("aria", notes, tokens, compat or STANDARD)
+    settings = {"fingerprint": name, **asdict(slicing)}
+    return baseline_encoder(name, Tokenizer.preset("aria")), settings
 
 
 def model_and_untrained(
@@ -291,19 +317,15 @@ def model_and_untrained(
 
     from aria_jax.checkpoints.models import load_model
     from aria_jax.config import ComputeConfig
-    from aria_jax.embed.encode import model_encoder
+    from aria_jax.embed.encode import model_encoder, slicing_of
     from aria_jax.models.heads import build_model
     from data_pipeline.tokenizers import Tokenizer
 
     loaded = load_model(args.checkpoint)
     pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
     pooling = args.pooling or loaded.pooling
-    settings = {
-        "tokenizer": loaded.tokenizer,
-        "max_tokens": min(args.max_tokens, loaded.config.max_seq_len),
-        "pooling": pooling,
-        "reading": loaded.reading,
-    }
+    slicing = slicing_of(loaded, args.slice_notes, args.max_tokens)
+    settings = {"pooling": pooling, **asdict(slicing)}
     untrained = build_model(loaded.config, ComputeConfig(), rngs=nnx.Rngs(params=args.seed))
     made = {
         "untrained": (untrained, f"untrained {loaded.config} seed {args.seed}"),

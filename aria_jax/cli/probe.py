@@ -257,7 +257,7 @@ def _bench_suite(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import print_result, progress_bar, stage
 
     stage("loading the libraries")
-    from aria_jax.cli.embed import check_slicing, counting, model_and_untrained
+    from aria_jax.cli.embed import check_slicing, counting, model_and_untrained, slicing_in
     from aria_jax.embed.pieces import open_sources
     from aria_jax.embed.table import read_embeddings
     from aria_jax.eval.suite import BASELINE, find_tasks, markdown_table, rows_by_path, run_suite
@@ -274,10 +274,13 @@ def _bench_suite(args: argparse.Namespace) -> None:
     with TemporaryDirectory() as folder:
         stage("listing the files")
         source = open_sources(
-            args.sources, _slicing(args), folder=Path(folder), metadata=args.metadata
+            args.sources,
+            slicing_in(counting(BASELINE, args)[1]),
+            folder=Path(folder),
+            metadata=args.metadata,
         )
         for name, path in files.items():
-            warnings += _embed(args, source, path, name, *counting(name, args.max_tokens))
+            warnings += _embed(args, source, path, name, *counting(name, args))
         table = read_embeddings(files[BASELINE])
         tasks = find_tasks(
             table,
@@ -356,15 +359,6 @@ def _named(text: str) -> tuple[str, Path]:
     return name, Path(path)
 
 
-def _slicing(args: argparse.Namespace, settings: dict[str, Any] | None = None) -> Any:
-    """How files are sliced for a feature set; for a baseline without its settings."""
-    from aria_jax.cli.embed import counting
-    from aria_jax.embed.pieces import Slicing
-
-    s = settings or counting("statistics", args.max_tokens)[1]
-    return Slicing(s["tokenizer"], args.slice_notes, s["max_tokens"], s["reading"])
-
-
 def _embed(
     args: argparse.Namespace,
     source: Any,
@@ -375,16 +369,17 @@ def _embed(
 ) -> list[str]:
     """Writes one feature set; what had better be known of it."""
     from aria_jax.cli.console import progress_bar
+    from aria_jax.cli.embed import slicing_in
     from aria_jax.embed.export import export
 
-    sliced = source.sliced(_slicing(args, settings))
+    sliced = source.sliced(slicing_in(settings))
     warn_of_reading(sliced.reading, settings["reading"], args.checkpoint)
     with progress_bar(f"embed: {name}", "file") as progress:
         summary = export(
             sliced,
             encode,
             out,
-            settings={**settings, "reading": sliced.reading, "slice_notes": args.slice_notes},
+            settings={**settings, "reading": sliced.reading},
             origin=Path(args.sources[0]).resolve() if len(args.sources) == 1 else "",
             pool=args.pool_slices,
             workers=args.workers,

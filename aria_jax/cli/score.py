@@ -284,8 +284,8 @@ def _predictions(args: argparse.Namespace) -> tuple[tuple[str, ...], str, list[A
     from aria_jax.checkpoints.models import load_model
     from aria_jax.cli.console import progress_bar, stage
     from aria_jax.cli.embed import reading_of_source
-    from aria_jax.embed.encode import class_encoder
-    from aria_jax.embed.pieces import Slicing, open_source
+    from aria_jax.embed.encode import class_encoder, slicing_of
+    from aria_jax.embed.pieces import open_source
     from aria_jax.eval.classifiers import predict
     from aria_jax.sharding import local_mesh
     from data_pipeline.errors import about
@@ -297,9 +297,8 @@ def _predictions(args: argparse.Namespace) -> tuple[tuple[str, ...], str, list[A
     pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
     with about(args.checkpoint):
         encode = class_encoder(loaded.model, pad_id, args.pooling or loaded.pooling, mesh=mesh)
-    max_tokens = min(args.max_tokens, loaded.config.max_seq_len)
     reading = chosen_reading(args.compat, loaded.reading, args.checkpoint)
-    slicing = Slicing(loaded.tokenizer, args.slice_notes, max_tokens, reading)
+    slicing = slicing_of(loaded, args.slice_notes, args.max_tokens, reading)
     stage("reading the files, compiling")
     with TemporaryDirectory() as folder, progress_bar("classify", "file") as progress:
         source = open_source(

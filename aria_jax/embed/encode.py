@@ -14,7 +14,6 @@ import numpy as np
 from flax import nnx
 
 from aria_jax.checkpoints.models import LoadedModel, load_model
-from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
 from aria_jax.embed.pieces import Slicing, midi_slices
 from aria_jax.embed.table import check_slice_pool, pool_slices
 from aria_jax.models.heads import Model, head_width
@@ -210,17 +209,40 @@ class PerformanceEncoder:
         return pool_slices(self.encode(midi_slices(performance, self.slicing)), self.pool)
 
 
+def slicing_of(
+    loaded: LoadedModel,
+    slice_notes: int | None = None,
+    max_tokens: int | None = None,
+    reading: str | None = None,
+) -> Slicing:
+    """How files are sliced for a model.
+
+    Args:
+        slice_notes, max_tokens: of a slice; None takes what the model embeds best (`slices`), and
+            no slice is longer than its context.
+        reading: of the MIDI files; None as those of its corpus were read.
+    """
+    notes, tokens = loaded.slices
+    return Slicing(
+        loaded.tokenizer,
+        slice_notes or notes,
+        min(max_tokens or tokens, loaded.config.max_seq_len),
+        reading or loaded.reading,
+    )
+
+
 def performance_encoder(
     checkpoint: LoadedModel | str | Path,
     *,
-    slice_notes: int = SLICE_NOTES,
-    max_tokens: int = SLICE_TOKENS,
+    slice_notes: int | None = None,
+    max_tokens: int | None = None,
     pooling: str | None = None,
     pool: str = "mean",
 ) -> PerformanceEncoder:
     """The encoder of a trained model.
 
     Args:
+        slice_notes, max_tokens: of a slice, see `slicing_of`.
         pooling: of the tokens of a slice, "eos" or "mean"; None as it was trained.
         pool: of the slices of a performance, see `pool_slices`.
 
@@ -229,12 +251,7 @@ def performance_encoder(
     """
     check_slice_pool(pool)
     loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_model(checkpoint)
-    slicing = Slicing(
-        loaded.tokenizer,
-        slice_notes,
-        min(max_tokens, loaded.config.max_seq_len),
-        loaded.reading,
-    )
+    slicing = slicing_of(loaded, slice_notes, max_tokens)
     pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
     encode = model_encoder(loaded.model, pad_id, pooling or loaded.pooling)
     return PerformanceEncoder(encode, slicing, loaded.fingerprint, pool)

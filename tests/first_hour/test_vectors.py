@@ -15,7 +15,7 @@ EMBED = [
     wrong("embed {midi} {midi}/e.parquet --baseline pitch-class", ("lies in", "folder outside")),
     wrong("embed {midi} e.parquet --checkpoint {lm}", "not an embedding head"),
     wrong("embed {midi} e.parquet --checkpoint {empty}", "no checkpoint here"),
-    wrong("embed {midi} e.parquet", "one of the arguments --checkpoint --baseline is required"),
+    Use("embed {midi} e.parquet --workers 0", ("the released mini-embedding", "of 127 notes")),
     wrong("embed {midi} e.parquet --baseline pich-class", "did you mean 'pitch-class'?"),
     wrong("embed {midi} {ids} e.parquet --baseline statistics", "expected a MIDI file"),
     wrong("embed {midi} e.parquet --baseline statistics --slice-notes 0", "--slice-notes 0"),

@@ -7,6 +7,7 @@ import pytest
 
 from aria_jax.cli import demo
 from aria_jax.cli.main import main
+from aria_jax.report.demo import _verdict
 from data_pipeline.midi import NOTE, Performance, write_midi
 
 
@@ -51,6 +52,8 @@ def test_ends_with_a_report_and_repeats_nothing(pieces, quick, tmp_path, capsys)
     assert f"{probe['accuracy']:.3f}" in page and f"{probe['macro_f1']:.3f}" in page
     assert page.count("<svg") >= 6 and "aria-jax train contrastive" in page
     assert list((out / "continuation").glob("*.mid"))
+    assert list((out / "continuation-released").glob("*.mid"))
+    assert page.count(">listen<") == 2 and "mini-embedding, which comes with" in page
     capsys.readouterr()
     assert main(["demo", str(out), "--midi", str(pieces), "--workers", "1"]) == 0
     assert "already made of the same: nothing to do" in capsys.readouterr().err
@@ -59,7 +62,7 @@ def test_ends_with_a_report_and_repeats_nothing(pieces, quick, tmp_path, capsys)
     assert main(["demo", str(out), "--midi", str(pieces), "--workers", "1"]) == 0
     shown = capsys.readouterr().err
     n_steps = len(demo.steps_before_generation(out, str(pieces), 1))
-    assert shown.count("done before") == n_steps and "aria-jax generate" in shown
+    assert shown.count("done before") == n_steps + 1 and "aria-jax generate" in shown
 
 
 def test_a_stopped_step_tells_how_to_go_on(pieces, quick, tmp_path, capsys, monkeypatch):
@@ -90,4 +93,4 @@ def scored(accuracy: float, low: float, high: float) -> dict:
     ],
 )
 def test_the_verdict_claims_no_more_than_the_intervals(tuned, says):
-    assert says in demo._verdict(tuned, untrained=scored(0.74, 0.64, 0.84))
+    assert says in _verdict(tuned, untrained=scored(0.74, 0.64, 0.84))

@@ -8,6 +8,7 @@ import pytest
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.models import load_model, save_model
 from aria_jax.config import MeshConfig, ModelConfig
+from aria_jax.embed.encode import slicing_of
 from aria_jax.models.heads import split_model
 from aria_jax.sharding import make_mesh
 from aria_jax.train.loop import run
@@ -109,10 +110,14 @@ def test_the_record_says_where_to_go_on(trained):
 def test_saved_models_load_and_are_told_apart(trained, tmp_path):
     loaded = load_model(trained)
     assert loaded.reading == "aria-utils", "as of every corpus whose manifest does not say it"
+    assert loaded.slices == (16, 64), "shorter than the paper's: embedded as it was trained"
     save_model(tmp_path / "copy", loaded.model, step=loaded.step)
     again = load_model(tmp_path / "copy")
     assert (again.config, again.step, again.tokenizer) == (loaded.config, 4, "aria")
-    assert again.reading == "standard"
+    assert again.reading == "standard" and again.slices == (300, 2048)
+    found = [slicing_of(model, *given) for model in (loaded, again) for given in ((), (5, 300))]
+    sizes = [(slicing.slice_notes, slicing.max_tokens) for slicing in found]
+    assert sizes == [(16, 64), (5, 256), (300, 256), (5, 256)], "256 is the model's context"
     assert isinstance(again.config, ModelConfig)
     assert again.fingerprint == loaded.fingerprint
     loaded.model.backbone.norm_scale[...] *= 2

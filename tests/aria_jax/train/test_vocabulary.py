@@ -204,6 +204,7 @@ def test_a_file_of_weights_is_a_checkpoint_and_a_released_name_a_file(
         load_model("mini")
     loaded = load_model(closed_run)
     about = {"tokenizer": "aria", "pooling": "mean", "reading": "aria-utils", "step": 4}
+    about["slices"] = (127, 384)
     file = tmp_path / "mini.safetensors"
     export_model(loaded.model, file, dtype="bfloat16", compact=True, about=about)
     for source in (file, "mini"):
