@@ -39,10 +39,10 @@ def measure(name: str, rows: int, width: int) -> dict[str, float]:
 
     from aria_jax.losses.contrastive import contrastive_loss
 
-    def ours(z1, z2):
+    def blockwise(z1, z2):
         return contrastive_loss(z1, z2, temperature=0.1)[0]
 
-    loss = ours if name == "ours" else lambda z1, z2: naive_loss(z1, z2, 0.1)
+    loss = blockwise if name == "blockwise" else lambda z1, z2: naive_loss(z1, z2, 0.1)
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))
     views = jax.random.normal(jax.random.key(0), (2, rows, width))
     z1, z2 = jax.block_until_ready((views[0], views[1]))
@@ -93,9 +93,9 @@ def free_bytes() -> float:
 def largest_batches(rows: list[dict], width: int) -> dict[str, dict[str, float]]:
     """Pairs that fit into `LIMIT_BYTES`, by the growth between the two largest sizes measured.
 
-    Naive grows with the number of float32 matrices of B², ours with that of arrays B × width.
+    Naive grows with the number of float32 matrices of B², blockwise with that of arrays B × width.
     """
-    units = {"naive": lambda n: 4 * n**2, "ours": lambda n: 4 * n * width}
+    units = {"naive": lambda n: 4 * n**2, "blockwise": lambda n: 4 * n * width}
     found = {}
     for name, unit in units.items():
         done = [(row["pairs"], row[name]["bytes"]) for row in rows if name in row][-2:]
@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="pairs")
     parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--one", choices=("naive", "ours"), help="measure here, print JSON")
+    parser.add_argument("--one", choices=("naive", "blockwise"), help="measure here, print JSON")
     parser.add_argument("--json", action="store_true", help="one JSON line")
     args = parser.parse_args()
     if args.one:
@@ -121,7 +121,7 @@ def main() -> None:
         return
     rows = []
     for n in args.rows:
-        found = {"pairs": n, "ours": in_a_process("ours", n, args.width)}
+        found = {"pairs": n, "blockwise": in_a_process("blockwise", n, args.width)}
         if 4 * 4 * n**2 < free_bytes():
             found["naive"] = in_a_process("naive", n, args.width)
         rows.append(found)
@@ -131,7 +131,7 @@ def main() -> None:
     if args.json:
         print(json.dumps({"width": args.width, "rows": rows, "largest_on_80_gb": limits}))
         return
-    shapes = {"naive": "matrices of B²", "ours": f"arrays of B x {args.width}"}
+    shapes = {"naive": "matrices of B²", "blockwise": f"arrays of B x {args.width}"}
     print("\nextrapolated to one device of 80 GB, float32:")
     for name, limit in limits.items():
         print(
@@ -141,18 +141,17 @@ def main() -> None:
 
 
 def _line(found: dict) -> str:
-    ours, naive = found["ours"], found.get("naive")
-    text = (
-        f"{found['pairs']:>7,} pairs  ours {ours['seconds']:8.2f} s {ours['bytes'] / 1e6:9.0f} MB"
-    )
-    text += f" (process {ours['process_bytes'] / 1e9:.2f} GB)"
+    own, naive = found["blockwise"], found.get("naive")
+    text = f"{found['pairs']:>7,} pairs"
+    text += f"  blockwise {own['seconds']:8.2f} s {own['bytes'] / 1e6:9.0f} MB"
+    text += f" (process {own['process_bytes'] / 1e9:.2f} GB)"
     if naive is None:
         return text + "  naive: does not fit"
     return text + (
         f"  naive {naive['seconds']:8.2f} s {naive['bytes'] / 1e6:9.0f} MB"
-        f"  time x{naive['seconds'] / ours['seconds']:.2f}"
-        f"  memory x{naive['bytes'] / max(ours['bytes'], 1):.1f}"
-        f"  losses differ by {abs(ours['loss'] - naive['loss']):.0e}"
+        f"  time x{naive['seconds'] / own['seconds']:.2f}"
+        f"  memory x{naive['bytes'] / max(own['bytes'], 1):.1f}"
+        f"  losses differ by {abs(own['loss'] - naive['loss']):.0e}"
     )
 
 

@@ -1,8 +1,8 @@
-"""Weights in the layout of the published PyTorch checkpoints, to ours and back.
+"""Weights in the layout of the published PyTorch checkpoints, to parameters and back.
 
 Published names: `model.tok_embeddings.weight`, `model.encode_layers.N.mixed_qkv.weight`, …
 Wrappers put prefixes before them (`_orig_mod.`, `module.`); a bare backbone lacks `model.`.
-A PyTorch linear weight is [out, in]; ours [in, out]. Which tensor each parameter is, it declares
+A PyTorch linear weight is [out, in], a parameter [in, out]. Which tensor each parameter is, it declares
 itself (`models.parameter`).
 """
 
@@ -79,7 +79,7 @@ def import_model(
     try:
         with safe_open(path, framework="flax") as file:
             stored = _stored_names(file, str(path))
-            shapes = {ours: tuple(file.get_slice(n).get_shape()) for ours, n in stored.items()}
+            shapes = {name: tuple(file.get_slice(n).get_shape()) for name, n in stored.items()}
             config = infer_config(
                 shapes,
                 str(path),

@@ -217,7 +217,7 @@ def _metadata(path: Path) -> dict[bytes, bytes]:
 
 
 def read_embeddings(path: str | Path) -> Embeddings:
-    """Reads an embeddings file, ours or another program's.
+    """Reads an embeddings file, of `aria-jax embed` or another program's.
 
     Raises:
         UserError: no such file, neither Parquet nor NPZ, or no embeddings in it.

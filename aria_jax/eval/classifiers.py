@@ -128,7 +128,7 @@ def _choose_c(
 
 
 class _Logistic:
-    """Logistic regressions on rows of one set: features standardised, then turned to their
+    """Logistic regressions on rows of one set: features standardised, then rotated to their
     principal axes, where the Hessian of the loss has a diagonal bound.
 
     A rotation changes neither the penalty nor the solution. Sizes: N rows, R features and the
@@ -141,12 +141,12 @@ class _Logistic:
         scale_E = np.where(deviation_E > 0, deviation_E, 1.0)
         standard_NxE = (x_NxE - self._mean_E) / scale_E
         _, axes_ExE = np.linalg.eigh((standard_NxE.T @ standard_NxE).astype(np.float32))
-        self._turn_ExE = axes_ExE / scale_E[:, None]
-        self.z_NxR = self.turned(x_NxE)
+        self._rotation_ExE = axes_ExE / scale_E[:, None]
+        self.z_NxR = self.rotated(x_NxE)
 
-    def turned(self, x_NxE: np.ndarray) -> np.ndarray:
+    def rotated(self, x_NxE: np.ndarray) -> np.ndarray:
         """Rows as the problem sees them, float32 [N, R]."""
-        return _with_one((x_NxE - self._mean_E) @ self._turn_ExE)
+        return _with_one((x_NxE - self._mean_E) @ self._rotation_ExE)
 
     def solve(
         self, use_BxN: np.ndarray, c: float, tolerance: float, start_BxRxK: np.ndarray | None = None
@@ -169,13 +169,13 @@ class _Logistic:
         )
 
     def predict(self, z_NxR: np.ndarray, weights_BxRxK: np.ndarray) -> np.ndarray:
-        """Classes [B, N] of turned rows."""
+        """Classes [B, N] of rotated rows."""
         return self._classes[(z_NxR @ weights_BxRxK).argmax(-1)]
 
     def predictor(self, c: float) -> Predict:
         """Learnt from all rows."""
         weights_1xRxK = self.solve(np.ones((1, len(self.z_NxR)), bool), c, TOLERANCE)
-        return lambda x: self.predict(self.turned(x), weights_1xRxK)[0]
+        return lambda x: self.predict(self.rotated(x), weights_1xRxK)[0]
 
 
 ROWS = 512
@@ -235,9 +235,7 @@ def _solve(
     return jax.lax.while_loop(unfinished, step, first)[1]
 
 
-def nearest(
-    x: np.ndarray, y: np.ndarray, group: np.ndarray, seed: int, neighbours: int = 5
-) -> Predict:
+def knn(x: np.ndarray, y: np.ndarray, group: np.ndarray, seed: int, neighbours: int = 5) -> Predict:
     """Vote of the nearest training rows by cosine; the nearer of two classes wins a draw."""
 
     def unit(rows: np.ndarray) -> np.ndarray:
@@ -316,7 +314,7 @@ def _with_one(x: np.ndarray) -> np.ndarray:
 
 CLASSIFIERS: dict[str, Fit] = {
     **{"logistic": logistic, "forest": forest, "best": best},
-    **{"linear": linear, "knn": nearest},
+    **{"linear": linear, "knn": knn},
 }
 
 

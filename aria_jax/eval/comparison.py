@@ -50,11 +50,11 @@ def same_prompt(one: Performance, other: Performance, seconds: float) -> bool:
     partner of the same pitch in the other whose onset is at most 50 ms away.
     """
     end_ms = seconds * 1000 * CHECKED_SHARE
-    sides = [_by_pitch(performance, end_ms + ONSET_TOLERANCE_MS) for performance in (one, other)]
-    for mine, theirs in (sides, sides[::-1]):
+    clips = [_by_pitch(performance, end_ms + ONSET_TOLERANCE_MS) for performance in (one, other)]
+    for clip, partner in (clips, clips[::-1]):
         n = n_same = 0
-        for pitch, onsets_ms in mine.items():
-            free = list(theirs.get(pitch, ()))
+        for pitch, onsets_ms in clip.items():
+            free = list(partner.get(pitch, ()))
             for onset_ms in (onset for onset in onsets_ms if onset < end_ms):
                 n += 1
                 near = [other for other in free if abs(other - onset_ms) <= ONSET_TOLERANCE_MS]

@@ -97,7 +97,7 @@ class _Problem:
     given: tuple[np.ndarray, np.ndarray] | None
     split: str | None
 
-    def sides(self, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    def train_test_splits(self, seed: int) -> list[tuple[np.ndarray, np.ndarray]]:
         """Files to learn from and files to judge, fold by fold."""
         if self.given is not None:
             return [self.given]
@@ -174,16 +174,16 @@ def probe(
     chosen: Counter[str] = Counter()
     done = 0
     for repeat in range(repeats):
-        sides = problem.sides(seed + repeat)
-        for train, test in sides:
+        divisions = problem.train_test_splits(seed + repeat)
+        for train, test in divisions:
             predict = problem.fitted(CLASSIFIERS[classifier], train, seed + repeat)
             chosen[predict.name if isinstance(predict, Chosen) else classifier] += 1
             y_pred_RxF[repeat, test] = predict(problem.means(test))
             majority_RxF[repeat, test] = np.bincount(y_F[train]).argmax()
             done += 1
             if progress is not None:
-                progress(done, repeats * len(sides))
-    train, test = sides[0]
+                progress(done, repeats * len(divisions))
+    train, test = divisions[0]
     group = problem.group[problem.first_row]
     judged = np.flatnonzero(y_pred_RxF[0] >= 0)
     return ProbeResult(
@@ -219,11 +219,11 @@ def few_shot(
     """
     problem = _problem(features_NxE, labels, groups, splits, judge, files, folds, min_per_class)
     y_of_file, rng = problem.y[problem.first_row], np.random.default_rng(seed)
-    sides, curve = problem.sides(seed), []
+    divisions, curve = problem.train_test_splits(seed), []
     for k in shots:
         scores = []
         for draw in range(draws):
-            train, test = sides[draw % len(sides)]
+            train, test = divisions[draw % len(divisions)]
             chosen = [
                 rng.permutation(train[y_of_file[train] == c])[:k] for c in set(y_of_file[train])
             ]
