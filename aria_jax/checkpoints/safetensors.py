@@ -2,8 +2,8 @@
 
 Published names: `model.tok_embeddings.weight`, `model.encode_layers.N.mixed_qkv.weight`, …
 Wrappers put prefixes before them (`_orig_mod.`, `module.`); a bare backbone lacks `model.`.
-A PyTorch linear weight is [out, in], a parameter [in, out]. Which tensor each parameter is, it declares
-itself (`models.parameter`).
+A PyTorch linear weight is [out, in], a parameter [in, out]. Which tensor each parameter is, it
+declares itself (`models.parameter`).
 """
 
 import dataclasses

@@ -18,8 +18,8 @@ from aria_jax.eval.classifiers import (
     LinearRecipe,
     Prediction,
     _Logistic,
+    knn,
     linear,
-    nearest,
     score_predictions,
 )
 from aria_jax.losses.cross_entropy import file_probabilities
@@ -144,7 +144,7 @@ def test_linear_is_adamw_with_warm_up_and_decay():
 
 def test_the_nearer_class_wins_a_draw():
     x = np.array([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
-    predict = nearest(x, np.array([0, 0, 1, 1]), np.arange(4).astype(str), 0, neighbours=4)
+    predict = knn(x, np.array([0, 0, 1, 1]), np.arange(4).astype(str), 0, neighbours=4)
     np.testing.assert_array_equal(predict(np.array([[1.0, 0.2], [0.2, 1.0]])), [0, 1])
 
 
