@@ -19,7 +19,7 @@ from data_pipeline.loaders import BatchStream
 from data_pipeline.loaders.windows import lm_windows
 from data_pipeline.shards import TokenShards
 from data_pipeline.storage import buckets
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.buckets import Network, _gcs_env, _gcs_server, _s3_env, _s3_server
 from tests.corpora import random_performance, write_corpus
 
