@@ -22,7 +22,7 @@ from aria_jax.generate.weights import decoder_weights
 from data_pipeline.errors import UserError
 from data_pipeline.midi import Performance, read_midi
 from data_pipeline.sample import sample
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 
 MUSIC_MS = 10_000
 """Of the model's, over which its speed is measured."""

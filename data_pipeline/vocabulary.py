@@ -27,6 +27,10 @@ FAMILIES = (
 )  # fmt: skip
 IGNORED = {"chromatic", "synth_pad", "synth_effect", "ethnic", "percussive", "sfx"}
 INSTRUMENTS = tuple(family for family in FAMILIES if family not in IGNORED)
+INSTRUMENT_OF_PROGRAM = np.array(
+    [INSTRUMENTS.index(f) if f in INSTRUMENTS else -1 for f in FAMILIES for _ in range(8)]
+)
+"""Index into `INSTRUMENTS` of each General MIDI program, -1 for those without tokens; [128]."""
 # The program that an instrument is played with when ids become MIDI again.
 PROGRAMS = {"piano": 0, "organ": 16, "guitar": 24, "bass": 32, "strings": 40, "ensemble": 48,
             "brass": 56, "reed": 64, "pipe": 73, "synth_lead": 80}  # fmt: skip
@@ -50,6 +54,8 @@ class Kind(IntEnum):
     DUR = 5
     ONSET = 6
     PEDAL = 7
+    VELOCITY = 8
+    NOTE_OFF = 9
 
 
 def ids_in(ranges: Iterable[str]) -> list[int]:

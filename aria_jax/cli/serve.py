@@ -140,7 +140,7 @@ def _models(args: argparse.Namespace) -> "Models":
     from aria_jax.models.heads import parameter_specs
     from aria_jax.serve.app import Models
     from aria_jax.serve.studio import Studio
-    from data_pipeline.tokenizer import Tokenizer
+    from data_pipeline.tokenizers import Tokenizer
 
     stage("loading the model")
     loaded = load_model(args.checkpoint)

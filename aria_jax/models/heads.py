@@ -217,7 +217,9 @@ def with_ordered_start(
                      tokenizer.velocity >= 0])  # fmt: skip
     angles = quantities[:, :, None] * cycles[:, None] + shift[:, None]
     features = jnp.sqrt(2.0) * jnp.cos(2 * jnp.pi * angles) * says[:, :, None]
-    of_kind = jax.random.normal(kinds, (len(Kind), d))[tokenizer.kind]
+    # The kinds of other schemes, which come after the pedal's, share a vector.
+    kind_V = np.minimum(tokenizer.kind, Kind.PEDAL)
+    of_kind = jax.random.normal(kinds, (Kind.PEDAL + 1, d))[kind_V]
     n_parts = 1 + says.sum(0)[:, None]
     table_VxD = (features.sum(0) + of_kind) / jnp.sqrt(n_parts)
     known_V = row_table(config)[1]

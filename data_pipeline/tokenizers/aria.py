@@ -31,8 +31,8 @@ from data_pipeline.settings import AugmentConfig
 from data_pipeline.tokenizers.base import Tokenizer
 from data_pipeline.vocabulary import (
     DRUM_VELOCITY,
-    FAMILIES,
     HIGHEST_DRUM,
+    INSTRUMENT_OF_PROGRAM,
     INSTRUMENTS,
     LABELS,
     LOWEST_DRUM,
@@ -46,13 +46,18 @@ from data_pipeline.vocabulary import (
     reachable_ids,
 )
 
-# Labels are compared without accents: the vocabulary writes "étude", label tables write "etude".
+# Compared without accents: the vocabulary writes "étude", label tables write "etude".
 _LABEL_TOKENS = {
     (label, normalise_class(name)): name for label, names in LABELS.items() for name in names
 }
-_INSTRUMENT_OF_PROGRAM = np.array(
-    [INSTRUMENTS.index(f) if f in INSTRUMENTS else -1 for f in FAMILIES for _ in range(8)]
-)
+
+
+def label_tokens(labels: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Tokens of the labels that the vocabulary knows, e.g. ("prefix", "composer", "bach")."""
+    named = ((label, normalise_class(labels.get(label, ""))) for label in LABELS)
+    return [("prefix", one[0], _LABEL_TOKENS[one]) for one in named if one in _LABEL_TOKENS]
+
+
 DIM_FROM_END, DIM_JITTER = 100, 10
 
 
@@ -183,7 +188,7 @@ class AriaTokenizer(Tokenizer):
         performance = remove_instruments(performance)
         if not len(performance.notes):
             raise InvalidMidi("no-notes", "no notes of a supported instrument")
-        instruments = _INSTRUMENT_OF_PROGRAM[note_programs(performance)]
+        instruments = INSTRUMENT_OF_PROGRAM[note_programs(performance)]
         prefix = self._prefix(performance, instruments, labels or {})
         body = self._body(performance, instruments, remove_preceding_silence)
         if rng is not None:
@@ -205,16 +210,13 @@ class AriaTokenizer(Tokenizer):
         present = set(np.flatnonzero(np.bincount(pitched)).tolist())
         silent = {int(row["channel"]): int(row["program"]) for row in performance.programs}
         silent.pop(DRUM_CHANNEL, None)
-        present |= {int(_INSTRUMENT_OF_PROGRAM[p]) for c, p in silent.items() if not used[c]}
+        present |= {int(INSTRUMENT_OF_PROGRAM[p]) for c, p in silent.items() if not used[c]}
         if self.has_pedal and present != {0}:
             raise InvalidMidi("not-piano", "the pedal preset takes solo piano only")
         ids = [len(SPECIAL) + i for i in present]
         if used[DRUM_CHANNEL]:
             ids.append(len(SPECIAL) + len(INSTRUMENTS))
-        for label in LABELS:
-            name = _LABEL_TOKENS.get((label, normalise_class(labels.get(label, ""))))
-            if name is not None:
-                ids.append(self.id_of(("prefix", label, name)))
+        ids += [self.id_of(token) for token in label_tokens(labels)]
         return np.array(sorted(ids), np.int64)
 
     def _body(
@@ -295,8 +297,7 @@ class AriaTokenizer(Tokenizer):
         pedals["tick"] = onset_ms[pedal]
         pedals["value"] = np.where(ids[at[pedal]] == self.first_pedal_id, 127, 0)
         at, onset_ms, kind = at[~pedal], onset_ms[~pedal], kind[~pedal]
-        drum = kind == Kind.DRUM
-        channel = channel_of[self.instrument[ids[at]]]
+        drum, channel = kind == Kind.DRUM, channel_of[self.instrument[ids[at]]]
         notes = np.zeros(len(at), NOTE)
         notes["pitch"] = self.pitch[ids[at]]
         notes["velocity"] = np.where(drum, DRUM_VELOCITY, self.velocity[ids[at]])

@@ -6,16 +6,74 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 
-from data_pipeline.errors import InvalidMidi, UserError, did_you_mean
-from data_pipeline.midi import Performance
+from data_pipeline.cleaning import supported_notes
+from data_pipeline.errors import InvalidMidi, UserError, did_you_mean, expect
+from data_pipeline.midi import (
+    DRUM_CHANNEL,
+    NOTE,
+    PROGRAM,
+    Performance,
+    note_programs,
+    pedalled_ends,
+    refuse_overlong,
+)
 from data_pipeline.settings import AugmentConfig
-from data_pipeline.vocabulary import Automaton, Kind
+from data_pipeline.vocabulary import (
+    INSTRUMENT_OF_PROGRAM,
+    INSTRUMENTS,
+    PROGRAMS,
+    VELOCITY_STEP,
+    Automaton,
+    Kind,
+)
 
 COMMON_SPECIAL = ("<S>", "<E>", "<P>", "<U>")
+
+
+SOUND = np.dtype(
+    [("instrument", "u1"), ("pitch", "u1"), ("velocity", "u1"), ("start", "i8"), ("end", "i8")]
+)
+"""A note as it sounds: index into `INSTRUMENTS` (their number for drums), and times in ms."""
+
+
+def sounding_notes(performance: Performance) -> np.ndarray:
+    """`SOUND` [N] of the notes of supported instruments by onset, from 0; the pedal is in the ends.
+
+    Raises:
+        InvalidMidi: there are none, or it lasts longer than a day.
+    """
+    performance = supported_notes(expect(performance, Performance, "encode: a Performance"))
+    notes = performance.notes
+    out = np.zeros(len(notes), SOUND)
+    is_drum = notes["channel"] == DRUM_CHANNEL
+    instruments = INSTRUMENT_OF_PROGRAM[note_programs(performance)]
+    out["instrument"] = np.where(is_drum, len(INSTRUMENTS), instruments)
+    out["pitch"], out["velocity"] = notes["pitch"], notes["velocity"]
+    out["start"] = performance.between_ms(int(notes["start"][0]), notes["start"])
+    lengths = performance.between_ms(notes["start"], pedalled_ends(performance))
+    out["end"] = out["start"] + np.maximum(lengths, 0)
+    refuse_overlong(out["end"], "a performance")
+    return out
+
+
+def performance_of(sounds: np.ndarray) -> Performance:
+    """The performance of 1 tick = 1 ms of `SOUND` rows, each instrument on its own channel."""
+    sounds = sounds[np.argsort(sounds["start"], kind="stable")]
+    channel_of = np.array([*range(9), 10, DRUM_CHANNEL])
+    notes = np.zeros(len(sounds), NOTE)
+    for name in ("pitch", "velocity", "start", "end"):
+        notes[name] = sounds[name]
+    notes["channel"] = channel_of[sounds["instrument"]]
+    used = np.unique(sounds["instrument"]).tolist()
+    rows = [
+        (0, PROGRAMS[INSTRUMENTS[i]] if i < len(INSTRUMENTS) else 0, channel_of[i]) for i in used
+    ]
+    return Performance(500, notes, programs=np.array(rows or [(0, 0, 0)], PROGRAM))
 
 
 class Tokenizer(ABC):
@@ -192,10 +250,14 @@ class Tokenizer(ABC):
             ids: uint16 [L]; note_at: its `note_positions`.
         """
         del note_at
-        part = self.decode(ids).slice_notes(start, stop)
+        part = self._decode_for_encoding(ids).slice_notes(start, stop)
         if not len(part.notes):
             return np.array([self.bos_id, self.eos_id], np.uint16)
         return self.encode(part)
+
+    def _decode_for_encoding(self, ids: np.ndarray) -> Performance:
+        """What `encode` makes the same tokens of; a scheme in beats keeps its tempo here."""
+        return self.decode(ids)
 
     def start(self, instrument: str = "piano") -> np.ndarray:
         """The beginning of a piece of which only the instrument is known, int64."""
@@ -210,10 +272,38 @@ class Tokenizer(ABC):
         """Part of a piece, or of several, changed at random as far as `augmentations` goes; uint16.
 
         No padding comes back; the length may differ. What the scheme cannot do is left undone:
-        callers compare `augmentations` with what they ask for.
+        callers compare `augmentations` with what they ask for. Here each part that ends in `<E>` is
+        decoded, changed and encoded again: what sounded already where a window begins goes.
         """
-        del config, rng
-        return ids
+        ids = ids[ids != self.pad_id]
+        ends = np.flatnonzero(ids == self.eos_id) + 1
+        parts = [part for part in np.split(ids, ends) if len(part)]
+        return np.concatenate([ids[:0], *(self._part_augmented(one, config, rng) for one in parts)])
+
+    def _part_augmented(
+        self, ids: np.ndarray, config: AugmentConfig, rng: np.random.Generator
+    ) -> np.ndarray:
+        factor = rng.uniform(1 - config.tempo, 1 + config.tempo)
+        semitones = int(rng.integers(-config.pitch, config.pitch + 1))
+        louder = int(rng.integers(-config.velocity, config.velocity + 1)) * VELOCITY_STEP
+        performance = self._decode_for_encoding(ids)
+        notes = performance.notes.copy()
+        pitch = notes["pitch"] + np.where(notes["channel"] == DRUM_CHANNEL, 0, semitones)
+        notes["pitch"] = np.clip(pitch, 0, 127)
+        notes["velocity"] = np.clip(notes["velocity"].astype(int) + louder, 1, 127)
+        if "tempo" in self.augmentations:
+            length = np.rint((notes["end"] - notes["start"]) * factor)
+            notes["start"] = np.rint(notes["start"] * factor)
+            notes["end"] = notes["start"] + np.maximum(length, 1)
+        notes = notes[(pitch >= 0) & (pitch <= 127)]
+        if not len(notes):
+            return ids
+        changed = self.encode(
+            replace(performance, notes=notes), add_eos=bool(ids[-1] == self.eos_id)
+        )
+        header = int(np.argmax(ids == self.bos_id)) + 1 if self.bos_id in ids else 0
+        body = changed[int(np.argmax(changed == self.bos_id)) + 1 :]
+        return np.concatenate([ids[:header], body]).astype(np.uint16)
 
     def grammar(self) -> Automaton | None:
         """The automaton that reads every whole piece of this scheme; None where there is none."""

@@ -25,7 +25,7 @@ from aria_jax.serve.app import Models, make_app
 from aria_jax.serve.jobs import Batcher
 from aria_jax.serve.studio import Studio
 from data_pipeline.midi import midi_bytes, read_midi
-from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance
 
 
