@@ -1,6 +1,9 @@
-"""Small self-made corpora for the tests of the data room."""
+"""Small self-made corpora for the tests of the data room, and what else is made once a session."""
 
+import fcntl
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +53,19 @@ def write_corpus(
     (folder / shards.REJECTED).touch()
 
 
+def once(tmp_path_factory: pytest.TempPathFactory, name: str, make: Callable) -> Path:
+    """A folder that `make(folder)` fills, once for all workers of a session. Read only."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    with (folder.parent / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (done := folder.with_name(f"{name}.done")).exists():
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     """Token shards of 23 pieces of 12 to 400 notes (train) and 5 (val) by three composers."""
@@ -73,7 +89,11 @@ def midi_corpus(tmp_path_factory) -> Path:
     """Ten MIDI files of 320 notes with metadata.json: two composers, one low and slow, one high
     and fast; long enough for slices of 100 notes and more. Read only.
     """
-    folder, rng, rows = tmp_path_factory.mktemp("midi-corpus"), np.random.default_rng(0), []
+    return once(tmp_path_factory, "midi-corpus", _write_midi_corpus)
+
+
+def _write_midi_corpus(folder: Path) -> None:
+    rng, rows = np.random.default_rng(0), []
     for i in range(10):
         composer = ("lento", "presto")[i % 2]
         fast = composer == "presto"
@@ -87,4 +107,3 @@ def midi_corpus(tmp_path_factory) -> Path:
         row = {"path": f"{composer}_{i}.mid", "composer": composer, "composition": composition}
         rows.append(row)
     (folder / "metadata.json").write_text(json.dumps(rows))
-    return folder

@@ -13,6 +13,7 @@ from aria_jax.generate.live.engine import Engine
 from aria_jax.generate.weights import decoder_weights
 from aria_jax.models.heads import Model, build_model
 from data_pipeline.tokenizers import Tokenizer
+from tests.corpora import once
 
 _SIZES = {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 512}
 _HEADS = {
@@ -25,10 +26,13 @@ _HEADS = {
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> dict[str, Path]:
     """Checkpoints of a language model, one that embeds and one that classifies."""
-    folder = tmp_path_factory.mktemp("tiny-models")
-    for name, head in _HEADS.items():
-        config = ModelConfig(**_SIZES, **head)
-        save_model(folder / name, build_model(config, ComputeConfig(), rngs=nnx.Rngs(0)))
+
+    def make(folder: Path) -> None:
+        for name, head in _HEADS.items():
+            config = ModelConfig(**_SIZES, **head)
+            save_model(folder / name, build_model(config, ComputeConfig(), rngs=nnx.Rngs(0)))
+
+    folder = once(tmp_path_factory, "tiny-models", make)
     return {name: folder / name for name in _HEADS}
 
 

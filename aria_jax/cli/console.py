@@ -69,6 +69,11 @@ class Counter:
             self._recent.popleft()
 
     @property
+    def begun(self) -> bool:
+        """Whether the first unit is done, by this run or by an earlier one."""
+        return self._done > 0
+
+    @property
     def rate(self) -> float | None:
         """Units a second from the first report to the last; None before the second."""
         if self._began is None or self._done <= self._base:
@@ -195,7 +200,7 @@ class Screen:
         if self._counter is None or not self._counter.started:
             return f"{self._verb}: {self._stage} ({waited})"
         # The first unit takes longest: it compiles, or processes start.
-        first = "" if self._counter.rate else f" ({self._stage}, {waited})"
+        first = "" if self._counter.begun else f" ({self._stage}, {waited})"
         return self._text(self._counter) + first
 
     def _text(self, counter: Counter) -> str:

@@ -5,6 +5,7 @@ and charts of runs and corpora as figures, which `save_chart` writes.
 import html
 import json
 import os
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,6 +36,7 @@ h3 { font-size: 1.05rem; margin: 1.2rem 0 .3rem }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
 pre { background: #f5f5f2; padding: .8rem 1rem; overflow-x: auto; border-radius: 4px;
       font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere }
+pre span { white-space: nowrap }
 .note { color: #555 } .best { font-weight: 600 }
 """
 
@@ -102,8 +104,8 @@ def side_by_side(*parts: str) -> str:
 
 
 def code(text: str) -> str:
-    """Commands to copy."""
-    return f"<pre>{html.escape(text)}</pre>"
+    """Commands to copy; no line of them ends within an option, as it would at each hyphen."""
+    return "<pre>" + re.sub(r"(?<=\s)(-[-\w]+)", r"<span>\1</span>", html.escape(text)) + "</pre>"
 
 
 def link(target: str, text: str) -> str:

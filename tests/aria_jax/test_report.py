@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from aria_jax.report import corpus_chart
+from aria_jax.report import code, corpus_chart
 
 
 def test_a_corpus_is_drawn_with_all_its_pieces_and_labels():
@@ -14,6 +14,14 @@ def test_a_corpus_is_drawn_with_all_its_pieces_and_labels():
     assert [patch.get_width() for patch in composer.patches] == [3, 1]
     assert [tick.get_text() for tick in composer.get_yticklabels()] == ["bach", "liszt"]
     assert (composer.get_title(), form.get_title()) == ("composer", "form")
+
+
+def test_commands_are_not_broken_within_an_option():
+    shown = code("aria-jax embed my-midis e.parquet --host-index 1 -k 2 <x>")
+    assert shown == (
+        "<pre>aria-jax embed my-midis e.parquet <span>--host-index</span> 1 <span>-k</span> 2 "
+        "&lt;x&gt;</pre>"
+    )
 
 
 def test_an_empty_corpus_is_drawn_too():

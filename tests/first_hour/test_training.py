@@ -8,7 +8,7 @@ SMALL = "d_model=16 n_heads=2 n_layers=1 seq_len=32 global_batch=8 warmup_steps=
 PRETRAIN = "train pretrain --data {data} --workdir run"
 
 TRAIN = [
-    Use(f"{PRETRAIN} {SMALL} steps=1", ("starting from scratch", "step 1"), made="run/config.yaml"),
+    Use(f"{PRETRAIN} {SMALL} steps=3", ("starting from scratch", "step 3"), made="run/config.yaml"),
     Use(f"{PRETRAIN} {SMALL} --config c.yaml --dry-run", "3 steps",
         before=(("c.yaml", "steps: 3"),)),
     Use("train --settings", ("peak_lr=0.0003", "Learning rate at the end of the warm-up")),
@@ -47,12 +47,19 @@ TRAIN = [
 
 COMPILE = [
     Use("compile --help", ("usage: aria-jax compile", "example")),
+    Use(f"compile --preset tiny --topology v5e:2x2 {SMALL}", ("memory", "GiB per chip"),
+        needs="libtpu"),
+    Use(f"compile --preset tiny --topology v5e:2x2 --task embed --json {SMALL}", '"memory"',
+        needs="libtpu"),
     wrong("compile --preset tiny --topology v5p", "v5p"),
     wrong("compile --preset tinny --topology v5p:2x2x1", "did you mean 'tiny'?"),
     wrong("compile --preset tiny --topology v9:2x2x1", "v9"),
     wrong("compile --preset tiny --on v5p:2x2x1", "unknown argument --on"),
     wrong("compile --preset tiny --topology v5p:2x2x1 --mesh 1,2", "--mesh 1,2"),
-]
+    wrong("compile --preset tiny --topology h100:0", ("h100:0", "h100:8")),
+    wrong("compile --preset tiny --task pretrian", "did you mean 'pretrain'?"),
+    wrong("compile --preset tiny stesp=3", "nearest: steps"),
+]  # fmt: skip
 
 CONVERT = [
     Use("convert to-safetensors {lm} m.safetensors", "m.safetensors", made="m.safetensors"),

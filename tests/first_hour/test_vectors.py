@@ -68,7 +68,7 @@ SEARCH = [
 BENCH_SUITE = [
     Use("bench-suite --help", "usage: aria-jax bench-suite"),
     Use(
-        "bench-suite {midi} --out s --min-per-class 2 --workers 0 --seeds 1 "
+        "bench-suite {midi} --out s --min-per-class 2 --workers 0 --seeds 1 --folds 2 "
         "--metadata {midi}/metadata.json",
         ("composer", "statistics", "majority class"),
         made="s",

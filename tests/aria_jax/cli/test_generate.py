@@ -67,7 +67,7 @@ def test_files_for_each_continuation(folder, capsys, tmp_path):
         assert f"piece-{i}.mid" in out
     page = (tmp_path / "piece.html").read_text()
     assert page.count('class="player"') == 2 and "src=" not in page and "http" not in page
-    assert "aria-jax generate --checkpoint" in page  # how to make it again
+    assert "aria-jax generate <span>--checkpoint</span>" in page  # how to make it again
     for fact in (
         "prompt",
         "9 notes of",
