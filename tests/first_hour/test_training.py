@@ -1,4 +1,4 @@
-"""train, compile, convert, demo."""
+"""train, compile, convert, demo, serve."""
 
 import pytest
 
@@ -86,6 +86,18 @@ DEMO = [
 ]
 
 
-@pytest.mark.parametrize("use", [*TRAIN, *COMPILE, *CONVERT, *DEMO], ids=str)
+SERVE = [
+    Use("serve --help", ("usage: aria-jax serve", "example")),
+    wrong("serve --host 0.0.0.0", ("--host 0.0.0.0", "--token")),
+    wrong("serve --token short", "at least 8 letters"),
+    wrong("serve --players 0", "--players 0"),
+    wrong("serve --port 70000", "--port 70000"),
+    wrong("serve --checkpoint {nothing}", "no checkpoint here"),
+    wrong("serve --embeddings {nothing} --port 0", ("nothing", "no such file")),
+    wrong("serve --prot 1", "did you mean '--port'?"),
+]
+
+
+@pytest.mark.parametrize("use", [*TRAIN, *COMPILE, *CONVERT, *DEMO, *SERVE], ids=str)
 def test_a_newcomer_finds_what_the_table_says(use, run_use):
     run_use(use)
