@@ -79,7 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     build.add_argument("--filters", default="light", help="light, heavy, none or a file (light)")
     build.add_argument("--val-fraction", type=float, default=0.1, help="held out (0.1)")
-    build.add_argument("--preset", default="aria", help="tokenizer: aria or pedal (aria)")
+    build.add_argument(
+        "--tokenizer",
+        "--preset",
+        dest="preset",
+        default="aria",
+        metavar="NAME",
+        help="scheme of tokens, see `aria-jax tokenizers list` (aria)",
+    )
     add_compat(build, "default: standard")
     build.add_argument(
         "--repair", action="store_true", help="of truncated files, take what is before the break"

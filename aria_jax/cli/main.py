@@ -34,6 +34,7 @@ VERBS = {
     "search": ("search", "the performances nearest to a query"),
     "bench-suite": ("probe", "every labelled task in one table, beside published figures"),
     "serve": ("serve", "play a duet in the browser; the models for programs"),
+    "tokenizers": ("tokenizers", "the schemes of tokens, and what each loses"),
     "convert": ("convert", "weights from and to published PyTorch checkpoints"),
     "listening-test": ("listening_test", "blinded A/B pages, and the analysis of their votes"),
     "demo": ("demo", "the whole story on a small corpus, ending in an HTML report"),

@@ -19,8 +19,8 @@ from data_pipeline.midi import (
     PROGRAM,
     Performance,
     note_programs,
-    pedalled_ends,
     refuse_overlong,
+    resolve_pedal,
 )
 from data_pipeline.settings import AugmentConfig
 from data_pipeline.vocabulary import (
@@ -42,12 +42,14 @@ SOUND = np.dtype(
 
 
 def sounding_notes(performance: Performance) -> np.ndarray:
-    """`SOUND` [N] of the notes of supported instruments by onset, from 0; the pedal is in the ends.
+    """`SOUND` [N] of the notes of supported instruments by onset, from 0; the pedal is in the ends,
+    and a key that is struck again ends its note before.
 
     Raises:
         InvalidMidi: there are none, or it lasts longer than a day.
     """
-    performance = supported_notes(expect(performance, Performance, "encode: a Performance"))
+    expect(performance, Performance, "encode: a Performance")
+    performance = resolve_pedal(supported_notes(performance))
     notes = performance.notes
     out = np.zeros(len(notes), SOUND)
     is_drum = notes["channel"] == DRUM_CHANNEL
@@ -55,7 +57,7 @@ def sounding_notes(performance: Performance) -> np.ndarray:
     out["instrument"] = np.where(is_drum, len(INSTRUMENTS), instruments)
     out["pitch"], out["velocity"] = notes["pitch"], notes["velocity"]
     out["start"] = performance.between_ms(int(notes["start"][0]), notes["start"])
-    lengths = performance.between_ms(notes["start"], pedalled_ends(performance))
+    lengths = performance.between_ms(notes["start"], notes["end"])
     out["end"] = out["start"] + np.maximum(lengths, 0)
     refuse_overlong(out["end"], "a performance")
     return out

@@ -1,0 +1,188 @@
+"""`aria-jax tokenizers`: the schemes of tokens, and what each makes of the same files."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from aria_jax.cli import Verb, add_compat
+
+if TYPE_CHECKING:
+    from data_pipeline.midi import Performance
+    from data_pipeline.tokenizers import Tokenizer
+    from data_pipeline.tokenizers.comparison import SchemeReport
+
+_DESCRIPTION = """\
+Schemes that turn MIDI into tokens. `data build --tokenizer NAME` takes any of them.
+
+examples:
+  aria-jax tokenizers list                        their names and sizes
+  aria-jax tokenizers compare my_midis            how many tokens, and what a round trip loses"""
+
+_COMPARE = """\
+Encode and decode every MIDI file of a folder with each scheme. A note that comes back is matched by
+instrument family, pitch and order; with sustain pedal folded into the notes, and a key that is
+struck again ending its note before. Times are compared after the second performance is moved as a
+whole, so that a scheme may begin with the bar. --json prints one line:
+{"n_files", "unreadable", "tokenizers": [{"name", "vocab_size", "tokens_per_note", "tokens_per_s",
+"context_s" (music in 8,192 tokens), "encode_notes_per_s", "missing_percent", "added_percent",
+"onset_error_ms", "onset_error_p95_ms", "duration_error_ms", "velocity_error",
+"instruments_kept_percent", "pedals", …}]}."""
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the verbs list and compare."""
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="{list,compare}")
+    listing = verbs.add_parser("list", description="Name, vocabulary and source of each scheme.")
+    compare = verbs.add_parser(
+        "compare", description=_COMPARE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    compare.add_argument("midi_dir", help="folder of MIDI files (searched recursively)")
+    compare.add_argument(
+        "--tokenizers", metavar="A,B", help="only these (all whose packages are installed)"
+    )
+    compare.add_argument("--max-files", type=int, metavar="N", help="the first N files only")
+    add_compat(compare, "default: standard")
+    for made in (listing, compare):
+        made.add_argument("--json", action="store_true", help="print the result as one JSON line")
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Runs the sub-verb."""
+    return {"list": _list, "compare": _compare}[args.verb](args)
+
+
+TOKENIZERS = Verb(_DESCRIPTION, _arguments, _run)
+
+
+def _installed(names: list[str]) -> "tuple[list[Tokenizer], dict[str, str]]":
+    """The tokenizers that can be built here, and why the others cannot."""
+    from data_pipeline.errors import UserError
+    from data_pipeline.tokenizers import Tokenizer
+
+    found, missing = [], {}
+    for name in names:
+        try:
+            found.append(Tokenizer.preset(name))
+        except UserError as error:
+            missing[name] = str(error)
+    return found, missing
+
+
+def _list(args: argparse.Namespace) -> int:
+    from aria_jax.cli.console import print_result
+    from data_pipeline.tokenizers import SCHEMES
+
+    found, missing = _installed(list(SCHEMES))
+    sizes = {one.preset_name: one.vocab_size for one in found}
+    rows = [
+        {
+            "name": name,
+            "about": text,
+            "vocab_size": sizes.get(name),
+            "hash": next((one.hash for one in found if one.preset_name == name), None),
+            "missing": missing.get(name),
+        }
+        for name, text in SCHEMES.items()
+    ]
+    lines = [
+        f"{name:<11} {sizes[name]:>6,} ids  {text}" if name in sizes else missing[name]
+        for name, text in SCHEMES.items()
+    ]
+    print_result({"tokenizers": rows}, args.json, "\n".join(lines))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    """Compares; 1 where some file could not be read."""
+    from aria_jax.cli.console import print_result, progress_bar, stage
+    from data_pipeline.build.sources import no_midi_files, walk_folder
+    from data_pipeline.errors import UserError
+    from data_pipeline.tokenizers import SCHEMES, Tokenizer
+    from data_pipeline.tokenizers.comparison import compare
+
+    if args.max_files is not None and args.max_files < 1:
+        raise UserError(f"--max-files {args.max_files}: expected 1 or more")
+    folder = Path(args.midi_dir)
+    if not folder.is_dir():
+        raise UserError(f"{args.midi_dir}: no such folder on this machine")
+    stage("listing the files")
+    paths = [folder / entry.path for entry in walk_folder(folder) if not entry.fault]
+    paths = paths[: args.max_files]
+    if not paths:
+        raise no_midi_files(folder)
+    if args.tokenizers:
+        named = [name.strip() for name in args.tokenizers.split(",")]
+        tokenizers, missing = [Tokenizer.preset(name) for name in dict.fromkeys(named)], {}
+    else:
+        tokenizers, missing = _installed(list(SCHEMES))
+    unreadable: list[str] = []
+    with progress_bar("compare", "file") as progress:
+        reports = compare(
+            _performances(paths, args.compat, unreadable),
+            tokenizers,
+            progress=lambda done: progress(done + len(unreadable), len(paths)),
+        )
+    if len(unreadable) == len(paths):
+        raise UserError(f"{args.midi_dir}: none of the {len(paths)} files could be read")
+    result: dict[str, Any] = {
+        "n_files": len(paths) - len(unreadable),
+        "unreadable": unreadable,
+        "missing": missing,
+        "tokenizers": [report.as_json() for report in reports],
+    }
+    warnings = [*missing.values(), *(f"left out: {text}" for text in unreadable)]
+    print_result(result, args.json, table(reports), warnings)
+    return 1 if unreadable else 0
+
+
+def _performances(
+    paths: list[Path], compat: str | None, unreadable: list[str]
+) -> "Iterator[Performance]":
+    """What can be read and has notes; the rest is named in `unreadable`."""
+    from data_pipeline.errors import InvalidMidi, printable
+    from data_pipeline.midi import read_midi
+
+    for path in paths:
+        try:
+            performance = read_midi(path, compat=compat)
+            if not len(performance.notes):
+                raise InvalidMidi("no-notes", f"{path}: no notes")
+        except (InvalidMidi, OSError) as error:
+            text = printable(str(error))
+            unreadable.append(text if text.startswith(str(path)) else f"{path}: {text}")
+            continue
+        yield performance
+
+
+_COLUMNS = {
+    "vocab_size": ("ids", ",.0f"),
+    "n_files": ("files", ",.0f"),
+    "tokens_per_note": ("tokens/note", ".2f"),
+    "tokens_per_s": ("tokens/s", ".1f"),
+    "context_s": ("s in 8,192", ".0f"),
+    "encode_notes_per_s": ("notes/s encoded", ",.0f"),
+    "missing_percent": ("missing %", ".2f"),
+    "added_percent": ("added %", ".2f"),
+    "onset_error_ms": ("onset ms", ".1f"),
+    "onset_error_p95_ms": ("onset p95", ".0f"),
+    "duration_error_ms": ("duration ms", ".0f"),
+    "velocity_error": ("velocity", ".1f"),
+    "instruments_kept_percent": ("instruments %", ".0f"),
+    "pedals": ("pedal", ""),
+}
+
+
+def table(reports: "list[SchemeReport]") -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| scheme | " + " | ".join(title for title, _ in _COLUMNS.values()) + " |",
+        "|---|" + "---:|" * len(_COLUMNS),
+    ]
+    for report in reports:
+        cells = []
+        for name, (_, form) in _COLUMNS.items():
+            value = getattr(report, name)
+            cells.append("–" if value is None else format(value, form))
+        lines.append(f"| {report.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
