@@ -111,9 +111,10 @@ def _compare(args: argparse.Namespace) -> int:
     paths = paths[: args.max_files]
     if not paths:
         raise no_midi_files(folder)
+    missing: dict[str, str] = {}
     if args.tokenizers:
         named = [name.strip() for name in args.tokenizers.split(",")]
-        tokenizers, missing = [Tokenizer.preset(name) for name in dict.fromkeys(named)], {}
+        tokenizers = [Tokenizer.preset(name) for name in dict.fromkeys(named)]
     else:
         tokenizers, missing = _installed(list(SCHEMES))
     unreadable: list[str] = []
