@@ -1,7 +1,10 @@
 """`aria-jax serve`: play a duet in the browser, and offer the models to programs."""
 
 import argparse
+import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     from data_pipeline.errors import UserError
 
     listening = _listen(args)
+    stage("loading jax")
     try:
         import uvicorn
         import websockets  # noqa: F401
@@ -64,7 +68,6 @@ def run(args: argparse.Namespace) -> int:
         from aria_jax.serve.app import make_app
     except ImportError as error:
         raise UserError(f"serving needs {error.name}: pip install 'aria-jax[serve]'") from None
-    stage("loading jax")
     models = _models(args)
     port = listening.getsockname()[1]
     app = make_app(models, port=port, token=args.token)
@@ -88,12 +91,22 @@ def run(args: argparse.Namespace) -> int:
     )
     stage("")
     say(f"ready: http://{host}:{port}/{shown}   (for programs: /docs; Ctrl-C stops)")
-    try:
-        uvicorn.Server(config).run(sockets=[listening])
-    except KeyboardInterrupt:
-        pass
-    finally:
-        listening.close()
+
+    class Server(uvicorn.Server):
+        """Ends after Ctrl-C without sending it again, which would count as the second one."""
+
+        @contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            numbers = (signal.SIGINT, signal.SIGTERM)
+            before = {number: signal.signal(number, self.handle_exit) for number in numbers}
+            try:
+                yield
+            finally:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
+
+    Server(config).run(sockets=[listening])
+    listening.close()
     saved = models.studio.saved
     say(f"stopped; {len(saved)} sessions saved" + (f" in {args.save}" if saved else ""))
     return 0

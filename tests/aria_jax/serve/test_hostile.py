@@ -1,10 +1,10 @@
-"""Whatever a page says, the studio goes on, and nobody else notices (FUZZ=number of messages)."""
+"""Whatever a page says, the studio goes on, and nobody else notices."""
 
 import copy
 import json
-import os
 
 import numpy as np
+import pytest
 
 from aria_jax.generate.live.engine import Row, Settings
 from aria_jax.serve.app import _take
@@ -75,7 +75,8 @@ def hostile_text(rng: np.random.Generator, clock: int) -> str:
     return text
 
 
-def test_hostile_messages_neither_crash_nor_touch_anyone_else():
+@pytest.mark.parametrize("n", [2000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_hostile_messages_neither_crash_nor_touch_anyone_else(n):
     rng = np.random.default_rng(0)
     studio = Studio(Engine(), "standard")
     heard = []
@@ -84,7 +85,7 @@ def test_hostile_messages_neither_crash_nor_touch_anyone_else():
     other.session.apply({"type": "note_off", "t": 300, "pitch": 60})
     before = copy.deepcopy((other.session.ids, other.session.recording, other.history.rows))
     seat, n_valid, clock = None, 0, 0
-    for _ in range(int(os.environ.get("FUZZ", 10_000))):
+    for _ in range(n):
         clock += int(rng.integers(0, 400))
         if seat is None or seat.name not in studio.seats:
             seat = studio.enter(lambda message: json.dumps(message), None, 1)
@@ -109,7 +110,7 @@ def test_hostile_messages_neither_crash_nor_touch_anyone_else():
         if rng.random() < 0.3 and seat.name in studio.seats:
             studio._tick_seat(seat)
         assert len(seat.session.ids) <= Engine.slots
-    assert n_valid > 2000
+    assert n_valid > n / 5
     assert (other.session.ids, other.session.recording, other.history.rows) == before
     assert other.session.settings == Settings()
     assert [message["type"] for message in heard] == ["welcome"]

@@ -1,10 +1,18 @@
 """The page in a real browser: played on the computer's keyboard, heard, saved, lost and found."""
 
+import json
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+from websockets.sync.client import connect
 
+from aria_jax.checkpoints.models import save_model
 from aria_jax.serve.app import Models
 from aria_jax.serve.studio import Studio
 from data_pipeline.midi import read_midi
@@ -178,3 +186,26 @@ def test_everything_is_the_servers_own(browser, port):
     assert Path(page.url).name == "docs"
     assert not [text for text in said if "Content Security Policy" in text]
     page.context.close()
+
+
+def test_the_command_says_ready_and_saves_at_ctrl_c(duet_model, tmp_path):
+    save_model(tmp_path / "model", duet_model)
+    command = [sys.executable, "-m", "aria_jax.cli.main", "serve", "--port", "0", "--players", "1"]
+    program = subprocess.Popen(
+        [*command, "--checkpoint", tmp_path / "model", "--save", tmp_path / "saved"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    ready = program.stdout.readline()
+    port = int(re.search(r"ready: http://127.0.0.1:(\d+)/", ready)[1])
+    with connect(f"ws://127.0.0.1:{port}/duet") as socket:
+        for message in (
+            {"type": "hello"},
+            {"type": "note_on", "t": 0, "pitch": 60, "velocity": 60},
+        ):
+            socket.send(json.dumps(message))
+        time.sleep(0.5)
+        program.send_signal(signal.SIGINT)
+        out, err = program.communicate(timeout=60)
+    assert program.returncode == 0 and "1 sessions saved" in out, err
+    (saved,) = (tmp_path / "saved").glob("*.mid")
+    assert read_midi(saved).notes["pitch"].tolist() == [60]
