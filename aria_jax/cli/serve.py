@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     note(
         f"{args.players} players at most, {memory:.0f} MiB each; sessions are saved in {args.save}"
     )
+    listening.listen(128)  # whoever comes from now on is served, if a moment later
     stage("")
     say(f"ready: http://{host}:{port}/{shown}   (for programs: /docs; Ctrl-C stops)")
 
