@@ -344,13 +344,13 @@ class Engine:
 
         Args:
             size: one of `CHUNKS`.
-
-        Returns:
-            what `extend_cache` does.
         """
         padded = np.zeros(size, np.int32)
         padded[: len(ids)] = ids
-        return self._extend[size](self.weights, cache, padded, np.int32(start), np.int32(len(ids)))
+        n, at = np.int32(len(ids)), np.int32(start)
+        logits, cache = self._extend[size](self.weights, cache, padded, at, n)
+        # Not queued: what is most urgent next is decided when this is done.
+        return logits.block_until_ready(), cache
 
     def begin_turn(self, row: Row, ids: np.ndarray, earliest_ms: int) -> None:
         """The grammar's state behind `ids`, where no onset may come before `earliest_ms` of the
