@@ -17,7 +17,7 @@ import io
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass
 from functools import cache
@@ -366,3 +366,23 @@ class _Tee(io.StringIO):
 
     def flush(self) -> None:
         self._screen.flush()
+
+
+class ProgressSink:
+    """Progress with losses, tokens per second and share of the peak FLOP/s."""
+
+    def __init__(self, steps: int, report: Callable[..., None]):
+        self._steps, self._report = steps, report
+        self._shown: dict[str, str] = {}
+
+    def write(self, step: int, metrics: Mapping[str, float], split: str) -> None:
+        """Takes up what is known at `step`."""
+        formats = {"tokens_per_s": ("tokens/s", ",.0f"), "loss": (f"{split} loss", ".3f")}
+        formats["mfu"] = ("MFU", ".1%")
+        for name, (label, shape) in formats.items():
+            if name in metrics:
+                self._shown[label] = format(metrics[name], shape)
+        self._report(step, self._steps, ", ".join(f"{k} {v}" for k, v in self._shown.items()))
+
+    def close(self) -> None:
+        """Nothing to close: the progress ends with its context."""

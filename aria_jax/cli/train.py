@@ -7,11 +7,11 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aria_jax.cli import Verb
+from aria_jax.cli import ProgressSink, Verb
 
 if TYPE_CHECKING:
     from aria_jax.cli.main import Parser
@@ -58,8 +58,9 @@ is that of the mean of its 300-note slices' probabilities, weighted by their tok
 Settings are given as key=value, e.g. steps=2000 peak_lr=1e-4 data.global_batch=32 dtype=bfloat16
 mesh.fsdp=4, or in a YAML or JSON file of the same keys (--config), over which the command line
 wins; `aria-jax train --settings` lists them all, with type, default and meaning. A run writes its
-resolved settings to WORKDIR/config.yaml, for --config to read. With lora_rank=8 any task trains
-low-rank adapters of the weights of --init-from (`aria-jax convert merge` makes them whole).
+resolved settings to WORKDIR/config.yaml, for --config to read; --status WORKDIR tells how it does,
+and what share of its time was productive (goodput). With lora_rank=8 any task trains low-rank
+adapters of the weights of --init-from (`aria-jax convert merge` makes them whole).
 
 examples:
   aria-jax train pretrain --data my_data --workdir run1 --preset small steps=5000
@@ -69,6 +70,7 @@ examples:
   aria-jax train pretrain --data my_data --workdir run4 --preset medium --dry-run --on v5p:64
   aria-jax train pretrain --data my_data --workdir run6 --config run1/config.yaml seed=1
   aria-jax train contrastive --settings
+  aria-jax train --status run1
 
 On TPUs and GPUs a run computes in bfloat16 (dtype=float32 does not), and mesh, remat and gradient
 accumulation are chosen by chip and their number (docs/tpu.md, docs/gpu.md); settings of yours go
@@ -78,12 +80,17 @@ TASKS = ("pretrain", "continue", "contrastive", "classify")
 
 
 def parse(parser: "Parser", argv: Sequence[str]) -> argparse.Namespace:
-    """Settings may stand before, between and after the options; --settings needs nothing else."""
+    """Settings may stand between the options, too; --settings and --status need nothing else."""
     if "--settings" in argv:
         parser = type(parser)(prog=parser.prog)
         parser.add_argument("task", choices=TASKS, nargs="?")
         parser.add_argument("--settings", action="store_true", dest="list_settings")
         parser.add_argument("--preset", default="tiny")
+        parser.add_argument("--json", action="store_true")
+        return parser.parse_args(argv)
+    if any(word.partition("=")[0] == "--status" for word in argv):
+        parser = type(parser)(prog=parser.prog)
+        parser.add_argument("--status", metavar="WORKDIR")
         parser.add_argument("--json", action="store_true")
         return parser.parse_args(argv)
     for at, option in enumerate(argv):
@@ -122,6 +129,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="list every setting with type, default and meaning, and stop",
     )
     parser.add_argument(
+        "--status", metavar="WORKDIR", help="say how the run there is doing, and stop"
+    )
+    parser.add_argument(
         "--init-from", metavar="C", help="workdir or published .safetensors to start from"
     )
     parser.add_argument(
@@ -155,6 +165,8 @@ def run(args: argparse.Namespace) -> int:
     from data_pipeline.errors import UserError
     from data_pipeline.shards import load_manifest
 
+    if "status" in args and args.status is not None:
+        return _status(args)
     if args.list_settings:
         return _list_settings(args)
     preset = for_task(args.preset, args.task)
@@ -206,6 +218,15 @@ def _as_asked(preset: "RunConfig", args: argparse.Namespace) -> "RunConfig":
     return with_overrides(config, args.settings).validate()
 
 
+def _status(args: argparse.Namespace) -> int:
+    from aria_jax.cli.console import print_result
+    from aria_jax.train.goodput import read_status, status_text
+
+    status = read_status(Path(args.status))
+    print_result(dataclasses.asdict(status), args.json, status_text(args.status, status))
+    return 0
+
+
 def _list_settings(args: argparse.Namespace) -> int:
     """Prints every setting; with a task also what its preset makes of it."""
     from aria_jax.cli.console import print_result
@@ -213,8 +234,7 @@ def _list_settings(args: argparse.Namespace) -> int:
 
     preset = for_task(args.preset, args.task) if args.task else None
     rows = listed(preset)
-    text = settings_text(rows, f"{args.task}, {args.preset}")
-    print_result({"settings": rows}, args.json, text)
+    print_result({"settings": rows}, args.json, settings_text(rows, f"{args.task}, {args.preset}"))
     return 0
 
 
@@ -317,26 +337,6 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
 def _has_metrics(workdir: Path) -> bool:
     log = workdir / "metrics.jsonl"
     return log.is_file() and log.stat().st_size > 0
-
-
-class ProgressSink:
-    """Progress with losses, tokens per second and share of the peak FLOP/s."""
-
-    def __init__(self, steps: int, report: Callable[..., None]):
-        self._steps, self._report = steps, report
-        self._shown: dict[str, str] = {}
-
-    def write(self, step: int, metrics: Mapping[str, float], split: str) -> None:
-        """Takes up what is known at `step`."""
-        formats = {"tokens_per_s": ("tokens/s", ",.0f"), "loss": (f"{split} loss", ".3f")}
-        formats["mfu"] = ("MFU", ".1%")
-        for name, (label, shape) in formats.items():
-            if name in metrics:
-                self._shown[label] = format(metrics[name], shape)
-        self._report(step, self._steps, ", ".join(f"{k} {v}" for k, v in self._shown.items()))
-
-    def close(self) -> None:
-        """Nothing to close: the progress ends with its context."""
 
 
 def _dry_run(args: argparse.Namespace, preset: "RunConfig") -> int:

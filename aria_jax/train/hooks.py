@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -31,6 +31,9 @@ BEST = "best"
 
 Clock = Callable[[], float]
 """Seconds since whenever."""
+
+SpentOn = Callable[[str], AbstractContextManager]
+"""Takes the time of a block, see `goodput.GoodputRecorder.spent_on`."""
 
 Split = Literal["train", "val"]
 
@@ -130,6 +133,7 @@ class StepMonitor:
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
         self._clock = clock
         self._pending: tuple[int, Metrics] | None = None
+        self.pausing: SpentOn = nullcontext
         self._bad = 0
         self._since: list[dict[str, float]] = []
         self._read_up_to = 0
@@ -144,7 +148,8 @@ class StepMonitor:
         """Reads what is pending, and leaves what happens within out of the throughput."""
         self.flush()
         began = self._clock()
-        yield
+        with self.pausing("evaluation_s"):
+            yield
         self._began += self._clock() - began
 
     def on_step(self, step: int, state: TrainState, metrics: Metrics) -> None:
@@ -301,6 +306,7 @@ class SaveCheckpoints:
         before: Callable[[], None] = lambda: None,
     ):
         self._before = before
+        self.saving: SpentOn = nullcontext
         self._checkpointer, self._record, self._every = checkpointer, record, every
         self._seconds = None if every_minutes is None else 60 * every_minutes
         self._ask_every, self._clock, self._agree = ask_every, clock, agree or process_0_says
@@ -316,11 +322,12 @@ class SaveCheckpoints:
 
     def save(self, step: int, state: TrainState) -> None:
         """Starts writing a checkpoint of the step."""
-        self._before()
         record = {**self._record(step), "ema": state.ema is not None}
-        self._checkpointer.save(
-            step, state.params, record, opt_state=state.opt_state, ema=state.ema
-        )
+        with self.saving("checkpoint_s"):
+            self._before()
+            self._checkpointer.save(
+                step, state.params, record, opt_state=state.opt_state, ema=state.ema
+            )
         self._saved_at = self._clock()
 
     def _minutes_have_passed(self, step: int) -> bool:

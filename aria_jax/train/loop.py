@@ -18,6 +18,7 @@ from aria_jax.checkpoints.sending import Sender
 from aria_jax.config import RunConfig, to_dict, with_overrides
 from aria_jax.presets import chip_of
 from aria_jax.sharding import batch_sharding, iterate_rows, make_mesh
+from aria_jax.train.goodput import FILE, GoodputRecorder
 from aria_jax.train.hooks import (
     Clock,
     Evaluate,
@@ -112,8 +113,11 @@ def run(
         if on_start is not None:
             on_start(init)
         log, sharding = Log(sinks), batch_sharding(mesh)
+        goodput = _goodput(config, workdir, step)
         monitor = _monitor(config, mesh, log, checkpointer, clock)
+        monitor.pausing = goodput.spent_on
         save = _save(config, task, checkpointer, record, send, clock)
+        save.saving = goodput.spent_on
         best = KeepBest(workdir, record)
         evaluate = _evaluate(config, task, network, sharding, log, monitor, best)
         with _profile(config, workdir, step) as profile:
@@ -121,6 +125,7 @@ def run(
                 make_train_step(config, network.build, task.loss, shardings_of(state)),
                 iterate_rows(task.train, sharding, step),
                 (state, step),
+                goodput=goodput,
                 last_step=settings.steps,
                 hooks=(monitor, *profile, evaluate, save),
                 mesh=mesh,
@@ -128,6 +133,7 @@ def run(
             )
         save.save(step, state)
         checkpointer.wait()
+        goodput.end()
     return TrainResult(step, log.last, interrupted, init)
 
 
@@ -136,6 +142,7 @@ def _train(
     batches: Iterator[dict[str, jax.Array]],
     begin: tuple[TrainState, int],
     *,
+    goodput: GoodputRecorder,
     last_step: int,
     hooks: Sequence[Hook],
     mesh: jax.sharding.Mesh,
@@ -146,10 +153,14 @@ def _train(
     with stop_requests() as stop_requested, jax.set_mesh(mesh):
         while step < last_step and not stopped:
             number = jax.device_put(np.int32(step))
-            state, metrics = train_step(state, next(batches), number)
+            with goodput.spent_on("data_s"):
+                batch = next(batches)
+            with goodput.dispatching():
+                state, metrics = train_step(state, batch, number)
             step += 1
             for hook in hooks:
                 hook.on_step(step, state, metrics)
+            goodput.on_step(step)
             wanted = should_stop is not None and should_stop(step)
             stopped = stop_requested(step) or wanted
         for hook in hooks:
@@ -229,6 +240,17 @@ def _checkpoints(workdir: Path, keep: int) -> Iterator[Checkpointer]:
             checkpointer.close()
         raise
     checkpointer.close()
+
+
+def _goodput(config: RunConfig, workdir: Path, step: int) -> GoodputRecorder:
+    workdir.mkdir(parents=True, exist_ok=True)
+    return GoodputRecorder(
+        None if jax.process_index() else workdir / FILE,
+        step,
+        every=config.train.log_every,
+        hosts=jax.process_count(),
+        devices=jax.device_count(),
+    )
 
 
 def _monitor(

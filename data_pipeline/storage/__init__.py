@@ -53,7 +53,7 @@ _KNOWN = ".known"
 
 def mirror() -> Path:
     """The folder of this disk that stands for all buckets."""
-    home = os.environ.get("XDG_CACHE_HOME") or f"{Path.home()}/.cache"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return _mirror(os.environ.get("ARIA_JAX_CACHE") or f"{home}/aria_jax")
 
 

@@ -27,6 +27,9 @@ def commands():
 def check(words):
     """Words after `aria-jax` name a task or a program, a preset, and settings that exist."""
     verb, *rest = words
+    if "--status" in rest:
+        assert verb == "train" and len(rest) == 2
+        return
     settings = [word for word in rest if "=" in word]
     preset = rest[rest.index("--preset") + 1]
     if verb == "compile":
