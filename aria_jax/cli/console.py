@@ -227,6 +227,7 @@ class Interrupts:
     def __init__(self) -> None:
         self.count = 0
         self.answer = "stopping; Ctrl-C again to stop now"
+        self.told = threading.Event()
         self._readable, self._writable = os.pipe()
         os.set_blocking(self._writable, False)
         self._before = signal.set_wakeup_fd(self._writable, warn_on_full_buffer=False)
@@ -255,6 +256,7 @@ class Interrupts:
                 if self.count > 1:
                     _end_at_once()
                 _screen.note(f"\naria-jax: {self.answer}")
+                self.told.set()
         os.close(self._readable)
 
 
@@ -309,6 +311,9 @@ def working(verb: str) -> Iterator[None]:
     ticker.start()
     try:
         yield
+    except KeyboardInterrupt:
+        _active.told.wait(0.5)  # on a busy machine the main thread may be here before the answer
+        raise
     finally:
         done.set()
         ticker.join()

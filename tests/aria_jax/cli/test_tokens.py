@@ -143,7 +143,10 @@ def test_unusable_ids_are_explained(content, message, tmp_path, capsys):
     assert message in capsys.readouterr().err and not (tmp_path / "out.mid").exists()
 
 
-def test_a_folder_that_is_not_there_is_explained(tmp_path, capsys):
+def test_a_folder_that_is_not_there_is_made_and_a_file_in_its_place_explained(tmp_path, capsys):
     (tmp_path / "ids.json").write_text("[6, 0, 826, 17227, 16776, 1]")
-    assert main(["detokenize", str(tmp_path / "ids.json"), str(tmp_path / "no" / "o.mid")]) == 2
-    assert "cannot write" in capsys.readouterr().err
+    assert main(["detokenize", str(tmp_path / "ids.json"), str(tmp_path / "new" / "o.mid")]) == 0
+    assert (tmp_path / "new" / "o.mid").is_file()
+    in_a_file = str(tmp_path / "ids.json" / "o.mid")
+    assert main(["detokenize", str(tmp_path / "ids.json"), in_a_file]) == 2
+    assert "ids.json" in capsys.readouterr().err

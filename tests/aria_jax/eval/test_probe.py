@@ -125,7 +125,7 @@ def test_small_classes_are_left_out_and_named():
         (["bach"] * 90, {}, "two classes"),
         ([None] * 90, {}, "no labels"),
         (made()[1], {"splits": ["train"] * 90}, "all files on one side"),
-        (made()[1], {"groups": ["one"] * 90}, "needs 5 compositions"),
+        (made()[1], {"groups": ["one"] * 90}, "5 folds need 5 compositions"),
     ],
 )
 def test_what_cannot_be_probed_is_explained(labels, options, message):
