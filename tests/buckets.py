@@ -65,6 +65,12 @@ class Network:
         self._server.shutdown()
         self._server.server_close()
 
+    def die(self, seconds: float) -> None:
+        """Is down for so long."""
+        self.down()
+        time.sleep(seconds)
+        self.up()
+
     @property
     def address(self) -> str:
         return f"http://127.0.0.1:{self._port}"

@@ -223,13 +223,11 @@ def test_a_killed_run_in_a_bucket_ends_as_an_undisturbed_one_on_the_disk(
     faults = [Fault(kind, method=method, times=2, seconds=0.5) for kind in (429, 500, "slow", "cut")
               for method in ("GET", "PUT", "POST")]  # fmt: skip
     bucket.network.faults += faults
-    threading.Timer(15, bucket.network.down).start()
-    threading.Timer(17, bucket.network.up).start()
+    threading.Timer(15, bucket.network.die, [2.0]).start()
     env["ARIA_JAX_CACHE"] = str(tmp_path / "two")
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "resuming" in done.stderr and bucket.network.n_faults > 4
-    time.sleep(2 * bucket.network.is_down)
     two = [split_model(load_model(p).model)[1] for p in (f"{bucket.url}/run", tmp_path / "run")]
     jax.tree.map(np.testing.assert_array_equal, *two)
     root = storage.local(f"{bucket.url}/run")
