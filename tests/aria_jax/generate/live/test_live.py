@@ -324,8 +324,10 @@ def test_a_model_plays_a_recording_again_and_compiles_nothing(duet_engine):
         if "compile" in event:
             compiled.append(event)
 
-    rows = [duet_engine.take_row() for _ in range(3)]
-    assert rows[0] is duet_engine.rows[0] and rows[1] is duet_engine.rows[1]  # of one group
+    # All of them: other tests have given them back in another order, and two must be of one group.
+    while duet_engine.take_row() is not None:
+        pass
+    rows = duet_engine.rows[:3]
     first, beside = (LiveSession(duet_engine, row, seed=5) for row in rows[:2])
     monitoring.register_event_duration_secs_listener(listener)
     try:
@@ -344,7 +346,7 @@ def test_a_model_plays_a_recording_again_and_compiles_nothing(duet_engine):
     ids = np.asarray(first.ids + [0] * (512 - len(first.ids)), np.int32)
     expected, _ = jax.jit(prefill)(duet_engine.weights, ids, np.int32(len(first.ids)))
     np.testing.assert_allclose(first.row.logits, expected[0], atol=1e-3)
-    for row in rows:
+    for row in duet_engine.rows:
         duet_engine.give_back(row)
 
 
