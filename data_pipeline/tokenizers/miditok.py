@@ -82,9 +82,9 @@ class MidiTokTokenizer(Tokenizer):
         names = [name for name in vocabulary if name.split("_")[0] not in ("PAD", "BOS", "EOS")]
         self._tokens = (*COMMON_SPECIAL, *names)
         # Ids of MidiTok, -1 for special ones, and back.
-        self._theirs = np.array([-1] * len(COMMON_SPECIAL) + [vocabulary[n] for n in names])
-        self._local = np.full(int(self._theirs.max()) + 1, self.unk_id)
-        self._local[self._theirs[len(COMMON_SPECIAL) :]] = np.arange(
+        self._miditok_id = np.array([-1] * len(COMMON_SPECIAL) + [vocabulary[n] for n in names])
+        self._local = np.full(int(self._miditok_id.max()) + 1, self.unk_id)
+        self._local[self._miditok_id[len(COMMON_SPECIAL) :]] = np.arange(
             len(COMMON_SPECIAL), len(self._tokens)
         )
 
@@ -155,8 +155,8 @@ class MidiTokTokenizer(Tokenizer):
             bar = _BEATS_PER_BAR * performance.ticks_per_beat
             performance = _from_tick(performance, first // bar * bar)
         score = Score.from_midi(midi_bytes(replace(performance, texts=())))
-        theirs = self._miditok.encode(score)
-        body = self._local[np.array(theirs.ids, np.int64)]
+        encoded = self._miditok.encode(score)
+        body = self._local[np.array(encoded.ids, np.int64)]
         if not (self.pitch[body] >= 0).any():
             raise InvalidMidi("no-notes", "no notes that last")
         ending = [self.eos_id] if add_eos else []
@@ -164,10 +164,10 @@ class MidiTokTokenizer(Tokenizer):
 
     def _decode_for_encoding(self, ids: np.ndarray) -> Performance:
         """In ticks, with the tempo that the tokens say."""
-        theirs = self._theirs[self.check_ids(ids)]
-        if not (theirs >= 0).any():
+        known = self._miditok_id[self.check_ids(ids)]
+        if not (known >= 0).any():
             return Performance(500, np.zeros(0, NOTE))
-        return _performance_of(self._miditok.decode(theirs[theirs >= 0].tolist()))
+        return _performance_of(self._miditok.decode(known[known >= 0].tolist()))
 
     def decode(self, ids: np.ndarray) -> Performance:
         """See `Tokenizer.decode`."""

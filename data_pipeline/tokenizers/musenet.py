@@ -17,50 +17,36 @@ from data_pipeline.midi import Performance
 from data_pipeline.tokenizers.aria import label_tokens
 from data_pipeline.tokenizers.base import (
     COMMON_SPECIAL,
-    SOUND,
-    Tokenizer,
+    N_VELOCITIES,
+    KeyTokenizer,
+    key_tokens,
     performance_of,
     sounding_notes,
 )
-from data_pipeline.vocabulary import (
-    HIGHEST_DRUM,
-    INSTRUMENTS,
-    LABELS,
-    LOWEST_DRUM,
-    STEP_MS,
-    VELOCITY_INDEX,
-    VELOCITY_STEP,
-    Automaton,
-    Kind,
-)
+from data_pipeline.vocabulary import INSTRUMENTS, LABELS, STEP_MS, Automaton, Kind
 
 MAX_WAIT_STEPS = 100
-N_VELOCITIES = 13  # 0 ends a note
 
 
-class MuseNetTokenizer(Tokenizer):
-    """17,330 ids; notes of a piece in the order of their onsets, ends before beginnings."""
+class MuseNetTokenizer(KeyTokenizer):
+    """17,330 ids; notes of a piece in the order of their onsets, ends before beginnings. Velocity 0
+    ends a note.
+    """
 
     preset_name = "musenet"
-    augmentations = frozenset(("tempo", "pitch", "velocity"))
 
     @cached_property
     def tokens(self) -> tuple:
         """See `Tokenizer.tokens`."""
-        velocities = range(0, N_VELOCITIES * VELOCITY_STEP, VELOCITY_STEP)
-        notes = [(name, p, v) for name in INSTRUMENTS for p in range(128) for v in velocities]
-        drums = range(LOWEST_DRUM, HIGHEST_DRUM + 1)
         return (
             *COMMON_SPECIAL,
             *(("prefix", label, name) for label in LABELS for name in LABELS[label]),
             *(("wait", n * STEP_MS) for n in range(1, MAX_WAIT_STEPS + 1)),
-            *notes,
-            *(("drum", pitch, velocity) for pitch in drums for velocity in velocities if velocity),
+            *key_tokens(0),
         )
 
     first_wait_id = len(COMMON_SPECIAL) + sum(map(len, LABELS.values()))
     first_note_id = first_wait_id + MAX_WAIT_STEPS
-    first_drum_id = first_note_id + len(INSTRUMENTS) * 128 * N_VELOCITIES
 
     @cached_property
     def kind(self) -> np.ndarray:
@@ -73,27 +59,6 @@ class MuseNetTokenizer(Tokenizer):
         kind[self.first_drum_id :] = Kind.DRUM
         return kind
 
-    @cached_property
-    def _sound(self) -> np.ndarray:
-        """`SOUND` of each token that names a note, its ends too; [V]."""
-        out = np.zeros(self.vocab_size, SOUND)
-        for at in range(self.first_note_id, self.vocab_size):
-            name, pitch, velocity = self.tokens[at]
-            number = INSTRUMENTS.index(name) if name != "drum" else len(INSTRUMENTS)
-            out[at] = (number, pitch, velocity, 0, 0)
-        return out
-
-    @cached_property
-    def pitch(self) -> np.ndarray:
-        """See `Tokenizer.pitch`."""
-        begins = np.isin(self.kind, (Kind.NOTE, Kind.DRUM))
-        return np.where(begins, self._sound["pitch"].astype(np.int32), -1)
-
-    @cached_property
-    def velocity(self) -> np.ndarray:
-        """See `Tokenizer.velocity`."""
-        return np.where(self.pitch >= 0, self._sound["velocity"].astype(np.int32), -1)
-
     def encode(
         self,
         performance: Performance,
@@ -105,13 +70,10 @@ class MuseNetTokenizer(Tokenizer):
         sounds = sounding_notes(performance)
         start = np.rint(sounds["start"] / STEP_MS).astype(np.int64)
         end = np.maximum(np.rint(sounds["end"] / STEP_MS).astype(np.int64), start + 1)
-        instrument, pitch = sounds["instrument"].astype(np.int64), sounds["pitch"].astype(np.int64)
-        step = np.maximum(VELOCITY_INDEX[sounds["velocity"]], 1)
-        is_drum = instrument == len(INSTRUMENTS)
-        off = self.first_note_id + (instrument * 128 + pitch) * N_VELOCITIES
-        hit = self.first_drum_id + (pitch - LOWEST_DRUM) * (N_VELOCITIES - 1) + step - 1
-        ids = np.concatenate([np.where(is_drum, hit, off + step), off[~is_drum]])
-        steps = np.concatenate([start, end[~is_drum]])
+        on, off = self.key_ids(sounds)
+        has_end = sounds["instrument"] != len(INSTRUMENTS)
+        ids = np.concatenate([on, off[has_end]])
+        steps = np.concatenate([start, end[has_end]])
         begins = np.arange(len(ids)) < len(sounds)
         order = np.lexsort((begins, steps))
         ids, steps = ids[order], steps[order]
@@ -128,15 +90,9 @@ class MuseNetTokenizer(Tokenizer):
         return np.concatenate([prefix, [self.bos_id], body, ending]).astype(np.uint16)
 
     def _onsets_ms(self, ids: np.ndarray) -> np.ndarray:
-        """When each token stands, int64 [L]."""
+        """See `KeyTokenizer._onsets_ms`."""
         waits = np.where(self.kind[ids] == Kind.TIME, ids - self.first_wait_id + 1, 0)
         return np.cumsum(waits) * STEP_MS
-
-    def events(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `Tokenizer.events`."""
-        ids = np.asarray(ids, np.int64)
-        at = np.flatnonzero(self.pitch[ids] >= 0)
-        return at, self._onsets_ms(ids)[at]
 
     def decode(self, ids: np.ndarray) -> Performance:
         """See `Tokenizer.decode`. The earliest note of its pitch ends first; one that does not end
@@ -163,9 +119,7 @@ class MuseNetTokenizer(Tokenizer):
 
     def grammar(self) -> Automaton:
         """prefix* <S> (note | end of a note | drum hit | wait)* [<E>]."""
-        bos, eos = range(len(Kind), len(Kind) + 2)
-        class_of = self.kind.astype(np.int32)
-        class_of[[self.bos_id, self.eos_id]] = bos, eos
+        class_of, bos, eos = self.token_classes()
         following = np.full((3, len(Kind) + 2), -1, np.int32)
         following[0, [Kind.PREFIX, bos]] = 0, 1
         following[1, [Kind.NOTE, Kind.NOTE_OFF, Kind.DRUM, Kind.TIME, eos]] = 1, 1, 1, 1, 2

@@ -14,51 +14,29 @@ import numpy as np
 from data_pipeline.midi import Performance
 from data_pipeline.tokenizers.base import (
     COMMON_SPECIAL,
-    SOUND,
-    Tokenizer,
+    N_VELOCITIES,
+    KeyTokenizer,
+    key_tokens,
     performance_of,
     sounding_notes,
 )
-from data_pipeline.vocabulary import (
-    HIGHEST_DRUM,
-    INSTRUMENTS,
-    LOWEST_DRUM,
-    VELOCITY_INDEX,
-    VELOCITY_STEP,
-    Automaton,
-    Kind,
-)
+from data_pipeline.vocabulary import INSTRUMENTS, Automaton, Kind
 
 FRAME_MS = 50
-N_VELOCITIES = 13  # 0 holds a note
 _N_KEYS = (len(INSTRUMENTS) + 1) * 128
 
 
-class PianoRollTokenizer(Tokenizer):
+class PianoRollTokenizer(KeyTokenizer):
     """17,209 ids. Two notes of one key and frame are one; a drum hit lasts a frame."""
 
     preset_name = "piano-roll"
-    augmentations = frozenset(("tempo", "pitch", "velocity"))
     frame_id = len(COMMON_SPECIAL)
     first_note_id = frame_id + 1
-    first_drum_id = first_note_id + len(INSTRUMENTS) * 128 * N_VELOCITIES
 
     @cached_property
     def tokens(self) -> tuple:
         """See `Tokenizer.tokens`."""
-        velocities = range(0, N_VELOCITIES * VELOCITY_STEP, VELOCITY_STEP)
-        drums = range(LOWEST_DRUM, HIGHEST_DRUM + 1)
-        return (
-            *COMMON_SPECIAL,
-            "<F>",
-            *(
-                (name, p, v or "held")
-                for name in INSTRUMENTS
-                for p in range(128)
-                for v in velocities
-            ),
-            *(("drum", pitch, velocity) for pitch in drums for velocity in velocities if velocity),
-        )
+        return (*COMMON_SPECIAL, "<F>", *key_tokens("held"))
 
     @cached_property
     def kind(self) -> np.ndarray:
@@ -69,27 +47,6 @@ class PianoRollTokenizer(Tokenizer):
         kind[self.first_note_id : self.first_drum_id : N_VELOCITIES] = Kind.DUR
         kind[self.first_drum_id :] = Kind.DRUM
         return kind
-
-    @cached_property
-    def _sound(self) -> np.ndarray:
-        """`SOUND` of each token that names a key; [V]."""
-        out = np.zeros(self.vocab_size, SOUND)
-        for at in range(self.first_note_id, self.vocab_size):
-            name, pitch, velocity = self.tokens[at]
-            number = INSTRUMENTS.index(name) if name != "drum" else len(INSTRUMENTS)
-            out[at] = (number, pitch, 0 if velocity == "held" else velocity, 0, 0)
-        return out
-
-    @cached_property
-    def pitch(self) -> np.ndarray:
-        """See `Tokenizer.pitch`."""
-        begins = np.isin(self.kind, (Kind.NOTE, Kind.DRUM))
-        return np.where(begins, self._sound["pitch"].astype(np.int32), -1)
-
-    @cached_property
-    def velocity(self) -> np.ndarray:
-        """See `Tokenizer.velocity`."""
-        return np.where(self.pitch >= 0, self._sound["velocity"].astype(np.int32), -1)
 
     def encode(
         self,
@@ -115,26 +72,20 @@ class PianoRollTokenizer(Tokenizer):
         last = np.append(cell[order][1:] != cell[order][:-1], True)
         chosen = order[last]
         note, within, frame = note[chosen], within[chosen], frame[chosen]
-        step = np.maximum(VELOCITY_INDEX[sounds["velocity"]], 1)
-        pitch, instrument = sounds["pitch"].astype(np.int64), sounds["instrument"].astype(np.int64)
-        held = self.first_note_id + (instrument * 128 + pitch) * N_VELOCITIES
-        hit = self.first_drum_id + (pitch - LOWEST_DRUM) * (N_VELOCITIES - 1) + step - 1
-        begins = np.where(is_drum, hit, held + step)
+        begins, held = self.key_ids(sounds)
         body = np.full(len(note) + int(frame[-1]) + 1, self.frame_id)
         body[np.arange(len(note)) + frame] = np.where(within == 0, begins[note], held[note])
         ending = [self.eos_id] if add_eos else []
         return np.concatenate([[self.bos_id], body, ending]).astype(np.uint16)
 
-    def events(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `Tokenizer.events`."""
-        ids = np.asarray(ids, np.int64)
-        at = np.flatnonzero(self.pitch[ids] >= 0)
-        return at, np.cumsum(ids == self.frame_id)[at] * FRAME_MS
+    def _onsets_ms(self, ids: np.ndarray) -> np.ndarray:
+        """See `KeyTokenizer._onsets_ms`."""
+        return np.cumsum(ids == self.frame_id) * FRAME_MS
 
     def decode(self, ids: np.ndarray) -> Performance:
         """See `Tokenizer.decode`; a held key that did not sound in the frame before is silent."""
         ids = self.check_ids(ids)
-        frames = np.cumsum(ids == self.frame_id)
+        frames = self._onsets_ms(ids) // FRAME_MS
         at = np.flatnonzero(ids >= self.first_note_id)
         sounds, frame = self._sound[ids[at]], frames[at]
         begins = self.pitch[ids[at]] >= 0
@@ -153,9 +104,7 @@ class PianoRollTokenizer(Tokenizer):
 
     def grammar(self) -> Automaton:
         """<S> (key* <F>)* [<E>]."""
-        bos, eos = range(len(Kind), len(Kind) + 2)
-        class_of = self.kind.astype(np.int32)
-        class_of[[self.bos_id, self.eos_id]] = bos, eos
+        class_of, bos, eos = self.token_classes()
         following = np.full((4, len(Kind) + 2), -1, np.int32)
         keys = [Kind.NOTE, Kind.DUR, Kind.DRUM]
         following[0, bos] = 1
