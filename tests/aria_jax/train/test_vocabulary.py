@@ -98,7 +98,12 @@ def test_loss_and_gradients_are_those_of_masked_logits(config, corpus):
     found, grads = jax.jit(jax.value_and_grad(actual))(small)
     assert found == pytest.approx(float(expected), rel=1e-6)  # float32 sums in another order
     wanted, _ = with_vocabulary(by_all_rows, full.model, closed.model)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-7), grads, wanted)
+
+    def near(a, b):
+        # A sum that cancels is as exact as its largest terms, which machines round differently.
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6 * np.abs(b).max())
+
+    jax.tree.map(near, grads, wanted)
     for axis, grad in ((0, by_all_rows["backbone"]["embedding"]), (1, by_all_rows["head"])):
         assert not np.compress(~known_V, grad, axis).any()
     logits = merge(small)(batch["inputs"])
