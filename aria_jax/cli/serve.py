@@ -3,10 +3,12 @@
 import argparse
 import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aria_jax.cli import Verb
 
@@ -162,16 +164,23 @@ def _models(args: argparse.Namespace) -> "Models":
     engine = Engine(weights, Tokenizer.preset(loaded.tokenizer), players=args.players)
     n_params = parameter_count(parameter_specs(loaded.config))
     about = f"{args.checkpoint}, {n_params:,} parameters, {args.precision}"
-    batcher, embeddings = _embedding(args)
+    quiet = threading.Event()
+    batcher, embeddings = _embedding(args, quiet)
     with progress_bar("compiling", "program") as bar:
         engine.warm(bar)
-    studio = Studio(engine, loaded.reading, save_to=Path(args.save), about=about)
+    studio = Studio(engine, loaded.reading, save_to=Path(args.save), about=about, quiet=quiet)
     return Models(studio, loaded.reading, batcher, embeddings)
 
 
-def _embedding(args: argparse.Namespace) -> "tuple[Batcher | None, Path | None]":
-    """What embeds, and the file to search in."""
-    from aria_jax.cli.console import note, stage
+def _embedding(
+    args: argparse.Namespace, quiet: threading.Event
+) -> "tuple[Batcher | None, Path | None]":
+    """What embeds, and the file to search in.
+
+    Args:
+        quiet: whether nobody waits for music; nothing is embedded while it is not set.
+    """
+    from aria_jax.cli.console import note, progress_bar, stage
     from data_pipeline.errors import UserError
 
     name = args.embedding_checkpoint
@@ -191,27 +200,30 @@ def _embedding(args: argparse.Namespace) -> "tuple[Batcher | None, Path | None]"
     stage("loading the embedding model")
     from aria_jax.embed.encode import performance_encoder
     from aria_jax.embed.table import read_settings
-    from aria_jax.serve.jobs import Batcher
+    from aria_jax.serve.jobs import MAX_HOLD_S, Batcher
 
-    if not args.embeddings:
-        batcher = Batcher(performance_encoder(name))
-        batcher.warm()
-        return batcher, None
-    settings = read_settings(Path(args.embeddings))
-    if settings is None or "slice_notes" not in settings:
-        raise UserError(f"{args.embeddings}: not made by `aria-jax embed`")
-    encoder = performance_encoder(
-        name,
-        slice_notes=settings["slice_notes"],
-        max_tokens=settings["max_tokens"],
-        pooling=settings.get("pooling", "eos"),
-        pool=settings.get("pool_slices", "mean"),
-    )
-    if encoder.fingerprint != settings["fingerprint"]:
+    as_made: dict[str, Any] = {}
+    fingerprint = None
+    if args.embeddings:
+        settings = read_settings(Path(args.embeddings))
+        if settings is None or "slice_notes" not in settings:
+            raise UserError(f"{args.embeddings}: not made by `aria-jax embed`")
+        fingerprint = settings["fingerprint"]
+        as_made = {
+            "slice_notes": settings["slice_notes"],
+            "max_tokens": settings["max_tokens"],
+            "pooling": settings.get("pooling", "eos"),
+            "pool": settings.get("pool_slices", "mean"),
+        }
+    quiet.set()  # nobody plays yet
+    before_batch = partial(quiet.wait, MAX_HOLD_S)
+    encoder = performance_encoder(name, **as_made, before_batch=before_batch)
+    if as_made and encoder.fingerprint != fingerprint:
         raise UserError(f"{args.embeddings} was made by another model than {name}")
     batcher = Batcher(encoder)
-    batcher.warm()
-    return batcher, Path(args.embeddings)
+    with progress_bar("compiling for embeddings", "program") as bar:
+        batcher.warm(bar)
+    return batcher, Path(args.embeddings) if args.embeddings else None
 
 
 SERVE = Verb(DESCRIPTION, add_arguments, run)

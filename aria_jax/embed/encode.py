@@ -34,8 +34,35 @@ stay in the cores' caches, and one computes while the other waits for its last t
 MAX_SIDE_BY_SIDE = 4
 
 
+@dataclass(frozen=True)
+class FixedShapes:
+    """Batches of a few shapes, for a server that may not compile once it is ready.
+
+    Attributes:
+        lengths: of batches, ascending: the only ones there are.
+        before_batch: called before each; may wait until others have what they need.
+    """
+
+    lengths: tuple[int, ...]
+    before_batch: Callable[[], object] = lambda: None
+
+    @classmethod
+    def up_to(cls, max_tokens: int, **rest: Callable[[], object]) -> "FixedShapes":
+        """Lengths that double: little is compiled, and no slice is padded to more than twice."""
+        longest = -(-max_tokens // BUCKET) * BUCKET
+        lengths = [min(2 * BUCKET, longest)]
+        while lengths[-1] < longest:
+            lengths.append(min(2 * lengths[-1], longest))
+        return cls(tuple(lengths), **rest)
+
+
 def model_encoder(
-    model: Model, pad_id: int, pooling: str = "eos", *, mesh: jax.sharding.Mesh | None = None
+    model: Model,
+    pad_id: int,
+    pooling: str = "eos",
+    *,
+    mesh: jax.sharding.Mesh | None = None,
+    fixed: FixedShapes | None = None,
 ) -> Encode:
     """Embeds slices with a model that has an embedding head.
 
@@ -43,6 +70,7 @@ def model_encoder(
         pooling: as it was trained with, "eos" or "mean".
         mesh: batches are sharded over its devices, where the model must already be. Where they
             are those of several processes, all must encode the same slices; each gets all rows.
+        fixed: the only shapes of batches, one at a time.
 
     Raises:
         UserError: the model has another head.
@@ -52,7 +80,7 @@ def model_encoder(
             f"this model has the head {model.config.head!r}, not an embedding head; "
             "train one with `aria-jax train contrastive`"
         )
-    return _encoder(model, pad_id, pooling, mesh)
+    return _encoder(model, pad_id, pooling, mesh, fixed=fixed)
 
 
 def class_encoder(
@@ -80,6 +108,7 @@ def _encoder(
     pooling: str,
     mesh: jax.sharding.Mesh | None,
     read: Callable[[jax.Array], jax.Array] = lambda outputs: outputs,
+    fixed: FixedShapes | None = None,
 ) -> Encode:
     """What `read` makes of the head's outputs."""
     graph, state = nnx.split(model)
@@ -92,9 +121,14 @@ def _encoder(
     batch_tokens, side_by_side = BATCH_TOKENS, 1
     if mesh is None and jax.default_backend() == "cpu":
         batch_tokens, side_by_side = CPU_BATCH_TOKENS, min(usable_cpus(), MAX_SIDE_BY_SIDE)
+    lengths: tuple[int, ...] = ()
+    if fixed is not None:
+        lengths, batch_tokens, side_by_side = fixed.lengths, fixed.lengths[-1], 1
 
     def encode_batch(batch: tuple[np.ndarray, np.ndarray, np.ndarray]) -> tuple:
         chosen, tokens_BxL, eos_B = batch
+        if fixed is not None:
+            fixed.before_batch()
         if mesh is None:
             return chosen, np.asarray(embed(state, tokens_BxL, eos_B))[: len(chosen)]
         tokens, eos = put_batch((tokens_BxL, eos_B), batch_sharding(mesh))
@@ -103,7 +137,7 @@ def _encoder(
 
     def encode(slices: Sequence[np.ndarray]) -> np.ndarray:
         out = np.empty((len(slices), head_width(model.config)), np.float32)
-        batches = length_bucketed_batches(slices, pad_id, ways, batch_tokens)
+        batches = length_bucketed_batches(slices, pad_id, ways, batch_tokens, lengths)
         with ThreadPoolExecutor(side_by_side) as pool:
             for chosen, rows in pool.map(encode_batch, batches):
                 out[chosen] = rows
@@ -113,10 +147,18 @@ def _encoder(
 
 
 def length_bucketed_batches(
-    slices: Sequence[np.ndarray], pad_id: int, ways: int = 1, batch_tokens: int = BATCH_TOKENS
+    slices: Sequence[np.ndarray],
+    pad_id: int,
+    ways: int = 1,
+    batch_tokens: int = BATCH_TOKENS,
+    fixed_lengths: Sequence[int] = (),
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Batches of slices next to each other in length, the longest first: a batch is as long as its
     first row, and the last of them is the only one that may lack rows.
+
+    Args:
+        fixed_lengths: the only lengths of batches, ascending, no slice longer; those of one length
+            then always have as many rows. Without: multiples of `BUCKET`.
 
     Yields:
         Positions in `slices`, int [n]; tokens int32 [B, L] and `<E>` positions int32 [B], of which
@@ -128,7 +170,10 @@ def length_bucketed_batches(
     most, at = 1 << max(len(order) - 1, 0).bit_length(), 0
     while at < len(order):
         length = -(-int(lengths[order[at]]) // BUCKET) * BUCKET
-        rows = min(max(batch_tokens // length, 1), most)
+        if fixed_lengths:
+            length = next(one for one in fixed_lengths if one >= lengths[order[at]])
+        rows = max(batch_tokens // length, 1)
+        rows = rows if fixed_lengths else min(rows, most)
         rows = -(-rows // ways) * ways
         chosen = order[at : at + rows]
         tokens = np.full((rows, length), pad_id, np.int32)
@@ -238,6 +283,7 @@ def performance_encoder(
     max_tokens: int | None = None,
     pooling: str | None = None,
     pool: str = "mean",
+    before_batch: Callable[[], object] | None = None,
 ) -> PerformanceEncoder:
     """The encoder of a trained model.
 
@@ -245,6 +291,7 @@ def performance_encoder(
         slice_notes, max_tokens: of a slice, see `slicing_of`.
         pooling: of the tokens of a slice, "eos" or "mean"; None as it was trained.
         pool: of the slices of a performance, see `pool_slices`.
+        before_batch: makes it one for a server, see `FixedShapes`.
 
     Raises:
         UserError: no checkpoint with an embedding head there, or no such `pool`.
@@ -253,5 +300,8 @@ def performance_encoder(
     loaded = checkpoint if isinstance(checkpoint, LoadedModel) else load_model(checkpoint)
     slicing = slicing_of(loaded, slice_notes, max_tokens)
     pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
-    encode = model_encoder(loaded.model, pad_id, pooling or loaded.pooling)
+    fixed = None
+    if before_batch is not None:
+        fixed = FixedShapes.up_to(slicing.max_tokens, before_batch=before_batch)
+    encode = model_encoder(loaded.model, pad_id, pooling or loaded.pooling, fixed=fixed)
     return PerformanceEncoder(encode, slicing, loaded.fingerprint, pool)

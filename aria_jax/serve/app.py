@@ -68,8 +68,12 @@ class ContinueRequest(BaseModel):
     seed: int = Field(0, ge=0, lt=2**32)
 
 
-def make_app(models: Models, *, port: int, token: str | None = None) -> Guard:
-    """The ASGI application; it starts the studio, and stops it at the end."""
+def make_app(models: Models, *, port: int, **guarded: Any) -> Guard:
+    """The ASGI application; it starts the studio, and stops it at the end.
+
+    Args:
+        guarded: further arguments of `Guard`.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -98,7 +102,7 @@ def make_app(models: Models, *, port: int, token: str | None = None) -> Guard:
         return FileResponse(WEB / "docs.html")
 
     app.mount("/", StaticFiles(directory=WEB, html=True))
-    return Guard(app, port=port, token=token)
+    return Guard(app, port=port, **guarded)
 
 
 async def _user_error(request: Request, error: Exception) -> JSONResponse:
@@ -302,7 +306,7 @@ def _take(studio: Studio, seat: Seat, event: dict[str, Any], data: bytes, heard_
         return
     if event["type"] == "clock":
         seat.say({"type": "clock", "t": event["t"]})
-    event["t"] = seat.hear_clock(event["t"])
+    event["t"] = seat.hear_clock(event["t"], heard_at)
     lag = event.pop("lag", 0)
     if event["type"] == "load":
         studio.load(seat, data, event["seconds"], event["t"])

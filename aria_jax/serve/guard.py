@@ -7,6 +7,7 @@ there is one, the server's own page. At another address a token is needed as wel
 
 import hmac
 import time
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
@@ -20,6 +21,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 COOKIE = "aria_jax_token"
 MAX_BODY = 2 << 20
 """Bytes of a request."""
+RATE, BURST = 50, 300
+"""Requests of one address a second; a page with its piano is 30 at once."""
+MAX_ADDRESSES = 1000
+"""Whose rates are remembered."""
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 _HEADERS = [
     (b"content-security-policy", b"default-src 'self'; img-src 'self' data:; "
@@ -51,15 +56,24 @@ class Rate:
 
 
 class Guard:
-    """ASGI middleware: Host, Origin, token, size of bodies.
+    """ASGI middleware: rate of requests, Host, Origin, token, size of bodies.
 
     Args:
         port: of the server.
         token: that everyone must show; with it any Host is served. None on this machine alone.
+        make_rate: of the requests and connections of one address.
     """
 
-    def __init__(self, app: App, *, port: int, token: str | None = None) -> None:
-        self.app, self._token = app, token
+    def __init__(
+        self,
+        app: App,
+        *,
+        port: int,
+        token: str | None = None,
+        make_rate: Callable[[], Rate] = lambda: Rate(RATE, BURST),
+    ) -> None:
+        self.app, self._token, self._make_rate = app, token, make_rate
+        self._rates: OrderedDict[str, Rate] = OrderedDict()
         self._hosts = {f"{name}:{port}" for name in LOCAL} | set(LOCAL if port == 80 else ())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,8 +107,17 @@ class Guard:
 
         await self.app(scope, limited, secured)
 
+    def _rate_of(self, address: str) -> Rate:
+        rate = self._rates.pop(address, None) or self._make_rate()
+        self._rates[address] = rate
+        if len(self._rates) > MAX_ADDRESSES:
+            self._rates.popitem(last=False)
+        return rate
+
     def _refused(self, scope: Scope) -> tuple[int, str] | None:
         """Status and reason; None where the request may be served."""
+        if not self._rate_of((scope.get("client") or ("", 0))[0]).take():
+            return 429, "too many requests from this address; wait a second and send fewer"
         headers = {name.lower(): value.decode("latin1") for name, value in scope["headers"]}
         host, origin = headers.get(b"host", ""), headers.get(b"origin")
         if self._token is None and host.lower() not in self._hosts:
@@ -136,5 +159,7 @@ async def _refuse(scope: Scope, receive: Receive, send: Send, status: int, reaso
         await send({"type": "websocket.close", "code": 1008, "reason": reason})
         return
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+    if status == 429:
+        headers.append((b"retry-after", b"1"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": f"{reason}\n".encode()})

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from aria_jax.embed.encode import PerformanceEncoder
+from aria_jax.embed.encode import FixedShapes, PerformanceEncoder
 from aria_jax.embed.pieces import midi_slices
 from aria_jax.embed.table import pool_slices
 from aria_jax.generate.live.engine import Settings
@@ -25,6 +25,8 @@ WAIT_S = 0.01
 MAX_SLICES = 64
 """Of a batch."""
 MAX_PERFORMANCE_SLICES = 256
+MAX_HOLD_S = 2.0
+"""How long players may hold up a batch."""
 
 
 class Batcher:
@@ -36,9 +38,13 @@ class Batcher:
         self._queue: queue.Queue[tuple[list[np.ndarray], Future]] = queue.Queue(maxsize=256)
         threading.Thread(target=self._run, name="embed", daemon=True).start()
 
-    def warm(self) -> None:
-        """Compiles what a performance of one slice needs."""
-        self.encoder.encode([np.zeros(64, np.int64)])
+    def warm(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compiles everything, where the encoder has fixed shapes."""
+        lengths = FixedShapes.up_to(self.encoder.slicing.max_tokens).lengths
+        for done, length in enumerate(lengths):
+            progress(done, len(lengths))
+            self.encoder.encode([np.zeros(min(length, self.encoder.slicing.max_tokens), np.int64)])
+        progress(len(lengths), len(lengths))
 
     def submit(self, performance: Performance) -> "Future[np.ndarray]":
         """The embedding, float32 [E], once it is there.

@@ -1,6 +1,7 @@
 """A player's place: the session, the page and its clock, and all that was heard."""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,7 +12,9 @@ from aria_jax.generate.live.session import LiveSession
 from data_pipeline.midi import NOTE, PEDAL, Performance, midi_bytes
 
 JUMP_MS = 2000
-"""How far a page's clock may run ahead of the server's."""
+"""How far a page's clock may jump ahead, and how late a message may come."""
+CLOCKS = 40
+"""Messages that the clock is told by: ten seconds of a page that does nothing else."""
 Send = Callable[[dict[str, Any]], None]
 
 
@@ -70,24 +73,33 @@ class Seat:
     answer_from: int = 0  # rows of the history before the answer
     asked_at: float | None = None  # of the hand-over whose first note is not there yet
     computed_s: float = 0.0  # in this turn
+    began_at: float = 0.0  # of the hand-over
+    lag_ms: int = 0  # that a message takes one way
+    n_late: int = 0  # how often in this turn the model was too late
     ticked: float = 0.0
-    resyncing: bool = False
     hurry: bool = False  # a program, which does not listen but waits
-    _t: int = 0
-    _at: float = 0.0
+    clock: Callable[[], float] = time.monotonic
+    _ahead_ms: deque[int] = field(default_factory=lambda: deque(maxlen=CLOCKS))
 
     def now(self) -> int:
-        """The page's time, ms; it begins with the first message."""
-        return self._t + int((time.monotonic() - self._at) * 1000) if self._at else self._t
+        """The page's time, ms; it begins with the first message, which was the least late of the
+        latest ones: messages are held up, and never come early.
+        """
+        return int(self.clock() * 1000) + max(self._ahead_ms) if self._ahead_ms else 0
 
-    def hear_clock(self, t: int) -> int:
-        """Sets the clock by a message; the time that is believed."""
-        if not self._at:
-            self._t, self._at = t, time.monotonic()
-        believed = min(t, self.now() + JUMP_MS)
-        if abs(believed - self.now()) > 20:
-            self._t, self._at = believed, time.monotonic()
-        return believed
+    def hear_clock(self, t: int, heard_at: float | None = None) -> int:
+        """Sets the clock by a message; the time that is believed.
+
+        Args:
+            heard_at: by this machine's clock; None now.
+        """
+        heard_ms = int((self.clock() if heard_at is None else heard_at) * 1000)
+        if self._ahead_ms:
+            t = min(t, heard_ms + max(self._ahead_ms) + JUMP_MS)
+            if t < heard_ms + max(self._ahead_ms) - JUMP_MS:
+                self._ahead_ms.clear()  # it was set back
+        self._ahead_ms.append(t - heard_ms)
+        return t
 
     def say(self, message: dict[str, Any]) -> None:
         """To the page, if it is there."""

@@ -35,8 +35,11 @@ AWAY_S = 120
 """How long the session of a lost connection waits."""
 IDLE_S = 900
 """How long one waits in which nothing is played."""
-LATE_MS = 300
-"""A model that is so far behind goes on from now."""
+MIN_BUFFER_MS = 300
+"""Of the model's music: with less in hand nothing else is computed."""
+MAX_LEAD_MS = 2000
+CHORD = 4
+"""Notes that must be there before the first one is heard: they may begin together."""
 TICK_S = 0.05
 _log = logging.getLogger(__name__)
 NEVER = 2**40
@@ -49,17 +52,25 @@ class Studio:
         engine: warm.
         reading: of the MIDI files of the model's corpus.
         save_to: where sessions are saved; None nowhere.
+        quiet: set while nobody waits for music, for whoever computes beside it.
     """
 
     def __init__(
-        self, engine: Engine, reading: str, *, save_to: Path | None = None, about: str = ""
+        self,
+        engine: Engine,
+        reading: str,
+        *,
+        save_to: Path | None = None,
+        about: str = "",
+        quiet: threading.Event | None = None,
     ) -> None:
         self.engine, self._reading, self._save_to = engine, reading, save_to
+        self._quiet = quiet or threading.Event()
         self.about = about
         self.seats: dict[str, Seat] = {}
         self.saved: list[Path] = []
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._first_ms: deque[float] = deque(maxlen=20)
+        self._chord_ms: deque[float] = deque(maxlen=20)
         self._thread = threading.Thread(target=self._run, name="studio", daemon=True)
 
     def start(self) -> None:
@@ -127,18 +138,14 @@ class Studio:
             self.apply(seat, {"type": "hand_over", "t": t})
         elif end is not None and t >= end:
             self.apply(seat, {"type": "take_over", "t": t})
-        elif (
-            session.turn == "model"
-            and session.played_until < t - LATE_MS
-            and seat.asked_at is None
-            and not seat.resyncing
-        ):
-            seat.resyncing = True
-            self.apply(seat, {"type": "resync", "t": t})
 
     def _work(self) -> bool:
         """A step of the session that needs it most; whether there was one."""
         waiting = [seat for seat in self.seats.values() if seat.session.has_work(self._until(seat))]
+        if any(self._is_pressed(seat) for seat in waiting):
+            self._quiet.clear()
+        else:
+            self._quiet.set()
         if not waiting:
             return False
 
@@ -152,12 +159,22 @@ class Studio:
         self._guarded(min(waiting, key=urgency), self._step)
         return True
 
+    def _is_pressed(self, seat: Seat) -> bool:
+        if seat.hurry or seat.session.turn != "model":
+            return False
+        in_hand_ms = seat.session.played_until - seat.now()
+        return seat.asked_at is not None or in_hand_ms < MIN_BUFFER_MS
+
     def _step(self, seat: Seat) -> None:
         began, n_takes = time.monotonic(), len(seat.session.takes)
         notes = seat.session.step(self._until(seat))
         if seat.session.turn == "model":
             seat.computed_s += time.monotonic() - began
-        if notes:
+        if notes and not seat.hurry and notes[0].onset < seat.now() + seat.lag_ms:
+            # It would be heard too late: the model plays on from a moment that can be reached.
+            seat.n_late += 1
+            self.apply(seat, {"type": "resync", "t": seat.now(), "keep": notes[0].index})
+        elif notes:
             self._send_notes(seat, notes)
         elif len(seat.session.takes) > n_takes and not seat.session.makes_takes:
             takes = [
@@ -177,11 +194,12 @@ class Studio:
             if note.pitch is not None:
                 end = note.onset + note.duration_ms
                 seat.history.rows.append([1, note.pitch, note.velocity, note.onset, end])
-        first_ms, seat.resyncing = None, False
+        first_ms, now = None, time.monotonic()
         if seat.asked_at is not None:
-            first_ms = (time.monotonic() - seat.asked_at) * 1000
-            self._first_ms.append(first_ms)
+            first_ms = (now - seat.asked_at) * 1000
             seat.asked_at = None
+        if notes[0].index < CHORD <= notes[-1].index + 1:
+            self._chord_ms.append((now - seat.began_at) * 1000)
         played_ms = session.played_until - session.answer_began
         message = {
             "type": "notes",
@@ -264,8 +282,11 @@ class Studio:
         """An event of `LiveSession.apply`, and what follows from it for the page."""
         session, kind, t = seat.session, event["type"], event["t"]
         turn, n_turns, could_undo = session.turn, session.n_turns, session.can_undo
+        if kind == "hand_over" and turn == "player":
+            seat.lag_ms, seat.n_late = event.get("lag", 0), 0
         if kind in ("hand_over", "resync"):
-            event = {**event, "lead": self.lead_ms(event.pop("lag", 0))}
+            event = {**event, "lead": self.lead_ms(seat)}
+            event.pop("lag", None)
         try:
             session.apply(event)
         except UserError as error:
@@ -284,9 +305,10 @@ class Studio:
             seat.history.without_answer(seat.answer_from)
         if session.n_turns != n_turns:
             seat.asked_at, seat.computed_s = heard_at or time.monotonic(), 0.0
+            seat.began_at = seat.asked_at
             seat.answer_from = len(seat.history.rows)
         if session.turn == "player":
-            seat.asked_at, seat.resyncing = None, False
+            seat.asked_at = None
         if (session.turn, session.n_turns, session.can_undo) != (turn, n_turns, could_undo):
             seat.say({"type": "turn", "turn": session.turn, "n_turns": session.n_turns,
                       "t": session.now, "can_undo": session.can_undo})  # fmt: skip
@@ -303,10 +325,12 @@ class Studio:
             for row in history.rows:
                 row[4] = t if row[4] < 0 else row[4]
 
-    def lead_ms(self, lag_ms: int = 0) -> int:
-        """Before which nothing can be heard after a hand-over: what it takes nearly always."""
-        usual = float(np.quantile(self._first_ms, 0.9)) if self._first_ms else 80.0
-        return int(min(max(usual, 20.0), 300.0)) + 2 * lag_ms
+    def lead_ms(self, seat: Seat) -> int:
+        """Before which nothing can be heard after a hand-over: what a chord takes nearly always,
+        and twice as much each time that it was too little.
+        """
+        usual = float(np.quantile(self._chord_ms, 0.9)) if self._chord_ms else 100.0
+        return int(min(max(usual, 20.0) * 2 ** min(seat.n_late, 8), MAX_LEAD_MS)) + 2 * seat.lag_ms
 
     def load(self, seat: Seat, data: bytes, seconds: float, t: int) -> None:
         """A MIDI file becomes the context."""

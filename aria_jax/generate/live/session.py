@@ -60,9 +60,9 @@ class LiveSession:
         self._answer_start = 0  # where the latest answer begins; 0: it cannot be taken back
         self._turn_start = 0  # the same, or where what is left of it begins
         self._answer_ms = self._earliest_ms = self._floor_ms = 0  # of the context
-        self._take = 0
-        self._wanted_takes = 0
+        self._take = self._wanted_takes = 0
         self._with_answer: list[int] = []  # the context, while other answers are made
+        self._begun_at = 0  # tokens of this turn when the model last began to play
         self._ready = False  # whether the row's grammar is that of what is to be played
         self._told = 0  # notes of this turn that `step` has returned
         self._n_dropped = self._n_tokens_dropped = 0  # of this turn, with the oldest bars
@@ -138,7 +138,7 @@ class LiveSession:
             self._begin(max(self._earliest_ms, self.listener.context_ms(t + GUARD_MS)))
 
     def _on_resync(self, event: dict[str, Any], t: int) -> None:
-        """The model's music is too late: it goes on from now."""
+        """The model's music is too late: it goes on from now, behind what came in time."""
         if self.turn == "model":
             self._cut(event, t)
             self._begin(self.listener.context_ms(t) + int(event.get("lead", 0)))
@@ -224,7 +224,7 @@ class LiveSession:
         # Where all is read the last id is read again: what follows it must be known.
         self._reader.truncate(len(self.ids) - 1)
         self._reader.catch_up(len(self.ids))
-        self._ready = False
+        self._ready, self._begun_at = False, self._made
 
     def _cut(self, event: dict[str, Any], t: int) -> None:
         """Drops the model's notes from `t` on, or those behind event["keep"]."""
@@ -305,8 +305,8 @@ class LiveSession:
         return self.turn == "model" and self.played_until <= most
 
     def _play(self) -> list[Note]:
-        """One call of the engine; new whole notes."""
-        self._generate(STEPS if self._told else 3)
+        """One call of the engine, a short one while there is no music in hand; new whole notes."""
+        self._generate(min(STEPS, max(3, self._made - self._begun_at)))
         notes = self.listener.played(self._turn_start)
         fresh = [
             note.told(i, self._session_ms(0))

@@ -13,8 +13,9 @@ export class Sound {
     this.scheduled = [];  // {pitch, when, owner, source, gain, end}; tests read it back
     this.out = null;      // a MIDI output that sounds instead
     this.outNotes = new Map();
-    // Pages count in performance.now(); this joins it to the audio clock.
-    this.offset = performance.now() / 1000 - this.context.currentTime;
+    this.offsets = [];    // audio time less page time, s, as lately read
+    this.context.onstatechange = () => { this.offsets = []; };
+    setInterval(() => this.readClock(), 100);
   }
 
   async load(progress) {
@@ -35,12 +36,22 @@ export class Sound {
     if (this.context.state !== "running") this.context.resume();
   }
 
+  readClock() {
+    const stamp = this.context.getOutputTimestamp?.();
+    const offset = stamp && stamp.performanceTime > 0
+      ? stamp.contextTime - stamp.performanceTime / 1000
+      : this.context.currentTime - performance.now() / 1000;
+    if (this.offsets.length && Math.abs(offset - this.offset) > 0.05) this.offsets = [];  // it stood still
+    this.offsets.push(offset);
+    if (this.offsets.length > 25) this.offsets.shift();
+    // A reading is off by up to a buffer, and notes would be against each other: the median is not.
+    this.offset = this.offsets.toSorted((a, b) => a - b)[this.offsets.length >> 1];
+  }
+
   // The audio time of a moment on the page's clock, ms.
   at(ms) {
-    const stamp = this.context.getOutputTimestamp?.();
-    if (stamp && stamp.performanceTime > 0)
-      return stamp.contextTime + (ms - stamp.performanceTime) / 1000;
-    return this.context.currentTime + (ms - performance.now()) / 1000;
+    if (!this.offsets.length) this.readClock();
+    return ms / 1000 + this.offset;
   }
 
   // Starts a note at page time `ms`; durationMs null sounds until `stop`. Returns a handle.

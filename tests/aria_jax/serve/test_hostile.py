@@ -2,14 +2,17 @@
 
 import copy
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from aria_jax.generate.live.engine import Row, Settings
+from aria_jax.generate.live.session import replay
 from aria_jax.serve.app import _take
 from aria_jax.serve.guard import Rate
 from aria_jax.serve.messages import Hello, read_message
+from aria_jax.serve.seat import JUMP_MS, Seat
 from aria_jax.serve.studio import Studio
 from data_pipeline.errors import UserError
 from tests.aria_jax.generate.live.test_live import Metronome
@@ -89,7 +92,7 @@ def test_hostile_messages_neither_crash_nor_touch_anyone_else(n):
         clock += int(rng.integers(0, 400))
         if seat is None or seat.name not in studio.seats:
             seat = studio.enter(lambda message: json.dumps(message), None, 1)
-        seat._at -= 0.2  # time passes
+        seat.clock = lambda at=clock: at / 1000
         try:
             message = read_message(hostile_text(rng, clock))
         except UserError:
@@ -101,7 +104,7 @@ def test_hostile_messages_neither_crash_nor_touch_anyone_else(n):
         if event["type"] == "bye":
             studio.leave(seat.name, "goodbye")
             continue
-        _take(studio, seat, event, b"MThd" if event["type"] == "load" else b"", 0.0)
+        _take(studio, seat, event, b"MThd" if event["type"] == "load" else b"", clock / 1000)
         for _ in range(int(rng.integers(0, 4))):
             if seat.session.has_work(seat.now() + 2000):
                 notes = seat.session.step(seat.now() + 2000)
@@ -114,6 +117,67 @@ def test_hostile_messages_neither_crash_nor_touch_anyone_else(n):
     assert (other.session.ids, other.session.recording, other.history.rows) == before
     assert other.session.settings == Settings()
     assert [message["type"] for message in heard] == ["welcome"]
+
+
+class SlowEngine(Engine):
+    """Every call takes a while, by the clock of the test."""
+
+    def __init__(self, now: list[float], taking_s: list[float]) -> None:
+        super().__init__()
+        self.now, self.taking_s = now, taking_s
+
+    def play(self, rows: list[Row]) -> list[np.ndarray]:
+        self.now[0] += self.taking_s.pop(0) if self.taking_s else 0.005
+        return super().play(rows)
+
+
+def test_what_would_be_heard_late_is_played_anew_from_then(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("aria_jax.serve.studio.time", SimpleNamespace(monotonic=lambda: now[0]))
+    # The first note takes longer than ever before, and later something else runs for 3 s.
+    engine = SlowEngine(now, [0.4, *[0.005] * 4, 3.0])
+    studio, heard, late_ms = Studio(engine, "standard"), {}, []
+
+    def send(message: dict) -> None:
+        if message["type"] == "keep":
+            for index in [index for index in heard if index >= message["keep"]]:
+                del heard[index]
+        if message["type"] == "notes":
+            late_ms.extend(seat.now() - note[3] for note in message["notes"])
+            heard.update({note[0]: note[3] for note in message["notes"]})
+
+    seat = studio.enter(send, None, 3)
+    seat.clock = lambda: now[0]
+    seat.hear_clock(0)
+    studio.apply(seat, {"type": "note_on", "t": 0, "pitch": 60, "velocity": 60})
+    studio.apply(seat, {"type": "note_off", "t": 300, "pitch": 60})
+    now[0] += 0.4
+    studio.apply(seat, {"type": "hand_over", "t": 400, "lag": 0})
+    while seat.now() < 9000:
+        now[0] += 0.01
+        studio._tick()
+        while studio._work():
+            pass
+    onsets = [heard[index] for index in sorted(heard)]
+    assert sorted(heard) == list(range(len(heard))) and len(onsets) > 15
+    assert onsets == sorted(onsets) and max(late_ms) <= 0
+    assert sum(event["type"] == "resync" for event in seat.session.recording) >= 2
+    again = replay(Engine(), Row(()), seat.session.recording, seed=3)
+    while len(again.ids) < len(seat.session.ids):
+        again.step(2**31)
+    assert again.ids[: len(seat.session.ids)] == seat.session.ids
+
+
+def test_a_clock_is_told_by_the_message_that_was_held_up_least():
+    now = [5.0]
+    seat = Seat("a", None, None, clock=lambda: now[0])
+    for t, held_up_s in ((0, 0.08), (250, 0.002), (500, 0.3), (750, 0.05)):
+        seat.hear_clock(t, 5.0 + t / 1000 + held_up_s)
+    now[0] = 6.0
+    assert seat.now() == 998
+    assert seat.hear_clock(10**6, 6.0) == 998 + JUMP_MS  # nobody's clock jumps so far
+    seat.hear_clock(10, 6.0)
+    assert seat.now() == 10  # set back
 
 
 def test_a_rate_lets_bursts_through_and_no_more():

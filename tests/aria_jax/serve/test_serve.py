@@ -1,5 +1,6 @@
 """The server as programs and pages meet it: a real one, on a port of its own."""
 
+import asyncio
 import base64
 import json
 import socket
@@ -13,6 +14,7 @@ from contextlib import contextmanager, suppress
 import numpy as np
 import pytest
 import uvicorn
+from jax import monitoring
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -22,6 +24,7 @@ from aria_jax.embed.pieces import Piece, open_source
 from aria_jax.embed.table import write_embeddings
 from aria_jax.generate.live.session import replay
 from aria_jax.serve.app import Models, make_app
+from aria_jax.serve.guard import Guard, Rate
 from aria_jax.serve.jobs import Batcher
 from aria_jax.serve.studio import Studio
 from data_pipeline.midi import midi_bytes, read_midi
@@ -30,11 +33,11 @@ from tests.corpora import random_performance
 
 
 @contextmanager
-def serving(models: Models, token: str | None = None):
+def serving(models: Models, **guarded):
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     config = uvicorn.Config(
-        make_app(models, port=port, token=token),
+        make_app(models, port=port, **guarded),
         log_level="error",
         loop="asyncio",
         ws="websockets-sansio",
@@ -273,6 +276,49 @@ def test_embeddings_share_batches(port, models):
         alone = models.batcher.encoder(read_midi(midi_bytes(piece)))
         np.testing.assert_allclose(answer["embedding"], alone, atol=1e-5)  # other batch shapes
     assert max(models.batcher.batches) > 1
+
+
+def test_an_encoder_of_fixed_shapes_compiles_nothing_once_it_is_warm(tiny_models):
+    held_up = []
+    encoder = performance_encoder(
+        tiny_models["encoder"], max_tokens=250, before_batch=lambda: held_up.append(1)
+    )
+    batcher = Batcher(encoder)
+    batcher.warm()
+    n_warm, compiled = len(held_up), []
+
+    def listener(name: str, duration: float, **rest) -> None:
+        compiled.extend([name] * ("compile" in name))
+
+    pieces = [random_performance(np.random.default_rng(i), 3 + 30 * i) for i in range(4)]
+    monitoring.register_event_duration_secs_listener(listener)
+    try:
+        found = [batcher.submit(piece).result(timeout=60) for piece in pieces]
+        together = [batcher.submit(piece) for piece in pieces]
+        found += [one.result(timeout=60) for one in together]
+    finally:
+        monitoring.unregister_event_duration_listener(listener)
+    assert not compiled and len(held_up) > n_warm
+    plain = performance_encoder(tiny_models["encoder"], max_tokens=250)
+    expected = [plain(piece) for piece in pieces]
+    np.testing.assert_allclose(found, expected * 2, atol=1e-5)  # other batch shapes
+
+
+def test_more_requests_than_anyone_needs_are_told_to_wait():
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    guard, answers = Guard(app, port=8000, make_rate=lambda: Rate(0.001, 5)), []
+
+    async def send(message):
+        answers.append(message)
+
+    for client in ["10.0.0.1"] * 7 + ["10.0.0.2"]:
+        scope = {"type": "http", "client": (client, 1), "headers": [(b"host", b"localhost:8000")]}
+        asyncio.run(guard(scope, None, send))
+    assert [one["status"] for one in answers if "status" in one] == [200] * 5 + [429] * 2 + [200]
+    assert (b"retry-after", b"1") in answers[5]["headers"]
+    assert b"too many requests" in answers[6]["body"]
 
 
 def test_search_and_token(duet_engine, models, tmp_path):
