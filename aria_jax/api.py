@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from aria_jax.generate.continuation import Continuation
     from aria_jax.generate.score import Score
     from aria_jax.train.loop import TrainResult
+    from data_pipeline.loaders.mixture import Data
 
 File = str | Path | Performance
 """A MIDI file, or what was read from one."""
@@ -196,7 +197,7 @@ def score(
 
 def train(
     task: Task | RunConfig,
-    data: str | Path,
+    data: "Data",
     workdir: str | Path,
     *,
     preset: str = "tiny",
@@ -207,7 +208,8 @@ def train(
 
     Args:
         task: "pretrain", "continue", "contrastive" or "classify" of a preset, or a whole run.
-        data: folder of token shards; workdir: of the run, made if needed.
+        data: folder of token shards, or a list of several with weights, ["A:0.7", "B:0.3"];
+            workdir: of the run, made if needed.
         init_from: checkpoint whose weights a new run starts from.
         settings: by their names on the command line (docs/api.md, `aria-jax train --settings`).
 
@@ -217,8 +219,8 @@ def train(
     from typing import get_args
 
     from aria_jax.presets import for_task
-    from aria_jax.train.hooks import JsonlSink
     from aria_jax.train.loop import run, send_workdir
+    from aria_jax.train.trackers import JsonlSink
 
     if not isinstance(task, RunConfig) and task not in get_args(Task):
         raise UserError(

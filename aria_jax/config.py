@@ -1,9 +1,7 @@
 """Every setting of a run as frozen, typed dataclasses (named runs: aria_jax/presets.py).
 
-A run is one `RunConfig`. A field says what it may hold where it is defined (data_pipeline.settings)
-and `RunConfig.problems()` lists all that is wrong at once, before any slow work. `key=value`
-overrides name a field, with its section where two sections share the name
-(`optimizer.peak_lr=1e-4`, `steps=200`); files of settings are read by aria_jax/presets.py.
+A run is one `RunConfig`. A field says what it may hold where it is defined; `RunConfig.problems()`
+lists all that is wrong at once. `key=value` overrides name a field, with its section if need be.
 """
 
 import dataclasses
@@ -151,6 +149,8 @@ class DataConfig:
     """Notes of the longest random slice (contrastive, classify)."""
     label: str | None = None
     """Which label `classify` learns."""
+    sources: tuple[str, ...] = ()
+    """Token shards where --data names none; several are mixed, FOLDER:0.7,FOLDER:0.3."""
     workers: Annotated[int, Range(0)] = 0
     """Loader processes; 0 reads in the training process."""
 

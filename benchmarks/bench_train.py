@@ -26,9 +26,10 @@ from aria_jax.config import CORPUS, MeshConfig, RunConfig
 from aria_jax.presets import for_task
 from aria_jax.sharding import batch_sharding, make_mesh
 from aria_jax.train.init import InitFrom
+from aria_jax.train.objectives import loss_function
 from aria_jax.train.state import first_state, shardings_of
 from aria_jax.train.step import make_train_step
-from aria_jax.train.tasks import build_task, loss_function, resolve
+from aria_jax.train.tasks import build_task, resolve
 from tests.corpora import random_performance, write_corpus
 
 

@@ -42,10 +42,11 @@ from aria_jax.losses.contrastive import contrastive_loss
 from aria_jax.models.heads import build_model
 from aria_jax.presets import CHIPS, Chip, chip_of, for_task
 from aria_jax.sharding import batch_sharding, make_mesh
+from aria_jax.train.objectives import loss_function
 from aria_jax.train.plan import tokens_per_step, train_flops_per_token
 from aria_jax.train.state import random_state, shardings_of
 from aria_jax.train.step import make_train_step
-from aria_jax.train.tasks import batch_shapes, loss_function
+from aria_jax.train.tasks import batch_shapes
 from benchmarks.bench_contrastive import naive_loss
 from data_pipeline.midi import write_midi
 from data_pipeline.tokenizers import Tokenizer

@@ -208,7 +208,7 @@ def test_the_product_is_not_confetti():
     """A file is one idea, and an idea is one file."""
     added = [path for path in modules() if dotted(path).startswith(ADDITIONS)]
     assert len(modules()) - len(added) <= 110
-    assert len(added) <= 24
+    assert len(added) <= 27
 
 
 def test_no_module_is_a_crowded_room():

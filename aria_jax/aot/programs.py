@@ -27,10 +27,11 @@ from aria_jax.models.heads import abstract_model, parameter_specs, split_model
 from aria_jax.presets import Chip
 from aria_jax.sharding import batch_sharding, platform, replicated
 from aria_jax.train.loop import check_batch
+from aria_jax.train.objectives import loss_function
 from aria_jax.train.plan import forward_flops_per_token
 from aria_jax.train.state import Network, abstract_state, shardings_of
 from aria_jax.train.step import make_train_step
-from aria_jax.train.tasks import batch_shapes, loss_function
+from aria_jax.train.tasks import batch_shapes
 from data_pipeline.errors import UserError
 
 Task = Literal["pretrain", "continue", "contrastive", "classify", "embed", "prefill", "decode"]

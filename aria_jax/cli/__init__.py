@@ -237,6 +237,9 @@ def bring(args: argparse.Namespace) -> None:
         name, equals, path = str(value).partition("=")  # NAME=FILE
         if equals and "/" not in name and storage.is_url(path):
             return f"{name}={placed(path)}"
+        path, _, weight = str(value).rpartition(":")  # SHARDS:WEIGHT
+        if storage.is_url(path) and weight.replace(".", "", 1).isdigit():
+            return f"{placed(path)}:{weight}"
         if not storage.is_url(value):
             return value
         places.append(storage.place(value))

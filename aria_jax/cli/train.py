@@ -2,8 +2,6 @@
 
 import argparse
 import dataclasses
-import math
-import os
 import shutil
 import sys
 import warnings
@@ -18,7 +16,6 @@ if TYPE_CHECKING:
     from aria_jax.config import RunConfig
     from aria_jax.presets import Chip
     from aria_jax.train.init import InitFrom
-    from aria_jax.train.plan import Plan
 
 DESCRIPTION = """\
 Train a model on token shards (made by `aria-jax data build`).
@@ -59,7 +56,8 @@ Settings are given as key=value, e.g. steps=2000 peak_lr=1e-4 data.global_batch=
 mesh.fsdp=4, or in a YAML or JSON file of the same keys (--config), over which the command line
 wins; `aria-jax train --settings` lists them all, with type, default and meaning. A run writes its
 resolved settings to WORKDIR/config.yaml, for --config to read; --status WORKDIR tells how it does,
-and what share of its time was productive (goodput). With lora_rank=8 any task trains low-rank
+and what share of its time was productive (goodput). With several --data, rows of all are mixed by
+their weights, and losses told apart. With lora_rank=8 any task trains low-rank
 adapters of the weights of --init-from (`aria-jax convert merge` makes them whole).
 
 examples:
@@ -70,6 +68,7 @@ examples:
   aria-jax train pretrain --data my_data --workdir run4 --preset medium --dry-run --on v5p:64
   aria-jax train pretrain --data my_data --workdir run6 --config run1/config.yaml seed=1
   aria-jax train contrastive --settings
+  aria-jax train pretrain --data giant:0.8 --data asap:0.2 --workdir run7
   aria-jax train --status run1
 
 On TPUs and GPUs a run computes in bfloat16 (dtype=float32 does not), and mesh, remat and gradient
@@ -116,7 +115,12 @@ def _refuse_dashes(option: str, behind: Sequence[str]) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax train`."""
     parser.add_argument("task", choices=TASKS)
-    parser.add_argument("--data", required=True, help="folder of token shards")
+    parser.add_argument(
+        "--data",
+        action="append",
+        metavar="SHARDS[:WEIGHT]",
+        help="folder of token shards; given several times, a mixture: --data A:0.7 --data B:0.3",
+    )
     parser.add_argument("--workdir", required=True, help="folder of the run; made if needed")
     parser.add_argument("--preset", default="tiny", help="tiny, mini, small or medium (tiny)")
     parser.add_argument(
@@ -163,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the training; 0 when done, 130 after Ctrl-C, 1 after SIGTERM."""
     from aria_jax.presets import for_task
     from data_pipeline.errors import UserError
-    from data_pipeline.shards import load_manifest
+    from data_pipeline.loaders.mixture import common_manifest, sources_of
 
     if "status" in args and args.status is not None:
         return _status(args)
@@ -171,8 +175,11 @@ def run(args: argparse.Namespace) -> int:
         return _list_settings(args)
     preset = for_task(args.preset, args.task)
     # All that can be wrong is found before the seconds that importing jax takes.
-    _as_asked(preset, args)
-    load_manifest(args.data)
+    named = _as_asked(preset, args).data.sources
+    if not (args.data or named):
+        raise UserError("train: name the token shards with --data FOLDER (or data.sources)")
+    args.data = sources_of(args.data or named)
+    common_manifest(args.data)
     if Path(args.workdir).is_file():
         raise UserError(f"--workdir {args.workdir} is a file; name a folder for the run")
     _check_beginning(args)
@@ -196,7 +203,8 @@ def _check_beginning(args: argparse.Namespace) -> None:
     args.assumed_mfu = 0.4 if args.assumed_mfu is None else args.assumed_mfu
     if not 0 < args.assumed_mfu <= 1:
         raise UserError(f"--assumed-mfu {args.assumed_mfu:g}: a share, above 0 and at most 1")
-    refuse_inside(args.workdir, args.data, "a corpus")
+    for source in args.data:
+        refuse_inside(args.workdir, source.path, "a corpus")
     refuse_occupied(args.workdir, "a training run")
     record = newest_record(args.workdir)
     if record is None:
@@ -262,9 +270,9 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     from aria_jax.checkpoints import newest_step
     from aria_jax.presets import chip_of, write_config
     from aria_jax.train import loop
-    from aria_jax.train.hooks import JsonlSink, MetricSink, TensorBoardSink
     from aria_jax.train.processes import join_processes, leave_at_once, lost_contact
     from aria_jax.train.tasks import resolve
+    from aria_jax.train.trackers import JsonlSink, MetricSink, TensorBoardSink
 
     console.stage("looking for devices")
     first = join_processes() == 0
@@ -347,6 +355,7 @@ def _dry_run(args: argparse.Namespace, preset: "RunConfig") -> int:
     import jax
 
     from aria_jax.presets import CHIPS, chip_of
+    from aria_jax.train.loop import timed_plan
     from aria_jax.train.plan import plan, plan_text
     from aria_jax.train.tasks import build_task, resolve
     from data_pipeline.errors import UserError
@@ -376,25 +385,8 @@ def _dry_run(args: argparse.Namespace, preset: "RunConfig") -> int:
     )
     basis = f"at {made.assumed_mfu:.0%} MFU (assumed)"
     if chip is None:
-        made, basis = _timed(config, args.data, made)
+        stage("compiling a step and timing the next")
+        made, basis = timed_plan(config, args.data, made)
     result = {**dataclasses.asdict(made), "fits": made.fits, "dtype": config.compute.dtype}
     print_result(result, args.json, plan_text(config, made, basis))
     return 1 if made.fits is False else 0
-
-
-def _timed(config: "RunConfig", data: str, made: "Plan") -> tuple["Plan", str]:
-    """The plan with the time that a step takes here; and what that is based on, or why not."""
-    from aria_jax.cli.console import stage
-    from aria_jax.train.loop import time_step
-
-    needed = sum(made.memory.values()) * math.prod(made.mesh.values())
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > memory:
-        return made, f"this machine's {memory / 2**30:.0f} GiB do not hold a step (see --on)"
-    stage("compiling a step and timing the next")
-    seconds, rows = time_step(config, data)
-    made = dataclasses.replace(
-        made, step_seconds=seconds, hours=seconds * config.train.steps / 3600
-    )
-    part = "" if rows == config.data.global_batch else f" on {rows} of its rows"
-    return made, f"at {seconds:.3g} s a step, measured here just now{part}"

@@ -22,6 +22,7 @@ from aria_jax.kernels.contrastive import (
     merge_lse,
     pair_statistics,
 )
+from aria_jax.losses import Groups
 from aria_jax.sharding import named_sharding
 from data_pipeline.errors import UserError, expect_array
 
@@ -43,7 +44,8 @@ def contrastive_loss(
     mesh: Mesh | None = None,
     global_negatives: bool = True,
     implementation: Implementation = "auto",
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    groups: Groups | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
     """Each view must find the other view of its piece among those of the other pieces.
 
     Memory is O(B E), over n devices of a mesh O(B E / n) each; gradients are exact.
@@ -62,12 +64,14 @@ def contrastive_loss(
         mesh: the batch is sharded over its data axes, and negatives travel round them.
         global_negatives: False compares on each device with the pairs of that device only (the
             reference compares within a process, of one device each).
+        groups: of the pairs, to tell their losses apart.
 
     Returns:
         Loss (float32 scalar), and metrics: "retrieval" (share of anchors more similar to their
         positive than to any negative), "alignment" (mean squared distance of pairs) and
         "uniformity" (log mean Gaussian potential of first views, of at most 1,024 of them; Wang &
-        Isola 2020), both on the unit sphere, lower is better.
+        Isola 2020), both on the unit sphere, lower is better; with `groups` also "by_group",
+        {"loss": sum over the anchors of each group, halved, "weight": number of its pairs}.
 
     Raises:
         UserError: no arrays, or of shapes that do not fit together.
@@ -97,12 +101,15 @@ def contrastive_loss(
     def of_views(first_B: jax.Array, second_B: jax.Array) -> jax.Array:
         return (mean(first_B) + mean(second_B)) / 2
 
-    loss = of_views(*(jax.nn.softplus(n - positive_B) for n in negatives))
-    metrics = {
+    losses = [jax.nn.softplus(n - positive_B) for n in negatives]
+    loss = of_views(*losses)
+    metrics: dict[str, Any] = {
         "retrieval": of_views(*(positive_B > h / (1 + hardness) for h in hardest)),
         "alignment": mean(jnp.square(wide1 - wide2).sum(1)),
         "uniformity": _uniformity(wide1[:UNIFORMITY_ROWS], valid[:UNIFORMITY_ROWS]),
     }
+    if groups is not None:
+        metrics["by_group"] = groups.sums((losses[0] + losses[1]) / 2, valid)
     return loss, jax.lax.stop_gradient(metrics)
 
 

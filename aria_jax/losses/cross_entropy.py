@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
+from aria_jax.losses import Groups
 from aria_jax.sharding import LOGICAL_RULES, active_mesh, divisible_spec, platform
 from data_pipeline.errors import UserError, expect_array
 
@@ -45,7 +46,8 @@ def next_token_loss(
     *,
     z_loss: float = 0.0,
     chunk_tokens: int | None = None,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    groups: Groups | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
     """Mean negative log-likelihood in nats over the unmasked targets.
 
     Args:
@@ -54,10 +56,12 @@ def next_token_loss(
         targets_BxL: int ids; loss_mask_BxL: bool, False leaves a target out; None takes all.
         z_loss: weight of the squared log-normaliser, added to each token's loss.
         chunk_tokens: tokens whose logits exist at once on a device; None suits the device.
+        groups: of the rows, to tell their losses apart.
 
     Returns:
         The loss (float32 scalar), and float32 scalars {"n_tokens": number of targets, "accuracy":
-        share of them with the largest logit}.
+        share of them with the largest logit}; with `groups` also "by_group", {"loss": sum over the
+        targets of each group, "weight": number of them}, float32 [groups] both.
 
     Raises:
         UserError: no arrays, or of shapes that do not fit together.
@@ -77,11 +81,15 @@ def next_token_loss(
         chunk_tokens = loss_chunk(platform())
     mask_BxL = loss_mask_BxL.astype(jnp.float32)
     n_tokens = mask_BxL.sum()
-    weights_BxL = mask_BxL / jnp.maximum(n_tokens, 1)
-    loss, accuracy = _weighted(
-        hidden_BxLxD, head_DxV, targets_BxL, weights_BxL, z_loss, chunk_tokens
-    )
-    return loss, {"n_tokens": n_tokens, "accuracy": accuracy}
+    weights = mask_BxL / jnp.maximum(n_tokens, 1)
+    if groups is not None:
+        of_group = mask_BxL[..., None] * groups.one_hot()[:, None]
+        weights = jnp.concatenate([weights[..., None], of_group], -1)
+    loss, accuracy = _weighted(hidden_BxLxD, head_DxV, targets_BxL, weights, z_loss, chunk_tokens)
+    if groups is None:
+        return loss, {"n_tokens": n_tokens, "accuracy": accuracy}
+    by_group = {"loss": jax.lax.stop_gradient(loss[1:]), "weight": of_group.sum((0, 1))}
+    return loss[0], {"n_tokens": n_tokens, "accuracy": accuracy[0], "by_group": by_group}
 
 
 def token_nll(
@@ -162,7 +170,10 @@ def _weighted(
     z_loss: float,
     chunk_tokens: int,
 ) -> tuple[jax.Array, jax.Array]:
-    """Weighted sums over tokens: of the loss, and of whether the target has the largest logit."""
+    """Weighted sums over tokens: of the loss, and of whether the target has the largest logit.
+
+    Weights [B, L], or [B, L, N] for N sums of each, of which the first is the loss to learn from.
+    """
     arguments = (hidden_BxLxD, head_DxV, targets_BxL, weights_BxL)
     return _over_devices(*arguments, z_loss=z_loss, chunk_tokens=chunk_tokens, gradients=False)[:2]
 
@@ -189,7 +200,7 @@ def _backward(
     cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple[jax.Array, jax.Array, None, None]:
     d_hidden, d_head = residuals
-    d_loss = cotangents[0]
+    d_loss = cotangents[0].reshape(-1)[0]
     return (d_hidden * d_loss).astype(d_hidden.dtype), d_head * d_loss, None, None
 
 
@@ -268,6 +279,8 @@ def _on_one_device(
         if not gradients:
             return None, (sums, None)
         p_CxV = jnp.exp(logits - found.log_z[:, None])
+        if weights_C.ndim == 2:
+            weights_C = weights_C[:, 0]
         scale_C = weights_C * (1 + 2 * z_loss * found.log_z)
         target_CxV = jnp.where(ids_V == targets_C[:, None], weights_C[:, None], 0)
         d_logits = (p_CxV * scale_C[:, None] - target_CxV).astype(hidden_CxD.dtype)
@@ -276,7 +289,11 @@ def _on_one_device(
 
     chunks = tuple(
         _chunked(x, chunk_tokens)
-        for x in (hidden_BxLxD.reshape(-1, d), targets_BxL.reshape(-1), weights_BxL.reshape(-1))
+        for x in (
+            hidden_BxLxD.reshape(-1, d),
+            targets_BxL.reshape(-1),
+            weights_BxL.reshape(-1, *weights_BxL.shape[2:]),
+        )
     )
     first = jnp.zeros(head_DxV.shape, jnp.float32) if gradients else None
     d_head_DxV, (sums, d_hidden) = jax.lax.scan(chunk, first, chunks)
@@ -290,20 +307,25 @@ def _on_one_device(
 
 
 def classification_loss(
-    logits_BxC: jax.Array, labels_B: jax.Array, mask_B: jax.Array | None = None
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    logits_BxC: jax.Array,
+    labels_B: jax.Array,
+    mask_B: jax.Array | None = None,
+    groups: Groups | None = None,
+) -> tuple[jax.Array, dict[str, Any]]:
     """Mean cross-entropy in nats, and {"accuracy": share with the largest logit}; float32 scalars.
 
     Args:
         labels_B: int class ids.
         mask_B: bool; rows of False count for nothing (the padding of a last batch).
+        groups: of the rows; adds "by_group", see `next_token_loss`.
     """
     logits_BxC = logits_BxC.astype(jnp.float32)
-    weights_B = jnp.ones(len(labels_B)) if mask_B is None else mask_B.astype(jnp.float32)
-    weights_B = weights_B / jnp.maximum(weights_B.sum(), 1)
+    used_B = jnp.ones(len(labels_B)) if mask_B is None else mask_B.astype(jnp.float32)
+    weights_B = used_B / jnp.maximum(used_B.sum(), 1)
     chosen_B = jnp.take_along_axis(jax.nn.log_softmax(logits_BxC), labels_B[:, None], axis=-1)[:, 0]
     correct_B = logits_BxC.argmax(-1) == labels_B
-    return -(chosen_B @ weights_B), {"accuracy": correct_B @ weights_B}
+    by_group = {} if groups is None else {"by_group": groups.sums(-chosen_B, used_B)}
+    return -(chosen_B @ weights_B), {"accuracy": correct_B @ weights_B, **by_group}
 
 
 def file_probabilities(

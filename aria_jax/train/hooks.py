@@ -3,8 +3,6 @@
 A hook is told of every step once it is dispatched, and acts on those that are its own.
 """
 
-import json
-import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -22,9 +20,12 @@ from aria_jax.checkpoints import DIRECTORY
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.models.heads import Parameters
 from aria_jax.sharding import iterate_rows
+from aria_jax.train.objectives import file_metrics
 from aria_jax.train.step import EvalStep, Metrics, TrainState
-from aria_jax.train.tasks import Task, file_metrics
+from aria_jax.train.tasks import Task
+from aria_jax.train.trackers import Log
 from data_pipeline.errors import UserError
+from data_pipeline.loaders import BatchStream
 
 BEST = "best"
 """Folder of a workdir that holds the weights of the lowest validation loss."""
@@ -34,67 +35,6 @@ Clock = Callable[[], float]
 
 SpentOn = Callable[[str], AbstractContextManager]
 """Takes the time of a block, see `goodput.GoodputRecorder.spent_on`."""
-
-Split = Literal["train", "val"]
-
-
-class MetricSink(Protocol):
-    """Takes metrics as they come; `close` once at the end."""
-
-    def write(self, step: int, metrics: Mapping[str, float], split: Split) -> None:
-        """Takes the metrics of some steps (train) or of one evaluation (val)."""
-
-    def close(self) -> None:
-        """Flushes."""
-
-
-class JsonlSink:
-    """`metrics.jsonl`: one line {"step", "split", name: value, …} each; appended when resumed."""
-
-    def __init__(self, path: Path):
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, step: int, metrics: Mapping[str, float], split: Split) -> None:
-        """Appends a line and flushes it: a killed run keeps its log. Infinities become null."""
-        values = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
-        self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
-        self._file.flush()
-
-    def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
-
-
-class TensorBoardSink:
-    """Scalars `train/loss`, `val/loss`, … for TensorBoard."""
-
-    def __init__(self, directory: Path):
-        from tensorboardX import SummaryWriter
-
-        self._writer = SummaryWriter(str(directory))
-
-    def write(self, step: int, metrics: Mapping[str, float], split: Split) -> None:
-        """Adds one point to each curve."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(f"{split}/{name}", value, step)
-
-    def close(self) -> None:
-        """Flushes the event file."""
-        self._writer.close()
-
-
-class Log:
-    """Sends metrics to the sinks of process 0 and remembers the last of each."""
-
-    def __init__(self, sinks: Sequence[MetricSink]):
-        self._sinks = sinks if jax.process_index() == 0 else ()
-        self.last: dict[str, float] = {}
-
-    def write(self, step: int, metrics: dict[str, float], split: Split) -> None:
-        """Writes to every sink."""
-        self.last.update({f"{split}/{name}": value for name, value in metrics.items()})
-        for sink in self._sinks:
-            sink.write(step, metrics, split)
 
 
 class Hook(Protocol):
@@ -110,9 +50,11 @@ class Hook(Protocol):
 class StepMonitor:
     """Reads the metrics of a step after the next one is under way, so the device never waits.
 
-    Writes means over `log_every` steps: of the steps that were not skipped, with their number.
+    Writes means over `log_every` steps: of the steps that were not skipped, with their number. Of a
+    mixture also "loss/NAME" and "n_tokens/NAME" of each corpus.
 
     Args:
+        sources: names of a mixture's corpora.
         flops_per_token: to tell the share of `peak_flops` that is used (MFU); None leaves it out.
         last_good: names the newest checkpoint for the message of a diverged run.
     """
@@ -126,8 +68,10 @@ class StepMonitor:
         last_good: Callable[[], str],
         flops_per_token: float,
         peak_flops: float | None,
+        sources: Sequence[str] = (),
         clock: Clock = time.perf_counter,
     ):
+        self._sources = sources
         self._log, self._log_every, self._max_bad = log, log_every, max_bad
         self._last_good = last_good
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
@@ -135,7 +79,7 @@ class StepMonitor:
         self._pending: tuple[int, Metrics] | None = None
         self.pausing: SpentOn = nullcontext
         self._bad = 0
-        self._since: list[dict[str, float]] = []
+        self._since: list[dict[str, Any]] = []
         self._read_up_to = 0
         self.restart_clock()
 
@@ -166,7 +110,7 @@ class StepMonitor:
         if self._pending is None:
             return
         (step, metrics), self._pending = self._pending, None
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        values = jax.device_get(metrics)
         self._bad = self._bad + 1 if values["skipped"] else 0
         if self._bad >= self._max_bad:
             raise UserError(
@@ -187,8 +131,11 @@ class StepMonitor:
     def _write(self, step: int) -> None:
         seconds = max(self._clock() - self._began, 1e-9)
         good = [values for values in self._since if not values["skipped"]]
-        means = {name: float(np.mean([v[name] for v in good])) for name in good[0]} if good else {}
-        tokens_per_s = sum(v["n_tokens"] for v in self._since) / seconds
+        names = [name for name in good[0] if name != "by_source"] if good else []
+        means = {name: float(np.mean([v[name] for v in good])) for name in names}
+        if good and self._sources:
+            means |= self._of_sources([values["by_source"] for values in good])
+        tokens_per_s = float(sum(v["n_tokens"] for v in self._since)) / seconds
         means |= {
             "skipped": float(len(self._since) - len(good)),
             "tokens_per_s": tokens_per_s,
@@ -200,10 +147,25 @@ class StepMonitor:
         self._since = []
         self.restart_clock()
 
+    def _of_sources(self, sums: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+        """The mean loss of each corpus that had rows in these steps, and its tokens a step."""
+        loss, weight, n_tokens = (
+            np.sum([s[name] for s in sums], axis=0) for name in ("loss", "weight", "n_tokens")
+        )
+        found = {}
+        for i, name in enumerate(self._sources):
+            found[f"n_tokens/{name}"] = float(n_tokens[i]) / len(sums)
+            if weight[i] > 0:
+                found[f"loss/{name}"] = float(loss[i] / weight[i])
+        return found
+
 
 @dataclass(frozen=True)
 class Evaluate:
     """Every so many steps and after the last: means over validation batches, and best weights.
+
+    Of a mixture, each corpus is evaluated by itself ("loss/NAME", …), and what counts is the mean
+    by their weights in the mixture.
 
     Attributes:
         every, last_step: when.
@@ -230,22 +192,41 @@ class Evaluate:
         """Nothing is under way."""
 
     def _evaluate(self, step: int, state: TrainState) -> None:
-        if self.task.evaluate is None:
+        by_source = {
+            source: means
+            for source in self.task.sources
+            if (stream := self.task.evaluate.get(source.name)) is not None
+            and (means := self._means(stream, state))
+        }
+        if not by_source:
             return
+        shares = [source.weight for source in by_source]
+        names = next(iter(by_source.values()))
+        means = {
+            name: float(np.average([each[name] for each in by_source.values()], weights=shares))
+            for name in names
+        }
+        if len(self.task.sources) > 1:
+            for source, each in by_source.items():
+                means |= {f"{name}/{source.name}": value for name, value in each.items()}
+        self.log.write(step, means, "val")
+        self.best.offer(step, means["loss"], state.eval_params)
+
+    def _means(self, stream: BatchStream, state: TrainState) -> dict[str, float]:
+        """Of the validation pieces of one corpus; nothing where no row counts."""
         seen = None if self.task.predictions is not None else self.n_batches
-        batches = islice(iterate_rows(self.task.evaluate, self.sharding), seen)
+        batches = islice(iterate_rows(stream, self.sharding), seen)
         metrics, rows = zip(
             *jax.device_get([self.eval_step(state, batch) for batch in batches]), strict=True
         )
         values = [{name: float(v) for name, v in m.items()} for m in metrics]
         weights = np.array([v.pop("weight") for v in values])
         if not weights.sum():
-            return
+            return {}
         means = {n: float(np.average([v[n] for v in values], weights=weights)) for n in values[0]}
         if self.task.predictions is not None:
             means |= file_metrics(rows)
-        self.log.write(step, means, "val")
-        self.best.offer(step, means["loss"], state.eval_params)
+        return means
 
 
 class KeepBest:

@@ -17,6 +17,7 @@ from aria_jax.config import RunConfig, from_dict, to_dict
 from data_pipeline import storage
 from data_pipeline.artifact import MAX_DIFFERENCES, Identity, json_digest
 from data_pipeline.errors import UserError
+from data_pipeline.loaders.mixture import Data, sources_of, written
 from data_pipeline.shards import load_manifest
 
 if TYPE_CHECKING:  # the command line decides before it imports jax
@@ -28,6 +29,7 @@ FREE = {
     "mesh",
     "compute",
     "data.workers",
+    "data.sources",  # the corpus itself is compared, wherever it lies
     "train.steps",
     "train.epochs",
     "train.grad_accumulation",
@@ -134,8 +136,20 @@ def check_same_init(
     )
 
 
-def corpus_record(data_dir: str | Path) -> dict[str, Any]:
-    """What a run's checkpoints say of the corpus they were trained on."""
+def corpus_record(data: Data) -> dict[str, Any]:
+    """What a run's checkpoints say of the corpus they were trained on, or of a mixture."""
+    sources = sources_of(data)
+    records = [_one_corpus(source.path) for source in sources]
+    if len(sources) == 1:
+        return records[0]
+    parts = [
+        {**record, "weight": source.weight} for record, source in zip(records, sources, strict=True)
+    ]
+    digest = json_digest([[part["digest"], round(part["weight"], 9)] for part in parts])
+    return {"path": ", ".join(written(sources)), "digest": digest, "parts": parts}
+
+
+def _one_corpus(data_dir: Path) -> dict[str, Any]:
     manifest = load_manifest(data_dir)
     made_of = {"n_files": manifest.get("source", {}).get("n_files"), **manifest.get("identity", {})}
     return {"path": storage.url(data_dir), "digest": json_digest(manifest), "made_of": made_of}
@@ -204,7 +218,7 @@ def _corpus_change(was: dict[str, Any], now: dict[str, Any]) -> str:
     text = f"corpus: was {was['path']}, is {now['path']}"
     if was["path"] == now["path"]:
         text = f"corpus: {now['path']} was built anew since"
-    before, made_of = was.get("made_of", {}), now["made_of"]
+    before, made_of = was.get("made_of", {}), now.get("made_of", {})
     old, new = Identity.from_json(before), Identity.from_json(made_of)
     if old is None or new is None:
         return text

@@ -1,10 +1,12 @@
 """The one training loop, for every task."""
 
+import math
+import os
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +26,23 @@ from aria_jax.train.hooks import (
     Evaluate,
     Hook,
     KeepBest,
-    Log,
-    MetricSink,
     Profile,
     SaveCheckpoints,
     StepMonitor,
 )
 from aria_jax.train.init import InitFrom, check_allow_change, corpus_record, resolve_init
-from aria_jax.train.plan import tokens_per_step, train_flops_per_token
+from aria_jax.train.plan import Plan, tokens_per_step, train_flops_per_token
 from aria_jax.train.processes import lost_contact, stop_requests
 from aria_jax.train.state import Network, first_state, random_state, shardings_of
 from aria_jax.train.step import TrainState, TrainStep, make_eval_step, make_train_step
 from aria_jax.train.tasks import Task, build_task, resolve
+from aria_jax.train.trackers import Log, MetricSink
 from data_pipeline import storage
 from data_pipeline.artifact import refuse_inside, refuse_occupied
 from data_pipeline.errors import UserError
 from data_pipeline.loaders import BatchStream
-from data_pipeline.shards import load_manifest, reading_of
+from data_pipeline.loaders.mixture import Data, common_manifest, sources_of
+from data_pipeline.shards import reading_of
 
 TIMED_FLOPS = 1e12
 """Of a step that is timed whole; ten seconds or so of two cores."""
@@ -65,7 +67,7 @@ class TrainResult:
 
 def run(
     config: RunConfig,
-    data_dir: str | Path,
+    data: Data,
     workdir: str | Path,
     *,
     init_from: str | Path | None = None,
@@ -83,6 +85,8 @@ def run(
     `config.train.profile_steps` in `workdir/profile`.
 
     Args:
+        data: folder of token shards, or several with their weights ("FOLDER:0.7"), whose rows
+            the batches mix.
         init_from: checkpoint or published .safetensors whose weights a new run starts from.
         on_start: told how the run begins, before the first step.
         should_stop: asked after each step; True ends the run as a signal does.
@@ -94,19 +98,20 @@ def run(
             `workdir` has another corpus, other settings or another beginning.
     """
     check_allow_change(allow_change)
-    workdir, data_dir = storage.local(workdir), storage.local(data_dir)
-    refuse_inside(workdir, data_dir, "a corpus")
+    workdir, sources = storage.local(workdir), sources_of(data)
+    for source in sources:
+        refuse_inside(workdir, source.path, "a corpus")
     refuse_occupied(workdir, "a training run")
-    config = resolve(config.validate(), data_dir, workdir)
+    config = resolve(config.validate(), sources, workdir)
     mesh, settings = make_mesh(config.mesh), config.train
     check_batch(config, mesh)
-    task = build_task(config, data_dir, mesh=mesh)
+    task = build_task(config, sources, mesh=mesh)
     for note in (*task.notes, *replicated_work(config, mesh)):
         warnings.warn(note, stacklevel=2)
-    manifest = load_manifest(data_dir)
+    manifest = common_manifest(sources)
     tokenizer, reading = manifest["tokenizer"]["preset"], reading_of(manifest)
     record = {**model_record(config.model, tokenizer, reading), "config": to_dict(config)}
-    record["corpus"] = corpus_record(data_dir)
+    record["corpus"] = corpus_record(sources)
     with _checkpoints(workdir, settings.keep_checkpoints) as checkpointer, _sent(workdir) as send:
         init = resolve_init(workdir, init_from, checkpointer)
         network, state, step = first_state(config, mesh, init, checkpointer, record, allow_change)
@@ -114,7 +119,7 @@ def run(
             on_start(init)
         log, sharding = Log(sinks), batch_sharding(mesh)
         goodput = _goodput(config, workdir, step)
-        monitor = _monitor(config, mesh, log, checkpointer, clock)
+        monitor = _monitor(config, task, mesh, log, checkpointer, clock)
         monitor.pausing = goodput.spent_on
         save = _save(config, task, checkpointer, record, send, clock)
         save.saving = goodput.spent_on
@@ -168,7 +173,7 @@ def _train(
     return state, step, stopped and step < last_step
 
 
-def time_step(config: RunConfig, data_dir: str | Path) -> tuple[float, int]:
+def time_step(config: RunConfig, corpus: Data) -> tuple[float, int]:
     """What a step takes on the devices here: (seconds, rows that were timed); writes nothing.
 
     Random weights, real rows. The first step compiles and is not counted. Where a whole batch
@@ -185,7 +190,7 @@ def time_step(config: RunConfig, data_dir: str | Path) -> tuple[float, int]:
         rows = min(data.global_batch, 2 * ways * config.contrastive.composer_group)
         settings = [f"data.global_batch={rows}", "train.grad_accumulation=1"]
         timed = with_overrides(config, settings)
-    task = build_task(timed, data_dir, mesh=mesh)
+    task = build_task(timed, corpus, mesh=mesh)
     network, state = random_state(timed, mesh)
     train_step = make_train_step(timed, network.build, task.loss, shardings_of(state))
     batches = iterate_rows(task.train, batch_sharding(mesh), 0)
@@ -197,6 +202,18 @@ def time_step(config: RunConfig, data_dir: str | Path) -> tuple[float, int]:
             jax.block_until_ready((state, metrics))
             seconds = time.perf_counter() - began
     return seconds * data.global_batch / timed.data.global_batch, timed.data.global_batch
+
+
+def timed_plan(config: RunConfig, corpus: Data, made: Plan) -> tuple[Plan, str]:
+    """The plan with the time that a step takes here; and what that is based on, or why not."""
+    needed = sum(made.memory.values()) * math.prod(made.mesh.values())
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        return made, f"this machine's {memory / 2**30:.0f} GiB do not hold a step (see --on)"
+    seconds, rows = time_step(config, corpus)
+    made = replace(made, step_seconds=seconds, hours=seconds * config.train.steps / 3600)
+    part = "" if rows == config.data.global_batch else f" on {rows} of its rows"
+    return made, f"at {seconds:.3g} s a step, measured here just now{part}"
 
 
 def position(config: RunConfig, stream: BatchStream, step: int) -> dict[str, int]:
@@ -255,6 +272,7 @@ def _goodput(config: RunConfig, workdir: Path, step: int) -> GoodputRecorder:
 
 def _monitor(
     config: RunConfig,
+    task: Task,
     mesh: jax.sharding.Mesh,
     log: Log,
     checkpointer: Checkpointer,
@@ -274,6 +292,7 @@ def _monitor(
         last_good=last_good,
         flops_per_token=train_flops_per_token(config),
         peak_flops=chip.flops * mesh.size if chip is not None else None,
+        sources=[source.name for source in task.sources] if len(task.sources) > 1 else (),
         clock=clock,
     )
 

@@ -15,7 +15,7 @@ from aria_jax.losses.contrastive import grad_cache
 from aria_jax.models import Parameters
 from aria_jax.models.heads import Model
 from aria_jax.sharding import constrain
-from aria_jax.train.tasks import (
+from aria_jax.train.objectives import (
     Aux,
     Batch,
     BatchLoss,
@@ -25,7 +25,8 @@ from aria_jax.train.tasks import (
     split_microbatches,
 )
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]
+"""Scalars by name; of a mixture, "by_source" holds the sums of each corpus."""
 
 WARMUP_START = 1e-6  # of the peak; PyTorch's LinearLR cannot start from 0
 
@@ -154,6 +155,8 @@ def make_train_step(
         )
         metrics = {**means, "n_tokens": counts["n_tokens"], "grad_norm": norm}
         metrics |= {"learning_rate": rate, "skipped": 1.0 - finite}
+        if "by_source" in counts:
+            metrics["by_source"] = counts["by_source"]
         return TrainState(params, opt_state, ema, state.frozen), metrics
 
     kept = None if shardings is None else (shardings, None)
@@ -228,9 +231,10 @@ def _cached(parts: int, merge: Callable[[Parameters], Model], loss: BatchLoss) -
 
 
 def _weighted(value: jax.Array, aux: Aux) -> WeightedLoss:
-    """Loss times its weight, and ({name: mean times weight}, {name: count})."""
+    """Loss times its weight, and ({name: mean times weight}, {name: count or sum})."""
     weight = aux["weight"]
-    counts = {"n_tokens": aux["n_tokens"], "weight": weight}
+    names: tuple[str, ...] = ("n_tokens", "weight", "by_source")
+    counts = {name: aux[name] for name in names if name in aux}
     means = {name: v * weight for name, v in aux.items() if name not in counts}
     return value * weight, ({"loss": value * weight, **means}, counts)
 

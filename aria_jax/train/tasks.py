@@ -1,80 +1,37 @@
-"""The four tasks as small plug-ins of the one loop: which batches, and which loss on them."""
+"""The four tasks as small plug-ins of the one loop: which batches, of one corpus or several, and
+which loss on them.
+"""
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from aria_jax.config import CORPUS, SLICE_NOTES, ModelConfig, RunConfig
-from aria_jax.losses.contrastive import contrastive_loss
-from aria_jax.losses.cross_entropy import classification_loss, file_probabilities, next_token_loss
-from aria_jax.models.heads import Model, check_known
-from aria_jax.models.transformer import token_rows
+from aria_jax.models.heads import check_known
 from aria_jax.sharding import platform
 from aria_jax.train.init import compute_dtype
+from aria_jax.train.objectives import LossFunction, Predictions, class_predictions, loss_function
 from data_pipeline.artifact import json_digest
 from data_pipeline.errors import UserError
 from data_pipeline.loaders import BatchStream
-from data_pipeline.loaders.slice_batches import contrastive_pairs, label_values, labelled_slices
+from data_pipeline.loaders.mixture import Data, Source, common_manifest, mixed, sources_of, written
+from data_pipeline.loaders.slice_batches import (
+    composition_numbers,
+    contrastive_pairs,
+    label_values,
+    labelled_slices,
+)
 from data_pipeline.loaders.windows import lm_windows
 from data_pipeline.shards import TokenShards, load_manifest, occurring_ids
 from data_pipeline.tokenizers import Tokenizer
 from data_pipeline.vocabulary import ranges_of
-
-Batch = dict[str, Any]
-Aux = dict[str, jax.Array]
-LossFunction = Callable[[Model, Batch, jax.Array | None], tuple[jax.Array, Aux]]
-
-Predictions = Callable[[Model, Batch], dict[str, jax.Array]]
-
-MIN_TEMPERATURE = 0.01
-"""Of a learned one: below, single pairs rule the gradient (CLIP, arXiv 2103.00020, section 2.5)."""
-
-
-@dataclass(frozen=True)
-class BatchLoss:
-    """A loss that compares all rows of a batch, however many passes embed them: a `LossFunction`.
-
-    The training step differentiates it by gradient caching where there are several parts.
-
-    Attributes:
-        embed: (model, rows, dropout key or None) -> embeddings [b, ...].
-        compare: (model, embeddings [B, ...], batch) -> (loss, aux).
-        parts: passes to embed a batch in.
-    """
-
-    embed: Callable[[Model, Batch, jax.Array | None], jax.Array]
-    compare: Callable[[Model, jax.Array, Batch], tuple[jax.Array, Aux]]
-    parts: int = 1
-
-    def __call__(self, model: Model, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Aux]:
-        """The loss, with activations of one part at a time where no gradient is taken."""
-        if self.parts == 1:
-            return self.compare(model, self.embed(model, batch, key), batch)
-        keys = None if key is None else jax.random.split(key, self.parts)
-        rows = split_microbatches(batch, self.parts)
-        z = jax.lax.map(lambda part: self.embed(model, *part), (rows, keys))
-        return self.compare(model, join_microbatches(z), batch)
-
-
-def split_microbatches(batch: Batch, parts: int) -> Batch:
-    """Row i of [B, ...] as row i // parts of part i % parts, [parts, B / parts, ...].
-
-    So each part stays spread over the mesh.
-    """
-    return jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0), batch)
-
-
-def join_microbatches(parts: jax.Array) -> jax.Array:
-    """The inverse of `split_microbatches`."""
-    return jnp.moveaxis(parts, 0, 1).reshape(-1, *parts.shape[2:])
 
 
 @dataclass(frozen=True)
@@ -84,24 +41,27 @@ class Task:
     Attributes:
         loss: (model, batch, dropout key or None) -> (loss, aux). `aux["n_tokens"]` counts the
             tokens seen, `aux["weight"]` is what the loss is a mean over (tokens, rows); the other
-            entries are averaged like the loss, and logged.
+            entries are averaged like the loss, and logged. Of a mixture, `aux["by_source"]` holds
+            per corpus the sums of loss, weight and tokens.
+        sources: the corpora.
         train: without end.
-        evaluate: one pass over the validation pieces; None where they cannot be used.
+        evaluate: one pass over the validation pieces of each corpus that has usable ones, by name.
         predictions: (model, batch) -> what `file_metrics` needs of each row; None where files
             have no classes.
         notes: what whoever trains should know beforehand.
     """
 
     loss: LossFunction
+    sources: tuple[Source, ...]
     train: BatchStream
-    evaluate: BatchStream | None
+    evaluate: dict[str, BatchStream]
     predictions: Predictions | None = None
     notes: tuple[str, ...] = ()
 
 
 def resolve(
     config: RunConfig,
-    data_dir: str | Path,
+    data: Data,
     workdir: str | Path | None = None,
     *,
     accelerator: bool | None = None,
@@ -110,6 +70,7 @@ def resolve(
     number type "auto" stands for.
 
     Args:
+        data: folder of token shards, or several with their weights.
         workdir: of a run that may have started.
         accelerator: whether it is for a GPU or TPU; None for the devices of this process.
     """
@@ -120,32 +81,43 @@ def resolve(
         config = dataclasses.replace(
             config, compute=dataclasses.replace(config.compute, dtype=dtype)
         )
-    preset = load_manifest(data_dir)["tokenizer"]["preset"]
+    sources = sources_of(data)
+    preset = common_manifest(sources)["tokenizer"]["preset"]
     model = dataclasses.replace(config.model, vocab_size=Tokenizer.preset(preset).vocab_size)
     if model.vocabulary:
-        model = dataclasses.replace(model, vocabulary=_vocabulary(model, preset, data_dir))
+        model = dataclasses.replace(model, vocabulary=_vocabulary(model, preset, sources))
     if config.task == "classify" and config.data.label and not model.class_names:
-        names = label_values(data_dir, config.data.label)
-        model = dataclasses.replace(model, class_names=names)
+        names = {n for source in sources for n in label_values(source.path, config.data.label)}
+        model = dataclasses.replace(model, class_names=tuple(sorted(names)))
     config = dataclasses.replace(config, model=model)
+    if len(sources) > 1:
+        mixture = dataclasses.replace(config.data, sources=written(sources))
+        config = dataclasses.replace(config, data=mixture)
     if config.train.epochs is None:
         return config
-    rows = config.train.epochs * build_task(config, data_dir).train.n_examples
+    rows = config.train.epochs * build_task(config, sources).train.n_examples
     steps = max(1, math.ceil(rows / config.data.global_batch))
     return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=steps))
 
 
-def _vocabulary(model: ModelConfig, preset: str, data_dir: str | Path) -> tuple[str, ...]:
+def _vocabulary(model: ModelConfig, preset: str, sources: Sequence[Source]) -> tuple[str, ...]:
     """The ids that a run has weights for: those asked for, or those the data can hold.
 
     Raises:
         UserError: those asked for lack some.
     """
     tokenizer = Tokenizer.preset(preset)
-    reachable = _reachable(str(data_dir), json_digest(load_manifest(data_dir)), preset)
+    reachable = np.unique(
+        np.concatenate(
+            [
+                _reachable(str(source.path), json_digest(load_manifest(source.path)), preset)
+                for source in sources
+            ]
+        )
+    )
     if model.vocabulary == CORPUS:
         return ranges_of(reachable)
-    check_known(model, reachable, tokenizer.tokens, str(data_dir))
+    check_known(model, reachable, tokenizer.tokens, " and ".join(str(s.path) for s in sources))
     return model.vocabulary
 
 
@@ -156,10 +128,9 @@ def _reachable(data_dir: str, corpus_digest: str, preset: str) -> np.ndarray:
     return tokenizer.reachable(occurring_ids(data_dir, tokenizer.vocab_size))
 
 
-def build_task(
-    config: RunConfig, data_dir: str | Path, *, mesh: jax.sharding.Mesh | None = None
-) -> Task:
-    """The task of `config` on the corpus in `data_dir`."""
+def build_task(config: RunConfig, data: Data, *, mesh: jax.sharding.Mesh | None = None) -> Task:
+    """The task of `config` on the corpus in `data`, or on a mixture of several."""
+    sources = sources_of(data)
     common = {
         "seq_len": config.data.seq_len,
         "global_batch": config.data.global_batch,
@@ -192,21 +163,49 @@ def build_task(
     }
     make, extra = loaders_by_task[config.task]
 
-    def batches(split: str, **options: Any) -> BatchStream:
-        return make(data_dir, split=split, **common, **extra, **options)
+    def batches(source: Source, split: str, **options: Any) -> BatchStream:
+        return make(source.path, split=split, **common, **extra, **options)
 
     augment = config.augmentation if config.data.augment else None
-    train = batches("train", augment=augment, workers=config.data.workers)
-    evaluate: BatchStream | None = None
-    notes: tuple[str, ...] = ()
-    try:
-        evaluate = batches("val", augment=None, epochs=1, shuffle=False)
-        if config.task == "contrastive":
-            _check_negatives(config, data_dir)
-    except UserError as reason:
-        evaluate, notes = None, (f"no validation: {reason}; no weights are kept as the best",)
-    predictions = _class_predictions(config) if config.task == "classify" else None
-    return Task(loss_function(config, mesh), train, evaluate, predictions, notes)
+    own: list[dict[str, Any]] = [{} for _ in sources]
+    if config.task == "contrastive" and len(sources) > 1:
+        numbers = composition_numbers([source.path for source in sources], "train")
+        own = [{"compositions": of} for of in numbers]
+    workers = config.data.workers
+    parts = [
+        batches(source, "train", augment=augment, workers=workers, **options)
+        for source, options in zip(sources, own, strict=True)
+    ]
+    evaluate: dict[str, BatchStream] = {}
+    notes = list(_shares(config, sources, parts))
+    for source in sources:
+        try:
+            stream = batches(source, "val", augment=None, epochs=1, shuffle=False)
+            if config.task == "contrastive":
+                _check_negatives(config, source.path)
+            evaluate[source.name] = stream
+        except UserError as reason:
+            notes.append(f"no validation: {reason}")
+    if not evaluate:
+        notes[-1] += "; no weights are kept as the best"
+    predictions = class_predictions(config) if config.task == "classify" else None
+    loss = loss_function(config, mesh, len(sources))
+    return Task(loss, sources, mixed(parts, sources), evaluate, predictions, tuple(notes))
+
+
+def _shares(
+    config: RunConfig, sources: Sequence[Source], parts: Sequence[BatchStream]
+) -> Iterator[str]:
+    """How often a run sees each corpus of a mixture."""
+    if len(sources) == 1:
+        return
+    rows = config.train.steps * config.data.global_batch
+    seen = (
+        f"{source.name} {source.weight:.3g} of the rows, "
+        f"{rows * source.weight / part.n_examples:.3g} times its {part.n_examples:,} examples"
+        for source, part in zip(sources, parts, strict=True)
+    )
+    yield f"a mixture of {len(sources)} corpora: {'; '.join(seen)}"
 
 
 def _check_negatives(config: RunConfig, data_dir: str | Path) -> None:
@@ -220,13 +219,6 @@ def _check_negatives(config: RunConfig, data_dir: str | Path) -> None:
             f"{data_dir}: the validation split is {what}, which has nothing to be told from: "
             "val/loss would always be 0 (build with a larger --val-fraction, or more files)"
         )
-
-
-def loss_function(config: RunConfig, mesh: jax.sharding.Mesh | None = None) -> LossFunction:
-    """The loss of `config.task`; contrastive negatives travel round the devices of `mesh`."""
-    if config.task == "contrastive":
-        return _contrastive(config, mesh)
-    return _classify(config) if config.task == "classify" else _language_model(config)
 
 
 def batch_shapes(config: RunConfig) -> dict[str, jax.ShapeDtypeStruct]:
@@ -253,119 +245,4 @@ def _slice_notes(config: RunConfig) -> dict[str, int]:
     return {
         "min_slice_notes": config.data.min_slice_notes,
         "max_slice_notes": config.data.max_slice_notes,
-    }
-
-
-def _language_model(config: RunConfig) -> LossFunction:
-    packed = config.data.packing == "best-fit"
-
-    def loss(model: Model, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Aux]:
-        hidden = model.hidden(
-            batch["inputs"],
-            positions=batch["positions"] if packed else None,
-            segment_ids=batch["segment_ids"] if packed else None,
-            dropout_key=key,
-        )
-        if (head := model.head) is None:
-            raise ValueError("next tokens need a model with a head")
-        value, aux = next_token_loss(
-            hidden,
-            head[...],
-            token_rows(model.config, batch["targets"]),
-            batch["loss_mask"],
-            z_loss=config.train.z_loss,
-        )
-        return value, {**aux, "weight": aux["n_tokens"]}
-
-    return loss
-
-
-def _contrastive(config: RunConfig, mesh: jax.sharding.Mesh | None) -> BatchLoss:
-    settings = config.contrastive
-
-    def embed(model: Model, batch: Batch, key: jax.Array | None) -> jax.Array:
-        tokens_Bx2xL, eos_Bx2 = batch["tokens"], batch["eos"]
-        flat = tokens_Bx2xL.reshape(-1, tokens_Bx2xL.shape[-1])
-        z = model.pooled(flat, eos_Bx2.reshape(-1), config.train.pooling, dropout_key=key)
-        return z.reshape(len(eos_Bx2), 2, -1)
-
-    def compare(model: Model, z_Bx2xE: jax.Array, batch: Batch) -> tuple[jax.Array, Aux]:
-        composition_B, n_rows = batch["composition"], len(z_Bx2xE)
-        ids_B = composition_B
-        if not settings.mask_composition:
-            ids_B = jnp.where(composition_B < 0, composition_B, jnp.arange(n_rows))
-        temperature = _temperature(config, model)
-        value, aux = contrastive_loss(
-            z_Bx2xE[:, 0],
-            z_Bx2xE[:, 1],
-            temperature=temperature,
-            composition=ids_B,
-            variant=settings.variant,
-            hardness=settings.hardness,
-            mesh=mesh,
-            global_negatives=settings.negatives == "global",
-        )
-        n_real = (composition_B >= 0).sum()
-        # Padding rows (end of the validation pieces) are easy negatives: a batch with some counts
-        # only where there is no full one.
-        weight = jnp.where(n_real == n_rows, n_rows, n_real * 1e-6).astype(jnp.float32)
-        n_tokens = (batch["eos"] + 1).sum().astype(jnp.float32)
-        if config.model.learned_temperature:
-            aux = {**aux, "temperature": jax.lax.stop_gradient(temperature)}
-        return value, {**aux, "n_tokens": n_tokens, "weight": weight}
-
-    return BatchLoss(embed, compare, config.train.grad_accumulation)
-
-
-def _temperature(config: RunConfig, model: Model) -> jax.Array:
-    start = jnp.float32(config.train.temperature)
-    if model.log_temperature is None:
-        return start
-    return jnp.maximum(start * jnp.exp(model.log_temperature[...]), MIN_TEMPERATURE)
-
-
-def _classify(config: RunConfig) -> LossFunction:
-    def loss(model: Model, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Aux]:
-        logits = model.pooled(batch["tokens"], batch["eos"], config.train.pooling, dropout_key=key)
-        used_B = (batch["piece"] >= 0).astype(jnp.float32)
-        value, aux = classification_loss(logits, batch["label"], used_B)
-        return value, {
-            **aux,
-            "n_tokens": batch["n_tokens"].sum().astype(jnp.float32),
-            "weight": used_B.sum(),
-        }
-
-    return loss
-
-
-def _class_predictions(config: RunConfig) -> Predictions:
-    def predictions(model: Model, batch: Batch) -> dict[str, jax.Array]:
-        # The same network on the same rows as in the loss: compiled together, computed once.
-        logits_BxC = model.pooled(batch["tokens"], batch["eos"], config.train.pooling)
-        kept = {name: batch[name] for name in ("label", "piece", "n_tokens")}
-        return {"probabilities": jax.nn.softmax(logits_BxC.astype(jnp.float32)), **kept}
-
-    return predictions
-
-
-def file_metrics(batches: Sequence[dict[str, np.ndarray]]) -> dict[str, float]:
-    """Per-file scores from per-slice predictions, averaged with their tokens as weights.
-
-    Args:
-        batches: what `Task.predictions` gave; all slices of every file must be among them.
-
-    Returns:
-        "file_accuracy", "file_macro_f1" (of the classes that occur or are predicted), "n_files".
-    """
-    from sklearn.metrics import accuracy_score, f1_score
-
-    rows = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    files, file_FxC = file_probabilities(rows["probabilities"], rows["n_tokens"], rows["piece"])
-    first = {piece: row for row, piece in reversed(list(enumerate(rows["piece"].tolist())))}
-    y_true = rows["label"][[first[piece] for piece in files.tolist()]]
-    y_pred = file_FxC.argmax(1)
-    return {
-        "file_accuracy": float(accuracy_score(y_true, y_pred)),
-        "file_macro_f1": float(f1_score(y_true, y_pred, average="macro", zero_division=0)),
-        "n_files": float(len(files)),
     }

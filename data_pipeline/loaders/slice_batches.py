@@ -21,6 +21,20 @@ _PAIR_ORDER, _PAIR_SLICES, _PAIR_VIEW = range(10, 13)
 _ORDER, _SLICE, _AUGMENT = range(20, 23)
 
 
+Numbering = tuple[Sequence[str], int]
+"""Compositions by name, each numbered by its place, and the first number of unnamed ones."""
+
+
+def composition_numbers(data_dirs: Sequence[str | Path], split: str) -> list[Numbering]:
+    """For `contrastive_pairs` of each corpus of a mixture: the same work has the same number in
+    all, and a piece of an unknown work one of its own.
+    """
+    shards = [TokenShards(data_dir, split) for data_dir in data_dirs]
+    names = sorted({name for each in shards for name in each.label_codes("composition")[1]})
+    first = len(names) + np.cumsum([0, *(len(each) for each in shards)])
+    return [(names, int(number)) for number in first[:-1]]
+
+
 def label_values(data_dir: str | Path, label: str) -> tuple[str, ...]:
     """Sorted classes of a label in the training split.
 
@@ -180,6 +194,7 @@ def contrastive_pairs(
     max_slice_notes: int = 650,
     consecutive: bool = False,
     composer_group: int = 1,
+    compositions: Numbering | None = None,
     workers: int = 0,
     shuffle: bool = True,
     epochs: int | None = None,
@@ -192,6 +207,7 @@ def contrastive_pairs(
         consecutive: the second slice begins where the first one ends.
         composer_group: place up to that many pieces of one composer next to each other, as hard
             negatives of the same batch; 1 mixes everything.
+        compositions: numbers of the works, where those of another corpus stand beside them.
 
     Yields:
         tokens int32 [B, 2, L]; eos int32 [B, 2], position of `<E>`; composition int32 [B]: equal
@@ -212,6 +228,7 @@ def contrastive_pairs(
         consecutive,
         composer_group,
         shuffle,
+        compositions,
     )
     return BatchStream(examples, global_batch, epochs, workers)
 
@@ -227,6 +244,7 @@ class PairExamples:
         consecutive: bool,
         composer_group: int,
         shuffle: bool,
+        compositions: Numbering | None = None,
     ):
         self._slicer, self._seed, self._slice_notes = slicer, seed, slice_notes
         self._consecutive, self._composer_group = consecutive, composer_group
@@ -235,7 +253,10 @@ class PairExamples:
         self.n_examples = len(shards)
         self._composer = shards.label_codes("composer")[0]
         codes, values = shards.label_codes("composition")
-        own = len(values) + np.arange(len(shards))  # a piece of unknown composition is its own
+        names, first = (values, len(values)) if compositions is None else compositions
+        place = {name: number for number, name in enumerate(names)}
+        codes = np.array([*(place[value] for value in values), -1])[codes]
+        own = first + np.arange(len(shards))  # a piece of unknown composition is its own
         self._composition = np.where(codes >= 0, codes, own).astype(np.int32)
         self._orders: dict[int, np.ndarray] = {}
 

@@ -12,15 +12,15 @@ from aria_jax.checkpoints.models import load_model
 from aria_jax.config import MeshConfig, with_overrides
 from aria_jax.sharding import batch_sharding, make_mesh
 from aria_jax.train.loop import run
-from aria_jax.train.state import Network, abstract_state
-from aria_jax.train.step import make_train_step, weighted_gradients
-from aria_jax.train.tasks import (
+from aria_jax.train.objectives import (
     BatchLoss,
-    batch_shapes,
     join_microbatches,
     loss_function,
     split_microbatches,
 )
+from aria_jax.train.state import Network, abstract_state
+from aria_jax.train.step import make_train_step, weighted_gradients
+from aria_jax.train.tasks import batch_shapes
 from data_pipeline.errors import UserError
 
 TWINS = jnp.array([0, 0, 1, 1, 2, 2, 3, 3])

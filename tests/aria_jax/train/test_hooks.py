@@ -8,16 +8,9 @@ import pytest
 
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.train import hooks
-from aria_jax.train.hooks import (
-    JsonlSink,
-    KeepBest,
-    Log,
-    Profile,
-    SaveCheckpoints,
-    StepMonitor,
-    TensorBoardSink,
-)
+from aria_jax.train.hooks import KeepBest, Profile, SaveCheckpoints, StepMonitor
 from aria_jax.train.step import TrainState
+from aria_jax.train.trackers import JsonlSink, Log, TensorBoardSink
 from data_pipeline.errors import UserError
 
 

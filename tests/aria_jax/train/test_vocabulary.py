@@ -20,7 +20,8 @@ from aria_jax.generate.weights import decoder_weights
 from aria_jax.models.heads import build_model, row_table, split_model, with_vocabulary
 from aria_jax.presets import for_task
 from aria_jax.train.loop import run
-from aria_jax.train.tasks import loss_function, resolve
+from aria_jax.train.objectives import loss_function
+from aria_jax.train.tasks import resolve
 from data_pipeline.augment import augment
 from data_pipeline.errors import UserError
 from data_pipeline.settings import AugmentConfig
