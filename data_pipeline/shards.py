@@ -270,7 +270,7 @@ class TokenShards:
             raise UserError(
                 f"{data_dir}: built with tokenizer preset {built_with['preset']!r} "
                 f"(hash {built_with['hash'][:12]}), the model uses hash {tokenizer.hash[:12]}; "
-                "build the data again with the model's preset (--preset)"
+                "build the data again with the model's preset (--tokenizer)"
             )
         shards = self.manifest["splits"][split]["shards"]
         self._objects = self._in_bucket()

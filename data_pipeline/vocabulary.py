@@ -56,6 +56,11 @@ class Kind(IntEnum):
     PEDAL = 7
     VELOCITY = 8
     NOTE_OFF = 9
+    HELD = 10
+
+
+PARTS = (Kind.ONSET, Kind.DUR, Kind.VELOCITY)
+"""What says more of the note, drum hit or pedal event whose first token stands before it."""
 
 
 def ids_in(ranges: Iterable[str]) -> list[int]:
@@ -107,12 +112,17 @@ class Automaton:
 
     def first_error(self, ids: np.ndarray) -> int:
         """Position of the first token that may not stand where it does; -1 for none."""
+        return self.read(ids)[0]
+
+    def read(self, ids: np.ndarray) -> tuple[int, int]:
+        """`first_error`, and the state behind the tokens before it."""
         state = 0
         for position, one in enumerate(self.class_of[np.asarray(ids, np.int64)].tolist()):
-            state = int(self.following[state, one])
-            if state < 0:
-                return position
-        return -1
+            following = int(self.following[state, one])
+            if following < 0:
+                return position, state
+            state = following
+        return -1, state
 
 
 def event_automaton(tokenizer: "AriaTokenizer") -> Automaton:

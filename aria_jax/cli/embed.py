@@ -259,7 +259,14 @@ def _host(args: argparse.Namespace) -> tuple[int, int]:
 def _encoder(args: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The encoder, and all that its numbers depend on."""
     if args.baseline:
-        return counting(args.baseline, args, args.compat)
+        from data_pipeline import storage
+        from data_pipeline.shards import MANIFEST, load_manifest
+
+        # Shards are counted in their own tokens.
+        source = storage.place(args.sources[0])
+        shards = len(args.sources) == 1 and (source / MANIFEST).is_file()
+        scheme = load_manifest(source)["tokenizer"]["preset"] if shards else "aria"
+        return counting(args.baseline, args, args.compat, scheme)
     from aria_jax.checkpoints.models import load_model
     from aria_jax.config import ComputeConfig
     from aria_jax.embed.encode import model_encoder, slicing_of
@@ -291,7 +298,7 @@ def slicing_in(settings: dict[str, Any]) -> "Slicing":
 
 
 def counting(
-    name: str, args: argparse.Namespace, compat: str | None = None
+    name: str, args: argparse.Namespace, compat: str | None = None, scheme: str = "aria"
 ) -> tuple[Any, dict[str, Any]]:
     """The encoder of a baseline, and all that its numbers depend on."""
     from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
@@ -301,9 +308,9 @@ def counting(
     from data_pipeline.tokenizers import Tokenizer
 
     notes, tokens = args.slice_notes or SLICE_NOTES, args.max_tokens or SLICE_TOKENS
-    slicing = Slicing("aria", notes, tokens, compat or STANDARD)
+    slicing = Slicing(scheme, notes, tokens, compat or STANDARD)
     settings = {"fingerprint": name, **asdict(slicing)}
-    return baseline_encoder(name, Tokenizer.preset("aria")), settings
+    return baseline_encoder(name, Tokenizer.preset(scheme)), settings
 
 
 def model_and_untrained(

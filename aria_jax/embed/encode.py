@@ -19,8 +19,8 @@ from aria_jax.embed.table import check_slice_pool, pool_slices
 from aria_jax.models.heads import Model, head_width
 from aria_jax.sharding import batch_sharding, put_batch, replicated, row_shards, usable_cpus
 from data_pipeline.errors import UserError
-from data_pipeline.midi import Performance
-from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.midi import DRUM_CHANNEL, Performance
+from data_pipeline.tokenizers import AriaTokenizer, Tokenizer
 from data_pipeline.vocabulary import SEGMENT_MS, Kind
 
 Encode = Callable[[Sequence[np.ndarray]], np.ndarray]
@@ -196,12 +196,18 @@ def note_statistics(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Handcrafted statistics, float32 [24]: pitch classes, and mean and spread of pitch, velocity,
     duration, time between onsets, notes at once, and notes per second.
     """
-    at, onset_ms = tokenizer.events(ids)
-    at, onset_ms = (
-        at[tokenizer.kind[ids[at]] == Kind.NOTE],
-        onset_ms[tokenizer.kind[ids[at]] == Kind.NOTE],
-    )
-    if len(at) < 2:
+    if isinstance(tokenizer, AriaTokenizer):
+        at, onset_ms = tokenizer.events(ids)
+        is_note = tokenizer.kind[ids[at]] == Kind.NOTE
+        at, onset_ms = at[is_note], onset_ms[is_note]
+        pitch, velocity = tokenizer.pitch[ids[at]], tokenizer.velocity[ids[at]]
+        duration_ms = tokenizer.dur_ms[ids[at + 2]]
+    else:
+        notes = tokenizer.decode(ids).notes
+        notes = notes[notes["channel"] != DRUM_CHANNEL]
+        onset_ms, pitch, velocity = notes["start"], notes["pitch"], notes["velocity"]
+        duration_ms = notes["end"] - notes["start"]
+    if len(onset_ms) < 2:
         return np.zeros(24, np.float32)
     # In slices that begin after the last change of tempo the clock of the aria-utils reading can
     # start below 0 (its get_duration_ms); the first `<T>` is then missing.
@@ -209,14 +215,14 @@ def note_statistics(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     chords = np.unique(onset_ms, return_counts=True)[1]
     seconds = max(gaps.sum() / 1000, SEGMENT_MS / 1e6)
     values = (
-        tokenizer.pitch[ids[at]],
-        tokenizer.velocity[ids[at]],
-        np.log1p(tokenizer.dur_ms[ids[at + 2]]),
+        pitch,
+        velocity,
+        np.log1p(duration_ms),
         np.log1p(gaps),
         chords,
     )
     moments = [moment for value in values for moment in (np.mean(value), np.std(value))]
-    rates = [len(at) / seconds, np.mean(gaps == 0)]
+    rates = [len(onset_ms) / seconds, np.mean(gaps == 0)]
     return np.concatenate([pitch_class_histogram(ids, tokenizer), moments, rates]).astype(
         np.float32
     )

@@ -16,7 +16,10 @@ from aria_jax.generate.weights import DecoderWeights
 from data_pipeline.errors import InvalidMidi, UserError
 from data_pipeline.midi import Performance
 from data_pipeline.tokenizers import Tokenizer
-from data_pipeline.vocabulary import SEGMENT_MS, Kind
+from data_pipeline.vocabulary import PARTS, Kind
+
+_BEGINS = (Kind.NOTE, Kind.DRUM, Kind.PEDAL)
+_SOUNDS = (*_BEGINS, *PARTS, Kind.NOTE_OFF, Kind.HELD)
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Continuation:
         prompt = self.prompt_ids[: self.n_complete]
         partial_event = self.prompt_ids[self.n_complete :]
         kind = self.tokenizer.kind[prompt]
-        header = prompt[np.isin(kind, (Kind.PREFIX, Kind.TIME)) | (prompt == self.tokenizer.bos_id)]
+        header = prompt[~np.isin(kind, _SOUNDS)]
         return self.tokenizer.decode(np.concatenate([header, partial_event, self.ids]))
 
     @property
@@ -73,11 +76,10 @@ class Continuation:
     @property
     def n_complete(self) -> int:
         """Prompt tokens up to its last complete event; a partial one after it is the model's."""
-        kind = self.tokenizer.kind[self.prompt_ids]
-        last, before = kind[-1], kind[-2] if len(kind) > 1 else Kind.SPECIAL
-        if last in (Kind.NOTE, Kind.DRUM, Kind.PEDAL):
-            return len(kind) - 1
-        return len(kind) - 2 if (last, before) == (Kind.ONSET, Kind.NOTE) else len(kind)
+        begins = np.flatnonzero(np.isin(self.tokenizer.kind[self.prompt_ids], _BEGINS))
+        whole = self.tokenizer.events(self.prompt_ids)[0]
+        partial = begins[begins > (whole[-1] if len(whole) else -1)]
+        return int(partial[0]) if len(partial) else len(self.prompt_ids)
 
     @property
     def ended(self) -> bool:
@@ -260,10 +262,12 @@ def _throughput(
     max_tokens: int,
     wall_seconds: float,
 ) -> Throughput:
-    segment_start_ms = np.count_nonzero(tokenizer.kind[prompt] == Kind.TIME) * SEGMENT_MS
     prompt_onsets_ms = tokenizer.events(prompt)[1]
-    prompt_end_ms = prompt_onsets_ms[-1] - segment_start_ms if len(prompt_onsets_ms) else 0
-    onsets_ms = [tokenizer.events(ids)[1] for ids in ids_SxN]
+    prompt_end_ms = prompt_onsets_ms[-1] if len(prompt_onsets_ms) else 0
+    onsets_ms = []
+    for ids in ids_SxN:
+        at, onset_ms = tokenizer.events(np.concatenate([prompt, ids]))
+        onsets_ms.append(onset_ms[at >= len(prompt)])
     return Throughput(
         n_tokens=ids_SxN.shape[1],
         max_tokens=max_tokens,

@@ -22,13 +22,13 @@ from aria_jax.generate.cache import (
     prefill,
     prefill_each,
 )
-from aria_jax.generate.grammar import Grammar, GrammarState, make_grammar, state_after
+from aria_jax.generate.grammar import AnyGrammar, AnyState, grammar_after
 from aria_jax.generate.sampler import MinP, RepetitionPenalty, Sampler, step_keys
 from aria_jax.generate.weights import DecoderWeights
 from aria_jax.models.heads import check_known
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizers import Tokenizer
-from data_pipeline.vocabulary import Kind
+from data_pipeline.vocabulary import PARTS, Kind
 
 GUIDANCE_WARM_UP = 250
 """Steps over which guidance grows to its full strength (reference: sample_batch_cfg)."""
@@ -99,7 +99,7 @@ class LoopState:
     ended_S: jax.Array
     dim_seen_S: jax.Array
     recent_SxW: jax.Array
-    grammar: GrammarState | None
+    grammar: AnyState | None
 
 
 @flax.struct.dataclass
@@ -122,7 +122,7 @@ class Vocabulary:
         """The tables of a tokenizer."""
         return cls(
             penalised_V=jnp.asarray(np.isin(tokenizer.kind, (Kind.NOTE, Kind.DRUM))),
-            inside_event_V=jnp.asarray(np.isin(tokenizer.kind, (Kind.ONSET, Kind.DUR))),
+            inside_event_V=jnp.asarray(np.isin(tokenizer.kind, PARTS)),
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
             dim_id=tokenizer.dim_id,
@@ -144,7 +144,7 @@ def _guided(
 def _choose(
     state: LoopState,
     key: jax.Array,
-    grammar: Grammar | None,
+    grammar: AnyGrammar | None,
     vocabulary: Vocabulary,
     settings: Decoding,
     n_branches: int,
@@ -153,7 +153,7 @@ def _choose(
     logits_SxV = _guided(state.logits_RxV, state.n, settings, n_branches)
     if settings.repetition.penalty != 1:
         logits_SxV = settings.repetition.apply(logits_SxV, state.recent_SxW, vocabulary.penalised_V)
-    if n_branches == 2:  # a guided piece ends where it is told to, as in the reference
+    if n_branches == 2 and vocabulary.dim_id >= 0:  # ends where it is told to, as the reference
         logits_SxV = logits_SxV.at[:, vocabulary.dim_id].set(-jnp.inf)
     if grammar is not None and state.grammar is not None:
         allowed_SxV = grammar.allowed(state.grammar, settings.max_tokens - state.n)
@@ -168,8 +168,8 @@ def _choose(
 
 
 def _after(
-    grammar: Grammar | None, state: GrammarState | None, token_S: jax.Array
-) -> GrammarState | None:
+    grammar: AnyGrammar | None, state: AnyState | None, token_S: jax.Array
+) -> AnyState | None:
     return None if grammar is None or state is None else grammar.advance(state, token_S)
 
 
@@ -179,7 +179,7 @@ def _advance_chunk(
     prompt: PromptCache,
     state: LoopState,
     key: jax.Array,
-    grammar: Grammar | None,
+    grammar: AnyGrammar | None,
     vocabulary: Vocabulary,
     stop: jax.Array,
     *,
@@ -228,6 +228,7 @@ def _initial_state(
     n_sequences: int,
     settings: Decoding,
     cache: tuple[LayerCache, ...],
+    grammar: AnyState | None,
 ) -> LoopState:
     window = settings.repetition.window if settings.repetition.penalty != 1 else 1
     tail = np.full(window, -1, np.int32)
@@ -244,7 +245,7 @@ def _initial_state(
         ended_S=jnp.zeros(n_sequences, bool),
         dim_seen_S=jnp.full(n_sequences, bool((prompt == tokenizer.dim_id).any())),
         recent_SxW=jnp.tile(jnp.asarray(tail), (n_sequences, 1)),
-        grammar=state_after(tokenizer, prompt, n_sequences) if settings.use_grammar else None,
+        grammar=grammar,
     )
 
 
@@ -269,7 +270,7 @@ def slide(tokenizer: Tokenizer, ids: np.ndarray, max_tokens: int) -> np.ndarray:
     segments = np.flatnonzero(kind == Kind.TIME) + 1
     starts = segments[segments >= first]
     if not len(starts) or starts[0] == len(body):
-        inside = np.isin(kind, (Kind.ONSET, Kind.DUR))
+        inside = np.isin(kind, PARTS)
         starts = np.flatnonzero(~inside)
         starts = starts[starts >= first]
     return np.concatenate([ids[:n_header], body[starts[0] if len(starts) else len(body) :]])
@@ -314,6 +315,10 @@ def decode(
     """
     prompt = np.asarray(prompt, np.int64)
     _check(weights, tokenizer, prompt, condition_E)
+    if settings.force_end and tokenizer.dim_id < 0:
+        raise UserError(
+            f"an ending is asked for by <D>, which {tokenizer.preset_name} lacks: leave --end out"
+        )
     guided = condition_E is not None
     condition = jnp.asarray(condition_E, jnp.float32) if guided else None
     # What slides keeps at most half of the context; the first round keeps the prompt if it fits.
@@ -330,8 +335,10 @@ def decode(
     n_branches = logits_PxV.shape[0]
     slots = _padded_size(min(settings.max_tokens, max(room, later_room)))
     cache = empty_cache(weights, n_branches * n_sequences, slots, mesh)
-    state = _initial_state(logits_PxV, prompt, tokenizer, n_sequences, settings, cache)
-    grammar = make_grammar(tokenizer, prompt) if settings.use_grammar else None
+    grammar, begun = None, None
+    if settings.use_grammar:
+        grammar, begun = grammar_after(tokenizer, prompt, n_sequences)
+    state = _initial_state(logits_PxV, prompt, tokenizer, n_sequences, settings, cache, begun)
     vocabulary = Vocabulary.of(tokenizer)
     n, n_full = 0, room
     while True:

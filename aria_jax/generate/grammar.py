@@ -7,10 +7,13 @@ Within a segment (between two `<T>`) onsets do not decrease, and no key is struc
 onset, which a MIDI file could not hold. Only instruments that the prefix announces may play, no
 note is silent or without length, and `<D>` comes at most once. So every token of a generated
 sequence means something to the detokeniser, and every note is in the file written from it.
+
+Other schemes say in tables which tokens may follow which (`AutomatonGrammar`).
 """
 
 from enum import IntEnum
 from functools import cache
+from typing import Any, Protocol
 
 import flax.struct
 import jax
@@ -144,7 +147,7 @@ def make_grammar(tokenizer: Tokenizer, prompt: np.ndarray) -> Grammar:
         UserError: the prompt announces no instrument, so that no note could be decoded; or the
             scheme has another grammar.
     """
-    tokenizer = of_aria(tokenizer, "the grammar, unless it is switched off,")
+    tokenizer = of_aria(tokenizer, "the grammar of onsets")
     kind = tokenizer.kind
     announced = np.unique(tokenizer.instrument[prompt[kind[prompt] == Kind.PREFIX]])
     announced = announced[announced >= 0]
@@ -211,7 +214,7 @@ def _last_onsets(tokenizer: AriaTokenizer, segment: np.ndarray) -> tuple[int, np
 
 def state_after(tokenizer: Tokenizer, prompt: np.ndarray, batch: int) -> GrammarState:
     """The state in which `batch` continuations of a prompt begin, even inside an event."""
-    tokenizer = of_aria(tokenizer, "the grammar, unless it is switched off,")
+    tokenizer = of_aria(tokenizer, "the grammar of onsets")
     kind = tokenizer.kind[prompt]
     last, before = (kind[-1:].tolist() or [None])[0], (kind[-2:-1].tolist() or [None])[0]
     expect = Expect.EVENT
@@ -239,3 +242,69 @@ def state_after(tokenizer: Tokenizer, prompt: np.ndarray, batch: int) -> Grammar
         key_B=jnp.full(batch, key, jnp.int32),
         last_onset_BxK=jnp.tile(jnp.asarray(last_onset_K), (batch, 1)),
     )
+
+
+@flax.struct.dataclass
+class AutomatonGrammar:
+    """`Tokenizer.grammar` inside jit; its state is the automaton's, int32 [B].
+
+    Attributes:
+        following_SxC: as of `Automaton`, int32.
+        class_V: class of each id, int32.
+        pad_id: what follows the end.
+    """
+
+    following_SxC: jax.Array
+    class_V: jax.Array
+    pad_id: int = flax.struct.field(pytree_node=False)
+
+    def allowed(self, state_B: jax.Array, remaining: jax.Array | int) -> jax.Array:
+        """bool [B, V]: ids that may come next, however few tokens fit."""
+        del remaining
+        allowed_BxV = self.following_SxC[state_B][:, self.class_V] >= 0
+        ended_B = (self.following_SxC[state_B] < 0).all(axis=1)
+        return allowed_BxV.at[:, self.pad_id].set(ended_B)
+
+    def advance(self, state_B: jax.Array, token_B: jax.Array) -> jax.Array:
+        """The state after each sequence's next token; that of an ended one stays."""
+        following_B = self.following_SxC[state_B, self.class_V[token_B]]
+        return jnp.where(following_B < 0, state_B, following_B)
+
+
+class AnyGrammar(Protocol):
+    """What the sampling loop asks of a grammar; its state is a pytree that the grammar knows."""
+
+    def allowed(self, state: Any, remaining: jax.Array | int) -> jax.Array:
+        """bool [B, V]: ids that may come next when `remaining` tokens fit, this one included."""
+
+    def advance(self, state: Any, token_B: jax.Array) -> Any:
+        """The state after each sequence's next token, int32 [B]."""
+
+
+AnyState = GrammarState | jax.Array
+
+
+def grammar_after(
+    tokenizer: Tokenizer, prompt: np.ndarray, batch: int
+) -> tuple[AnyGrammar, AnyState] | tuple[None, None]:
+    """What may follow `prompt`, and the state in which `batch` continuations of it begin; None
+    where the scheme has no grammar.
+
+    Raises:
+        UserError: nothing can follow this prompt.
+    """
+    if isinstance(tokenizer, AriaTokenizer):
+        return make_grammar(tokenizer, prompt), state_after(tokenizer, prompt, batch)
+    automaton = tokenizer.grammar()
+    if automaton is None:
+        return None, None
+    error, state = automaton.read(prompt)
+    if error >= 0:
+        raise UserError(
+            f"token {error} of the prompt, {tokenizer.tokens[prompt[error]]!r}, may not stand "
+            f"where it does by the rules of {tokenizer.preset_name}; switch the grammar off to go "
+            "on from it"
+        )
+    tables = jnp.asarray(automaton.following), jnp.asarray(automaton.class_of)
+    grammar = AutomatonGrammar(*tables, pad_id=tokenizer.pad_id)
+    return grammar, jnp.full(batch, state, jnp.int32)

@@ -14,7 +14,7 @@ from aria_jax.models.heads import Model, check_known
 from aria_jax.models.transformer import token_rows
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizers import Tokenizer
-from data_pipeline.vocabulary import Kind
+from data_pipeline.vocabulary import PARTS, Kind
 
 BUCKET = 128
 """Windows are padded to multiples of this: few compilations, little waste."""
@@ -42,20 +42,20 @@ class Score:
 
     @cached_property
     def notes(self) -> list[dict[str, float]]:
-        """Per note or drum hit: onset_ms, pitch, nll (summed over its two or three tokens)."""
+        """Per note or drum hit: onset_ms, pitch, nll (summed over the tokens that are its own)."""
         at, onset_ms = self.tokenizer.events(self.ids)
-        kind = self.tokenizer.kind[self.ids[at]]
+        all_kinds = self.tokenizer.kind[self.ids]
+        kind = all_kinds[at]
         chosen = np.isin(kind, (Kind.NOTE, Kind.DRUM)) & (at > 0)  # nothing predicts a first token
+        others = np.flatnonzero(np.append(~np.isin(all_kinds, PARTS), True))
+        ends = others[np.searchsorted(others, at, side="right")]
         found = []
-        for begin, onset, token_kind in zip(
-            at[chosen], onset_ms[chosen], kind[chosen], strict=True
-        ):
-            length = 3 if token_kind == Kind.NOTE else 2
+        for begin, end, onset in zip(at[chosen], ends[chosen], onset_ms[chosen], strict=True):
             found.append(
                 {
                     "onset_ms": int(onset),
                     "pitch": int(self.tokenizer.pitch[self.ids[begin]]),
-                    "nll": float(self.nll[begin - 1 : begin - 1 + length].sum()),
+                    "nll": float(self.nll[begin - 1 : end - 1].sum()),
                 }
             )
         return found

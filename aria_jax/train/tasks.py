@@ -30,7 +30,7 @@ from data_pipeline.loaders.slice_batches import (
 )
 from data_pipeline.loaders.windows import lm_windows
 from data_pipeline.shards import TokenShards, load_manifest, occurring_ids
-from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.tokenizers import Tokenizer, augmentations_left_out
 from data_pipeline.vocabulary import ranges_of
 
 
@@ -131,6 +131,7 @@ def _reachable(data_dir: str, corpus_digest: str, preset: str) -> np.ndarray:
 def build_task(config: RunConfig, data: Data, *, mesh: jax.sharding.Mesh | None = None) -> Task:
     """The task of `config` on the corpus in `data`, or on a mixture of several."""
     sources = sources_of(data)
+    tokenizer = Tokenizer.preset(common_manifest(sources)["tokenizer"]["preset"])
     common = {
         "seq_len": config.data.seq_len,
         "global_batch": config.data.global_batch,
@@ -142,7 +143,7 @@ def build_task(config: RunConfig, data: Data, *, mesh: jax.sharding.Mesh | None 
     }
     loaders_by_task: dict[str, tuple[Callable[..., BatchStream], dict[str, Any]]] = {
         "pretrain": (lm_windows, windows),
-        "continue": (lm_windows, {**windows, "add_dim": True}),
+        "continue": (lm_windows, {**windows, "add_dim": tokenizer.dim_id >= 0}),
         "contrastive": (
             contrastive_pairs,
             {
@@ -177,7 +178,11 @@ def build_task(config: RunConfig, data: Data, *, mesh: jax.sharding.Mesh | None 
         for source, options in zip(sources, own, strict=True)
     ]
     evaluate: dict[str, BatchStream] = {}
-    notes = list(_shares(config, sources, parts))
+    notes = [*_shares(config, sources, parts)]
+    if augment is not None:
+        notes += augmentations_left_out(tokenizer, augment)
+    if config.task == "continue" and tokenizer.dim_id < 0:
+        notes.append(f"{tokenizer.preset_name} has no <D>: nothing announces the end of a piece")
     for source in sources:
         try:
             stream = batches(source, "val", augment=None, epochs=1, shuffle=False)

@@ -1,13 +1,22 @@
 """Schemes that turn performances into token ids and back, behind one protocol."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from functools import partial
 
 from data_pipeline.errors import UserError
+from data_pipeline.settings import AugmentConfig
 from data_pipeline.tokenizers.aria import AriaTokenizer
 from data_pipeline.tokenizers.base import Tokenizer
 
-__all__ = ["SCHEMES", "AriaTokenizer", "Tokenizer", "load_scheme", "of_aria"]
+__all__ = [
+    "SCHEMES",
+    "AriaTokenizer",
+    "Tokenizer",
+    "augmentations_left_out",
+    "load_scheme",
+    "of_aria",
+]
 
 SCHEMES = {
     "aria": "absolute onsets in segments of 5 s, a note in three tokens (Bradshaw & Colton, 2025)",
@@ -22,9 +31,8 @@ SCHEMES = {
 
 def load_scheme(name: str) -> Tokenizer:
     """Builds the tokenizer of a name in `SCHEMES`; callers use `Tokenizer.preset`."""
+    from data_pipeline.tokenizers.keys import MuseNetTokenizer, PianoRollTokenizer
     from data_pipeline.tokenizers.miditok import MidiTokTokenizer
-    from data_pipeline.tokenizers.musenet import MuseNetTokenizer
-    from data_pipeline.tokenizers.piano_roll import PianoRollTokenizer
 
     if name in ("aria", "pedal"):
         return AriaTokenizer(name)
@@ -52,3 +60,27 @@ def of_aria(tokenizer: Tokenizer, what: str) -> AriaTokenizer:
         f"{what} takes the tokens of aria or pedal; this model's tokenizer is "
         f"{tokenizer.preset_name}"
     )
+
+
+def augmentations_left_out(tokenizer: Tokenizer, config: AugmentConfig) -> tuple[str, ...]:
+    """What whoever trains should know of what `augment` does not do of `config`.
+
+    Raises:
+        UserError: it is not among what is done by default, so that someone asked for it.
+    """
+    usual, name = AugmentConfig(), tokenizer.preset_name
+    undone = {
+        one.name: getattr(config, one.name)
+        for one in fields(AugmentConfig)
+        if not one.name.endswith("_probability") and one.name not in tokenizer.augmentations
+    }
+    undone = {setting: value for setting, value in undone.items() if value}
+    asked = [f"{s}={value}" for s, value in undone.items() if value != getattr(usual, s)]
+    if asked:
+        raise UserError(
+            f"the {name} tokenizer cannot augment by {', '.join(asked)}; it can by "
+            f"{', '.join(sorted(tokenizer.augmentations)) or 'nothing'}"
+        )
+    if not undone:
+        return ()
+    return (f"the {name} tokenizer has no augmentation of {', '.join(undone)}: left out",)

@@ -24,20 +24,15 @@ from data_pipeline.midi import (
 )  # fmt: skip
 from data_pipeline.settings import AugmentConfig
 from data_pipeline.vocabulary import (
-    HIGHEST_DRUM,
     INSTRUMENT_OF_PROGRAM,
     INSTRUMENTS,
-    LOWEST_DRUM,
     PROGRAMS,
-    VELOCITY_INDEX,
     VELOCITY_STEP,
     Automaton,
     Kind,
-)  # fmt: skip
+)
 
 COMMON_SPECIAL = ("<S>", "<E>", "<P>", "<U>")
-N_VELOCITIES = 13
-"""Of a key: 0, with which no note begins, and twelve steps of 10. Drum hits have the twelve."""
 SOUND = np.dtype(
     [("instrument", "u1"), ("pitch", "u1"), ("velocity", "u1"), ("start", "i8"), ("end", "i8")]
 )
@@ -324,76 +319,3 @@ class Tokenizer(ABC):
             f"the {self.preset_name} tokenizer has no <D> that announces the end: task `continue` "
             "takes shards built with aria or pedal"
         )
-
-
-def key_tokens(silent: int | str) -> tuple:
-    """A token of each key and velocity, then of each drum hit; the last of any such vocabulary.
-
-    Args:
-        silent: what stands for velocity 0.
-    """
-    velocities = range(0, N_VELOCITIES * VELOCITY_STEP, VELOCITY_STEP)
-    drums = range(LOWEST_DRUM, HIGHEST_DRUM + 1)
-    return (
-        *((name, p, v or silent) for name in INSTRUMENTS for p in range(128) for v in velocities),
-        *(("drum", pitch, velocity) for pitch in drums for velocity in velocities if velocity),
-    )
-
-
-class KeyTokenizer(Tokenizer):
-    """A tokenizer whose vocabulary ends with `key_tokens`, which begin at `first_note_id`."""
-
-    augmentations = frozenset(("tempo", "pitch", "velocity"))
-    first_note_id: int
-
-    @property
-    def first_drum_id(self) -> int:
-        """The first drum hit."""
-        return self.first_note_id + len(INSTRUMENTS) * 128 * N_VELOCITIES
-
-    @abstractmethod
-    def _onsets_ms(self, ids: np.ndarray) -> np.ndarray:
-        """When each token stands, int64 [L]."""
-
-    @cached_property
-    def _sound(self) -> np.ndarray:
-        """`SOUND` of each token that names a key; [V]."""
-        out = np.zeros(self.vocab_size, SOUND)
-        for at in range(self.first_note_id, self.vocab_size):
-            name, pitch, velocity = self.tokens[at]
-            number = INSTRUMENTS.index(name) if name != "drum" else len(INSTRUMENTS)
-            out[at] = (number, pitch, velocity if isinstance(velocity, int) else 0, 0, 0)
-        return out
-
-    @cached_property
-    def pitch(self) -> np.ndarray:
-        """See `Tokenizer.pitch`."""
-        begins = np.isin(self.kind, (Kind.NOTE, Kind.DRUM))
-        return np.where(begins, self._sound["pitch"].astype(np.int32), -1)
-
-    @cached_property
-    def velocity(self) -> np.ndarray:
-        """See `Tokenizer.velocity`."""
-        return np.where(self.pitch >= 0, self._sound["velocity"].astype(np.int32), -1)
-
-    def key_ids(self, sounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of `SOUND` rows: the token that begins each, and that of its key at velocity 0, which
-        means nothing for a drum hit; int64 [N] both.
-        """
-        instrument, pitch = sounds["instrument"].astype(np.int64), sounds["pitch"].astype(np.int64)
-        step = np.maximum(VELOCITY_INDEX[sounds["velocity"]], 1)
-        silent = self.first_note_id + (instrument * 128 + pitch) * N_VELOCITIES
-        hit = self.first_drum_id + (pitch - LOWEST_DRUM) * (N_VELOCITIES - 1) + step - 1
-        return np.where(instrument == len(INSTRUMENTS), hit, silent + step), silent
-
-    def events(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """See `Tokenizer.events`."""
-        ids = np.asarray(ids, np.int64)
-        at = np.flatnonzero(self.pitch[ids] >= 0)
-        return at, self._onsets_ms(ids)[at]
-
-    def token_classes(self) -> tuple[np.ndarray, int, int]:
-        """For a grammar: the class of each id, which is its `Kind` but for `<S>` and `<E>`."""
-        class_of, bos, eos = self.kind.astype(np.int32), len(Kind), len(Kind) + 1
-        class_of[[self.bos_id, self.eos_id]] = bos, eos
-        return class_of, bos, eos

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from data_pipeline.errors import UserError
 from data_pipeline.midi import NOTE, PROGRAM, Performance, resolve_overlaps
 from data_pipeline.settings import AugmentConfig
-from data_pipeline.tokenizers import SCHEMES, Tokenizer, load_scheme
+from data_pipeline.tokenizers import SCHEMES, Tokenizer, augmentations_left_out, load_scheme
 from data_pipeline.tokenizers.base import COMMON_SPECIAL, sounding_notes
 from data_pipeline.vocabulary import INSTRUMENTS, Kind
 
@@ -97,6 +97,32 @@ def test_augmentation_moves_all_notes_alike(tokenizer):
         shifts.add(shift)
         assert np.array_equal(before["start"], after["start"])
     assert len(shifts) > 2 and max(map(abs, shifts)) <= 5
+
+
+def test_what_a_scheme_cannot_change_is_said_or_refused(tokenizer):
+    usual = AugmentConfig()
+    if tokenizer.preset_name in ("aria", "pedal"):
+        assert augmentations_left_out(tokenizer, AugmentConfig(rubato=0.1)) == ()
+        return
+    (said,) = augmentations_left_out(tokenizer, usual)
+    assert "mixup" in said and ("tempo" in said) == (tokenizer.preset_name == "remi")
+    transposed = AugmentConfig(tempo=0, velocity=0, mixup=False)
+    assert augmentations_left_out(tokenizer, transposed) == ()
+    with pytest.raises(UserError, match=r"cannot augment by rubato=0\.1; it can by pitch"):
+        augmentations_left_out(tokenizer, AugmentConfig(rubato=0.1))
+
+
+def test_what_a_corpus_can_hold_holds_it_transposed(tokenizer):
+    occurring = np.zeros(tokenizer.vocab_size, bool)
+    occurring[tokenizer.encode(piano(5, 60))] = True
+    reachable = tokenizer.reachable(occurring)
+    config = AugmentConfig(pitch=12, velocity=3, mixup=False, tempo=0)
+    for seed in range(6):
+        changed = tokenizer.augment(
+            tokenizer.encode(piano(5, 60)), config, np.random.default_rng(seed)
+        )
+        assert np.isin(changed, reachable).all()
+    assert len(reachable) < 3000 and np.isin(np.flatnonzero(occurring), reachable).all()
 
 
 def test_a_missing_package_is_named(monkeypatch):

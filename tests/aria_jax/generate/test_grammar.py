@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aria_jax.generate.grammar import Expect, make_grammar, state_after
+from aria_jax.generate.grammar import Expect, grammar_after, make_grammar, state_after
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizers import Tokenizer
 from data_pipeline.vocabulary import Kind
+from tests.corpora import random_performance
 
 ARIA = Tokenizer.preset("aria")
 
@@ -202,3 +203,28 @@ def test_scanning_a_prompt_equals_advancing_through_it():
 def test_a_prompt_without_instrument_is_refused():
     with pytest.raises(UserError, match="announces no instrument"):
         make_grammar(ARIA, ids(ARIA, "<S>"))
+
+
+@pytest.mark.parametrize("scheme", ["musenet", "piano-roll", "remi", "midi-like"])
+def test_other_schemes_are_generated_by_their_own_tables(scheme):
+    if scheme in ("remi", "midi-like"):
+        pytest.importorskip("miditok")
+    tokenizer, rng = Tokenizer.preset(scheme), np.random.default_rng(0)
+    prompt = tokenizer.encode(random_performance(rng, 5), add_eos=False).astype(int)
+    grammar, state = grammar_after(tokenizer, prompt, 8)
+    made = np.zeros((8, 0), int)
+    for _ in range(60):
+        allowed = np.asarray(grammar.allowed(state, 100))
+        assert allowed.any(1).all()
+        token = np.array([rng.choice(np.flatnonzero(row)) for row in allowed])
+        state = grammar.advance(state, jnp.asarray(token))
+        made = np.concatenate([made, token[:, None]], axis=1)
+    automaton, n_ended = tokenizer.grammar(), 0
+    for row in made:
+        ended = np.flatnonzero(row == tokenizer.eos_id)
+        body = row[: ended[0] + 1] if len(ended) else row
+        n_ended += len(ended)
+        assert automaton.first_error(np.concatenate([prompt, body])) == -1
+        assert (row[len(body) :] == tokenizer.pad_id).all()
+    with pytest.raises(UserError, match="token 1 of the prompt"):
+        grammar_after(tokenizer, prompt[[0, 0]], 1)
