@@ -3,8 +3,8 @@
 // Values become numbers of a vector register on their way to a product, at a cost low enough that
 // memory is all that a product with one row of activations waits for:
 // - bfloat16: of a 32-bit word a shift makes one float, a mask the other.
-// - int8, on x86: activations are written as two 14-bit digits of a common step, as exact as float32
-//   is, and multiplied as integers (VNNI, or the multiply-add of pairs that AVX2 has).
+// - int8, on x86: activations are written as integers of a common step, and those as digits of a byte,
+//   which are multiplied as integers (VNNI, or the multiply-adds that AVX2 has).
 // - int8 elsewhere: of a 32-bit word two shifts and a conversion make a float.
 //
 // Sizes: B rows of activations, O outputs, I inputs.
@@ -22,9 +22,9 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
-#define HAS_PAIRS 1
+#define HAS_BYTE_PRODUCTS 1
 #else
-#define HAS_PAIRS 0
+#define HAS_BYTE_PRODUCTS 0
 #endif
 
 #include "xla/ffi/api/ffi.h"
@@ -44,11 +44,13 @@ constexpr int64_t kLanes = kVectorBytes / 4;
 // GCC and Clang turn these into the instructions of any machine.
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Words __attribute__((vector_size(kVectorBytes)));
-typedef int16_t Halves __attribute__((vector_size(kVectorBytes)));
+typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
 
-// Bytes that are asked for before they are needed: a core has too few reads under way on its own,
-// and its prefetchers stop at every page.
-constexpr int64_t kAhead = 1024;
+// Bytes that are asked for before they are needed, as a core has too few reads under way on its own.
+// In the order of memory, whatever order they are used in, so that its prefetchers see one stream; and
+// into the level 2 cache, as those on their way into the first are too few.
+constexpr int64_t kAhead = 24 << 10;
+inline void Prefetch(const char* from) { __builtin_prefetch(from + kAhead, 0, 2); }
 
 template <typename Vector>
 inline Vector Load(const void* from) {
@@ -57,11 +59,29 @@ inline Vector Load(const void* from) {
   return loaded;
 }
 
+#if defined(__AVX512BW__)
+inline float Sum(Floats lanes) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(lanes)); }
+inline int32_t Sum(Words lanes) { return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(lanes)); }
+#else
 template <typename Vector>
-inline double Sum(Vector lanes) {
-  double total = 0;
-  for (int64_t lane = 0; lane < kLanes; ++lane) total += lanes[lane];
+inline auto Sum(Vector lanes) {
+  auto total = lanes[0];
+  for (int64_t lane = 1; lane < kLanes; ++lane) total += lanes[lane];
   return total;
+}
+#endif
+
+// A value for several products: compilers would read it again for each, and a core has as many reads
+// of whole vectors as products.
+template <typename Vector>
+inline Vector LoadOnce(const void* from) {
+  Vector loaded = Load<Vector>(from);
+#if defined(__AVX512BW__)
+  asm("" : "+v"(loaded));
+#elif defined(__AVX2__)
+  asm("" : "+x"(loaded));
+#endif
+  return loaded;
 }
 
 // Zeros that begin on a cache line: vectors across two of them take twice the time.
@@ -137,19 +157,20 @@ class FloatActivations {
   template <int R>
   void Tile(const Stored* rows, float (&out)[R][B]) const {
     Floats sums[R][B] = {};
+    const char* in_order = reinterpret_cast<const char*>(rows);
     int64_t i = 0;
     for (; i + kGroup <= inputs_; i += kGroup) {
       Words words[R];
       for (int r = 0; r < R; ++r) {
-        const Stored* from = rows + r * inputs_ + i;
-        __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
-        words[r] = Load<Words>(from);
+        Prefetch(in_order + r * kVectorBytes);
+        words[r] = Load<Words>(rows + r * inputs_ + i);
       }
+      in_order += R * kVectorBytes;
       Multiply<R, 0>(words, &reordered_[B * i], sums);
     }
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b)
-        out[r][b] = float(Sum(sums[r][b])) + Rest(rows + r * inputs_, x_ + b * inputs_, i, inputs_);
+        out[r][b] = Sum(sums[r][b]) + Rest(rows + r * inputs_, x_ + b * inputs_, i, inputs_);
   }
 
  private:
@@ -158,7 +179,7 @@ class FloatActivations {
     Floats weights[R];
     for (int r = 0; r < R; ++r) weights[r] = Stored::template Spread<kPlace>(words[r]);
     for (int b = 0; b < B; ++b) {
-      Floats activations = Load<Floats>(x + b * kLanes);
+      Floats activations = LoadOnce<Floats>(x + b * kLanes);
       for (int r = 0; r < R; ++r) sums[r][b] += weights[r] * activations;
     }
     if constexpr (kPlace + 1 < Stored::kPerWord)
@@ -170,109 +191,136 @@ class FloatActivations {
   Aligned<float> reordered_;
 };
 
-#if HAS_PAIRS
+#if HAS_BYTE_PRODUCTS
 
-// sum + a[2i] * b[2i] + a[2i + 1] * b[2i + 1] for every word i.
-inline Words MultiplyPairs(Halves a, Halves b, Words sum) {
-#if defined(__AVX512BW__)
-  __m512i a_bits = reinterpret_cast<__m512i>(a), b_bits = reinterpret_cast<__m512i>(b);
-#if defined(__AVX512VNNI__)
-  return reinterpret_cast<Words>(
-      _mm512_dpwssd_epi32(reinterpret_cast<__m512i>(sum), a_bits, b_bits));
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr int kDigits = 3, kDigitBits = 8;
 #else
-  return sum + reinterpret_cast<Words>(_mm512_madd_epi16(a_bits, b_bits));
+constexpr int kDigits = 4, kDigitBits = 7;  // of two products the sum must fit into 16 bits
+#endif
+
+constexpr int kSums = kVectorBytes == 64 ? 24 : 12;  // that registers hold, beside factors
+
+// sum + the four products of bytes in every word, those of `digits` signed.
+inline Words MultiplyBytes(Bytes weights, Bytes digits, Words sum) {
+#if defined(__AVX512BW__)
+  __m512i a = reinterpret_cast<__m512i>(weights), b = reinterpret_cast<__m512i>(digits);
+#if defined(__AVX512VNNI__)
+  return reinterpret_cast<Words>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), a, b));
+#else
+  __m512i pairs = _mm512_maddubs_epi16(a, b);
+  return sum + reinterpret_cast<Words>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
 #endif
 #else
-  __m256i a_bits = reinterpret_cast<__m256i>(a), b_bits = reinterpret_cast<__m256i>(b);
+  __m256i a = reinterpret_cast<__m256i>(weights), b = reinterpret_cast<__m256i>(digits);
 #if defined(__AVXVNNI__)
-  return reinterpret_cast<Words>(
-      _mm256_dpwssd_avx_epi32(reinterpret_cast<__m256i>(sum), a_bits, b_bits));
+  return reinterpret_cast<Words>(_mm256_dpbusd_avx_epi32(reinterpret_cast<__m256i>(sum), a, b));
 #else
-  return sum + reinterpret_cast<Words>(_mm256_madd_epi16(a_bits, b_bits));
+  __m256i pairs = _mm256_maddubs_epi16(a, b);
+  return sum + reinterpret_cast<Words>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 #endif
 #endif
 }
 
-// One row of activations as integers: (high * 2^14 + low) * step, either digit of at most 2^13.
+// B rows of activations, each as integers of a step of its own: of at most 22 bits with VNNI, so that
+// the error is 2^-22 of the greatest value at most, and 26 without.
+template <int B>
 class DigitActivations {
  public:
   static constexpr int64_t kGroup = kVectorBytes;
-  static constexpr int kRows = 4;
+  static constexpr int kRows = std::clamp(kSums / (B * kDigits), 1, 4);
 
-  DigitActivations(const float* x, int64_t inputs) : inputs_(inputs), x_(x), digits_(2 * inputs) {
-    float greatest = 0;
-    bool finite = true;
-    for (int64_t i = 0; i < inputs; ++i) {
-      float magnitude = std::fabs(x[i]);
-      greatest = magnitude > greatest ? magnitude : greatest;
-      finite &= magnitude <= std::numeric_limits<float>::max();
-    }
-    // A power of two: integers stay what they are, and so do nearly all floats.
-    int exponent = 0;
-    std::frexp(greatest, &exponent);
-    // Of what is not finite every output is NaN, as the sum would be.
-    step_ = finite ? std::ldexp(1.0, exponent - 26) : std::numeric_limits<double>::quiet_NaN();
-    if (finite) Write(1 / step_);
+  DigitActivations(const float* x, int64_t inputs)
+      : inputs_(inputs), x_(x), digits_(B * kDigits * inputs) {
+    for (int64_t b = 0; b < B; ++b) Write(b);
   }
 
   template <int R>
-  void Tile(const Int8* rows, float (&out)[R][1]) const {
-    double totals[R] = {};
+  void Tile(const Int8* rows, float (&out)[R][B]) const {
+    int64_t totals[R][B] = {};
+    const char* in_order = reinterpret_cast<const char*>(rows);
     int64_t i = 0;
     while (i + kGroup <= inputs_) {
-      // A pair adds 2 * 2^7 * 2^13 at most to a word, so 2^10 pairs fit; a group has two.
-      int64_t stop = std::min(inputs_, i + 511 * kGroup);
-      Words high[R] = {}, low[R] = {};
+      int64_t stop = std::min(inputs_, i + kMaxGroups * kGroup);
+      Words sums[R][B][kDigits] = {};
       for (; i + kGroup <= stop; i += kGroup) {
-        const int16_t* x = &digits_[2 * i];
+        Bytes weights[R];
         for (int r = 0; r < R; ++r) {
           const Int8* from = rows + r * inputs_ + i;
-          __builtin_prefetch(reinterpret_cast<const char*>(from) + kAhead);
-          Halves halves = Load<Halves>(from), even = (halves << 8) >> 8, odd = halves >> 8;
-          high[r] = MultiplyPairs(even, Load<Halves>(x), high[r]);
-          low[r] = MultiplyPairs(even, Load<Halves>(x + kHalves), low[r]);
-          high[r] = MultiplyPairs(odd, Load<Halves>(x + 2 * kHalves), high[r]);
-          low[r] = MultiplyPairs(odd, Load<Halves>(x + 3 * kHalves), low[r]);
+            weights[r] = Load<Bytes>(from) ^ 0x80;  // w + 128, as one factor must have no sign
         }
+        const int8_t* x = &digits_[B * kDigits * i];
+        for (int b = 0; b < B; ++b)
+          for (int digit = 0; digit < kDigits; ++digit, x += kVectorBytes) {
+            Bytes digits = LoadOnce<Bytes>(x);
+            for (int r = 0; r < R; ++r)
+              sums[r][b][digit] = MultiplyBytes(weights[r], digits, sums[r][b][digit]);
+          }
       }
-      for (int r = 0; r < R; ++r) totals[r] += Sum(high[r]) * (1 << 14) + Sum(low[r]);
+      for (int r = 0; r < R; ++r)
+        for (int b = 0; b < B; ++b)
+          for (int digit = 0; digit < kDigits; ++digit)
+            totals[r][b] += int64_t{Sum(sums[r][b][digit])} << (kDigitBits * digit);
     }
     for (int r = 0; r < R; ++r)
-      out[r][0] = float(totals[r] * step_) + Rest(rows + r * inputs_, x_, i, inputs_);
+      for (int b = 0; b < B; ++b)
+        out[r][b] = float((totals[r][b] - 128 * wholes_[b]) * steps_[b]) +
+                    Rest(rows + r * inputs_, x_ + b * inputs_, i, inputs_);
   }
 
  private:
-  static constexpr int64_t kHalves = kGroup / 2;
+  // After as many a sum of lanes might not fit into 32 bits.
+  static constexpr int64_t kMaxGroups =
+      std::numeric_limits<int32_t>::max() / (kVectorBytes * 255 << (kDigitBits - 1));
+  static constexpr int kBits = kDigits * kDigitBits - 2;
 
-  // Of every group the high digits of even values, their low ones, and both of odd values.
-  void Write(double per_step) {
+  void Write(int64_t b) {
+    const float* x = x_ + b * inputs_;
+    int32_t greatest = 0;  // as bits, which are in order, and those of what is not finite the last
+    for (int64_t i = 0; i < inputs_; ++i) {
+      int32_t bits;
+      std::memcpy(&bits, x + i, sizeof(bits));
+      greatest = std::max(greatest, bits & 0x7FFFFFFF);
+    }
+    // Of what is not finite every output is NaN, as the sum would be.
+    steps_[b] = std::numeric_limits<double>::quiet_NaN();
+    wholes_[b] = 0;
+    if (greatest >= 0x7F800000) return;
+    // A power of two: integers stay what they are, and so do nearly all floats.
+    int exponent = std::max(greatest >> 23, 30) - 126 - kBits;
+    steps_[b] = std::ldexp(1.0, exponent);
+    float per_step = std::ldexp(1.0f, -exponent);
     for (int64_t i = 0; i + kGroup <= inputs_; i += kGroup) {
-      int32_t high[kGroup], low[kGroup];
+      int8_t* to = &digits_[kDigits * (B * i + b * kGroup)];
+      int32_t rest[kGroup];
       for (int64_t j = 0; j < kGroup; ++j) {
-        double scaled = x_[i + j] * per_step;
-        int32_t whole = int32_t(scaled + std::copysign(0.5, scaled));
-        high[j] = (whole + (1 << 13)) >> 14;
-        low[j] = whole - high[j] * (1 << 14);
+        rest[j] = int32_t(__builtin_rintf(x[i + j] * per_step));
+        wholes_[b] += rest[j];
       }
-      int16_t* to = &digits_[2 * i];
-      for (int64_t j = 0; j < kHalves; ++j) {
-        to[j] = high[2 * j];
-        to[kHalves + j] = low[2 * j];
-        to[2 * kHalves + j] = high[2 * j + 1];
-        to[3 * kHalves + j] = low[2 * j + 1];
-      }
+      for (int digit = 0; digit < kDigits; ++digit, to += kGroup)
+        for (int64_t j = 0; j < kGroup; ++j) {
+          int32_t higher = (rest[j] + (1 << (kDigitBits - 1))) >> kDigitBits;
+          to[j] = int8_t(rest[j] - higher * (1 << kDigitBits));
+          rest[j] = higher;
+        }
     }
   }
 
   int64_t inputs_;
   const float* x_;
-  double step_;
-  Aligned<int16_t> digits_;
+  double steps_[B];
+  int64_t wholes_[B];
+  Aligned<int8_t> digits_;
 };
-using Int8Activations = DigitActivations;
+template <int B>
+using Int8Activations = DigitActivations<B>;
 #else
-using Int8Activations = FloatActivations<Int8, 1>;
+template <int B>
+using Int8Activations = FloatActivations<Int8, B>;
 #endif
+
+template <int B>
+using BFloat16Activations = FloatActivations<BFloat16, B>;
 
 // One product, shared by the threads that work on it. The last one frees it: a task may begin after
 // the call has returned, and finds nothing left to do.
@@ -331,7 +379,7 @@ void Multiply(ffi::ThreadPool& pool, int64_t threads, const Stored* rows, const 
   while (!product->Done()) std::this_thread::yield();
 }
 
-template <typename Stored, typename Activations1>
+template <typename Stored, template <int> class Activations>
 ffi::Error AllRows(ffi::ThreadPool& pool, int64_t threads, const void* data, const float* scale,
                    ffi::BufferR2<ffi::F32> x, ffi::BufferR2<ffi::F32>& y) {
   int64_t batch = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y.dimensions()[1];
@@ -340,13 +388,13 @@ ffi::Error AllRows(ffi::ThreadPool& pool, int64_t threads, const void* data, con
   float* to = y.typed_data();
   int64_t b = 0;
   for (; b + 4 <= batch; b += 4)
-    Multiply<Stored, 4, FloatActivations<Stored, 4>>(
+    Multiply<Stored, 4, Activations<4>>(
         pool, threads, rows, scale, from + b * inputs, to + b * outputs, outputs, inputs);
   for (; b + 2 <= batch; b += 2)
-    Multiply<Stored, 2, FloatActivations<Stored, 2>>(
+    Multiply<Stored, 2, Activations<2>>(
         pool, threads, rows, scale, from + b * inputs, to + b * outputs, outputs, inputs);
   for (; b < batch; ++b)
-    Multiply<Stored, 1, Activations1>(
+    Multiply<Stored, 1, Activations<1>>(
         pool, threads, rows, scale, from + b * inputs, to + b * outputs, outputs, inputs);
   return ffi::Error::Success();
 }
@@ -361,8 +409,7 @@ ffi::Error Int8Rows(ffi::ThreadPool pool, ffi::BufferR2<ffi::S8> rows, ffi::Buff
 ffi::Error BFloat16Rows(ffi::ThreadPool pool, ffi::BufferR2<ffi::BF16> rows,
                         ffi::BufferR2<ffi::F32> x, ffi::Result<ffi::BufferR2<ffi::F32>> y,
                         int64_t threads) {
-  return AllRows<BFloat16, FloatActivations<BFloat16, 1>>(pool, threads, rows.untyped_data(), nullptr,
-                                                        x, *y);
+  return AllRows<BFloat16, BFloat16Activations>(pool, threads, rows.untyped_data(), nullptr, x, *y);
 }
 
 }  // namespace
