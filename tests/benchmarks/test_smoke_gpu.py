@@ -3,6 +3,7 @@ cost its time.
 """
 
 import json
+import threading
 
 import pytest
 
@@ -71,6 +72,31 @@ def test_a_section_that_fails_or_is_too_late_does_not_stop_the_others(capsys):
     assert found["sections"] == {"second": {"x": 1.0}} and found["left_out"] == ["third"]
     assert not smoke_gpu.succeeded(found)
     assert "third: left out, 450 s are over" in capsys.readouterr().out
+
+
+def test_a_section_that_does_not_end_is_reported_beside_what_was_found():
+    told: list[dict] = []
+    waits = threading.Event()
+
+    def too_slow(found):
+        told.append(json.loads(json.dumps(found)))
+        waits.set()
+
+    todo = {"first": lambda: {"x": 1.0}, "hangs": lambda: {"y": waits.wait(60)}, "third": dict}
+    smoke_gpu.measure(todo, limit=0.5, too_slow=too_slow)
+    assert told == [
+        {
+            "sections": {"first": {"x": 1.0}},
+            "failed": {"hangs": "still running after 0 s"},
+            "left_out": ["third"],
+            "seconds": 0.5,
+        }
+    ]
+    assert not smoke_gpu.succeeded(told[0])
+
+
+def test_all_of_it_takes_less_than_five_minutes():
+    assert smoke_gpu.BUDGET_SECONDS < smoke_gpu.LIMIT_SECONDS < 300
 
 
 def test_a_wrong_kernel_fails():
