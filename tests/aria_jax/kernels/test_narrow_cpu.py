@@ -1,6 +1,8 @@
 """The CPU's product is exact, for any number of rows and any cut over threads."""
 
 import functools
+import platform
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -33,7 +35,7 @@ def test_equals_the_product_in_float64(n_rows, n_outputs, n_inputs, n_threads, m
 
 @needs_compiler
 def test_activations_of_every_size_and_of_none():
-    """Digits of a common step: as exact as float32 from 2^-26 of the greatest value upwards."""
+    """Integers of a common step, which is at most 2^-22 of twice the greatest value."""
     rows = jnp.ones((2, 96), jnp.int8)
     run = jax.jit(lambda x: narrow_cpu.narrow_matmul(x, rows, jnp.ones(2)))
     for size in (0.0, 1e-30, 1.0, 1e30):
@@ -172,3 +174,18 @@ def test_another_source_flag_or_processor_is_another_library(monkeypatch):
             patch.setattr(narrow_cpu, name, value)
             before.add(narrow_cpu._key())
     assert len(before) == 4
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of the instructions of x86")
+@pytest.mark.parametrize("march", ["x86-64", "haswell", "skylake-avx512", "alderlake"])
+def test_processors_with_fewer_instructions_get_the_same_product(march, tmp_path):
+    """What this machine cannot run is only compiled."""
+    library = tmp_path / "narrow_cpu.so"
+    flags = [flag.replace("native", march) for flag in narrow_cpu.FLAGS]
+    include = ("-I", jax.ffi.include_dir(), str(narrow_cpu.SOURCE), "-o", str(library))
+    narrow_cpu._run(*narrow_cpu._compiler(), *flags, *include)
+    needed = {"haswell": "avx2", "skylake-avx512": "avx512bw", "alderlake": "avx_vnni"}
+    if needed.get(march, "") in narrow_cpu._processor():
+        narrow_cpu._run(sys.executable, "-m", narrow_cpu.__name__, str(library))
