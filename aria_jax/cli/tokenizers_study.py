@@ -30,12 +30,12 @@ CLIP_S = 30
 """Of each held-out piece, that is scored: the same music for every scheme."""
 N_PROMPTS, PROMPT_TOKENS, N_SAMPLES, SAMPLE_TOKENS = 8, 100, 4, 128
 """Held-out pieces that free samples go on from, and how many samples of each."""
-NETWORK = ("d_model=96", "n_heads=3", "n_layers=3", "vocabulary=corpus")
+NETWORK = ("d_model=64", "n_heads=2", "n_layers=2", "vocabulary=corpus")
 PRETRAIN = ("seq_len=256", "global_batch=8", "peak_lr=2e-3", "eval_batches=8")
 CONTRASTIVE = (
     "seq_len=256", "global_batch=16", "peak_lr=5e-4", "min_slice_notes=60", "max_slice_notes=85",
 )  # fmt: skip
-CONTRASTIVE_SHARE = 0.15
+CONTRASTIVE_SHARE = 0.06
 """Steps of contrastive training for each of pretraining."""
 BAR_S = 2.0
 """Of music, whose tokens the page shows."""

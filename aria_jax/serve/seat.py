@@ -20,9 +20,15 @@ Send = Callable[[dict[str, Any]], None]
 
 @dataclass
 class History:
-    """All that was heard, for the MIDI file: rows of [who, pitch, velocity, start, end]."""
+    """All that was heard, for the MIDI file: rows of [who, pitch, velocity, start, end].
+
+    Attributes:
+        indices: of the model's notes of the latest answer; pedal events, which have one too, are
+            no rows.
+    """
 
     rows: list[list[int]] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
     pedals: list[tuple[int, int]] = field(default_factory=list)
 
     def end(self, pitch: int, t: int) -> None:
@@ -33,13 +39,14 @@ class History:
                 return
 
     def without_answer(self, first: int, keep: int = 0) -> None:
-        """Drops the model's notes among `rows[first:]` but the first `keep`."""
+        """Drops the model's notes among `rows[first:]` but those with an index below `keep`."""
         kept, seen = self.rows[:first], 0
+        n_kept = sum(index < keep for index in self.indices)
         for row in self.rows[first:]:
             seen += row[0]
-            if row[0] == 0 or seen <= keep:
+            if row[0] == 0 or seen <= n_kept:
                 kept.append(row)
-        self.rows = kept
+        self.rows, self.indices = kept, self.indices[:n_kept]
 
     def midi(self) -> bytes:
         """The player on channel 1, the model on channel 2."""

@@ -132,7 +132,7 @@ class Studio:
 
     def _tick_seat(self, seat: Seat) -> None:
         session, t = seat.session, seat.now()
-        session.apply({"type": "tick", "t": t})
+        self.apply(seat, {"type": "tick", "t": t})
         end = session.end_of_answer
         if session.wants_hand_over:
             self.apply(seat, {"type": "hand_over", "t": t})
@@ -190,10 +190,7 @@ class Studio:
 
     def _send_notes(self, seat: Seat, notes: list[Note]) -> None:
         session = seat.session
-        for note in notes:
-            if note.pitch is not None:
-                end = note.onset + note.duration_ms
-                seat.history.rows.append([1, note.pitch, note.velocity, note.onset, end])
+        self._write_down(seat, notes)
         first_ms, now = None, time.monotonic()
         if seat.asked_at is not None:
             first_ms = (now - seat.asked_at) * 1000
@@ -210,6 +207,14 @@ class Studio:
             "speed": played_ms / 1000 / max(seat.computed_s, 1e-3),
         }
         seat.say(message)
+
+    def _write_down(self, seat: Seat, notes: list[Note], shift_ms: int = 0) -> None:
+        for note in notes:
+            if note.pitch is not None:
+                start = note.onset + shift_ms
+                row = [1, note.pitch, note.velocity, start, start + note.duration_ms]
+                seat.history.rows.append(row)
+                seat.history.indices.append(note.index)
 
     # --- what a page may do; in the studio's thread ---
 
@@ -233,7 +238,8 @@ class Studio:
             seat.say({"type": "error", "message": "this session went on in another window"})
         seat.send, seat.since = send, time.monotonic()
         session = seat.session
-        answer = [row for row in seat.history.rows[seat.answer_from :] if row[0] == 1]
+        played = [row[1:] for row in seat.history.rows[seat.answer_from :] if row[0] == 1]
+        answer = [[i, *row] for i, row in zip(seat.history.indices, played, strict=False)]
         seat.say(
             {
                 "type": "welcome",
@@ -287,6 +293,9 @@ class Studio:
         if kind in ("hand_over", "resync"):
             event = {**event, "lead": self.lead_ms(seat)}
             event.pop("lag", None)
+        chosen = None
+        if kind == "choose" and not session.makes_takes and event["take"] < len(session.takes):
+            chosen = session.take_notes(event["take"])
         try:
             session.apply(event)
         except UserError as error:
@@ -301,12 +310,15 @@ class Studio:
         if kind == "undo" and could_undo:
             seat.history.without_answer(seat.answer_from)
             seat.say({"type": "keep", "turn": session.n_turns, "keep": 0})
-        if kind == "choose" and could_undo:
+        if chosen is not None:
             seat.history.without_answer(seat.answer_from)
+            self._write_down(
+                seat, chosen, t - max((n.onset + n.duration_ms for n in chosen), default=0)
+            )
         if session.n_turns != n_turns:
             seat.asked_at, seat.computed_s = heard_at or time.monotonic(), 0.0
             seat.began_at = seat.asked_at
-            seat.answer_from = len(seat.history.rows)
+            seat.answer_from, seat.history.indices = len(seat.history.rows), []
         if session.turn == "player":
             seat.asked_at = None
         if (session.turn, session.n_turns, session.can_undo) != (turn, n_turns, could_undo):

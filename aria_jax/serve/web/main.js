@@ -24,7 +24,7 @@ const connection = new Connection({
       for (const [who, pitch, velocity, start, end] of message.history)
         if (who === 0) notes.push({ who: "you", pitch, velocity, start, end: end < 0 ? connection.now() : end });
     if (message.resumed)
-      message.answer.forEach(([, pitch, velocity, start, end], index) => {
+      message.answer.forEach(([index, pitch, velocity, start, end]) => {
         if (!answer[index] || notes.length === 0) receive([index, pitch, velocity, start, end - start]);
       });
     show({ turn: message.turn, n_turns: message.n_turns, can_undo: message.can_undo });
@@ -208,6 +208,11 @@ function audition(take) {
 
 function pick(number) {
   connection.say("choose", { take: number });
+  for (const note of answer.splice(0)) if (note) notes.splice(notes.indexOf(note), 1);
+  const chosen = takes[number].filter(([, pitch]) => pitch !== null);
+  const shift = connection.now() - Math.max(0, ...chosen.map(([, , , onset, duration]) => onset + duration));
+  for (const [, pitch, velocity, onset, duration] of chosen)
+    notes.push({ who: "model", pitch, velocity, start: onset + shift, end: onset + shift + duration });
   hideTakes();
   say(`Answer ${number + 1} it is: go on playing.`);
 }

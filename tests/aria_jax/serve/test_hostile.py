@@ -12,7 +12,7 @@ from aria_jax.generate.live.session import replay
 from aria_jax.serve.app import _take
 from aria_jax.serve.guard import Rate
 from aria_jax.serve.messages import Hello, read_message
-from aria_jax.serve.seat import JUMP_MS, Seat
+from aria_jax.serve.seat import JUMP_MS, History, Seat
 from aria_jax.serve.studio import Studio
 from data_pipeline.errors import UserError
 from tests.aria_jax.generate.live.test_live import Metronome
@@ -166,6 +166,14 @@ def test_what_would_be_heard_late_is_played_anew_from_then(monkeypatch):
     while len(again.ids) < len(seat.session.ids):
         again.step(2**31)
     assert again.ids[: len(seat.session.ids)] == seat.session.ids
+
+
+def test_pedal_events_are_counted_but_are_no_notes_of_the_history():
+    history = History([[0, 60, 60, 0, 100]])
+    history.rows += [[1, pitch, 60, 100, 200] for pitch in (70, 72, 74)]
+    history.indices = [0, 2, 5]  # pedal events between
+    history.without_answer(1, keep=3)
+    assert [row[1] for row in history.rows] == [60, 70, 72] and history.indices == [0, 2]
 
 
 def test_a_clock_is_told_by_the_message_that_was_held_up_least():

@@ -117,11 +117,13 @@ def test_undo_other_answers_and_the_saved_file(page, tmp_path):
     page.wait_for_selector("#choices div:nth-child(3) canvas")
     page.click("#choices div:nth-child(2) button:nth-of-type(2)")
     assert page.is_hidden("#choices")
+    drawn = page.evaluate("duet.notes.filter(note => note.who === 'model').length")
     with page.expect_download() as download:
         page.click("#save")
     download.value.save_as(tmp_path / "duet.mid")
     saved = read_midi(tmp_path / "duet.mid")
     assert saved.notes["pitch"][saved.notes["channel"] == 0].tolist() == [60, 62, 64, 65]
+    assert (saved.notes["channel"] == 1).sum() == drawn  # the answer that was chosen
     page.keyboard.press("Backspace")
     page.wait_for_selector("#undo[disabled]")
     page.set_input_files("#load", tmp_path / "duet.mid")

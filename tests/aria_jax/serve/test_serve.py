@@ -153,17 +153,22 @@ def test_a_duet_from_hello_to_the_saved_file(duet, models, duet_engine):
 def test_other_answers_and_taking_back(duet):
     page = duet()
     page.play()
-    page.say("settings", length_ms=6000)
+    page.say("settings", length_ms=10_000)  # this model may be silent for 5 s
     page.say("hand_over")
     page.until("notes")
     page.say("takes")
     takes = page.until("takes")["takes"]
     assert len(takes) == 3
-    assert all(0 <= note[3] < 6000 for take in takes for note in take)
+    assert all(0 <= note[3] < 10_000 for take in takes for note in take)
     page.say("choose", take=1)
+    page.say("save")
+    midi = read_midi(base64.b64decode(page.until("midi")["data"]))
+    chosen = midi.notes[midi.notes["channel"] == 1]
+    notes = [note for note in takes[1] if note[1] is not None]  # without pedal events
+    assert sorted(chosen["pitch"].tolist()) == sorted(note[1] for note in notes)
     page.say("undo")
-    while page.until("turn")["can_undo"]:
-        pass
+    while [one["can_undo"] for one in page.heard if one["type"] == "turn"][-1]:
+        page.until("turn")
     page.say("undo")  # there is none any more: nothing happens
     page.say("load", data=base64.b64encode(b"MThd, but no MIDI file").decode())
     assert "MIDI" in page.until("error")["message"]
