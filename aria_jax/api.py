@@ -10,6 +10,7 @@ import numpy as np
 
 from aria_jax.config import RunConfig, Task, with_settings
 from data_pipeline import storage
+from data_pipeline.artifact import new_folder
 from data_pipeline.errors import InvalidMidi, UserError, expect, kind_of
 from data_pipeline.midi import Performance, compat_of, read_midi
 from data_pipeline.tokenizers import Tokenizer
@@ -123,16 +124,19 @@ def generate(
     temperature: float = 0.98,
     min_p: float = 0.035,
     ending: bool = False,
+    sliding: bool = False,
 ) -> "list[Continuation]":
     """Continuations of a performance, as `aria-jax generate` makes them.
 
     Args:
         model: a language model, or its path.
         prompt: of which the first `seconds` are continued; None begins from nothing.
-        n: continuations; max_tokens: of each, three a note.
+        n: continuations; max_tokens: of each, three a note; fewer where the context is full, with
+            a warning.
         seed: the same one gives the same music.
         temperature: 0 is greedy; min_p: least share of the likeliest token.
         ending: asks for an ending within `max_tokens`.
+        sliding: forgets the oldest events where the context is full, and goes on.
 
     Returns:
         `n` continuations: `.full`, `.continuation` and `.prompt` are performances for `write_midi`.
@@ -140,7 +144,13 @@ def generate(
     Raises:
         UserError: no language model, no such file, a prompt without notes or too long.
     """
-    from aria_jax.generate.continuation import continue_prompt, make_prompt, unconditional_prompt
+    from aria_jax.generate.continuation import (
+        continue_prompt,
+        fitting_tokens,
+        less_room,
+        make_prompt,
+        unconditional_prompt,
+    )
     from aria_jax.generate.decoding import Decoding
     from aria_jax.generate.sampler import choose_sampler
     from aria_jax.generate.weights import decoder_weights
@@ -152,18 +162,17 @@ def generate(
     else:
         performance = _performance(prompt, "generate", loaded.reading)
         ids = make_prompt(performance, tokenizer, seconds=seconds)
-    return continue_prompt(
-        decoder_weights(loaded.model),
-        tokenizer,
-        ids,
-        n=n,
-        seed=seed,
-        settings=Decoding(
-            sampler=choose_sampler(temperature, min_p=min_p, top_p=None, top_k=None),
-            max_tokens=max_tokens,
-            force_end=ending,
-        ),
+    settings = Decoding(
+        sampler=choose_sampler(temperature, min_p=min_p, top_p=None, top_k=None),
+        max_tokens=max_tokens,
+        force_end=ending,
+        sliding=sliding,
     )
+    weights = decoder_weights(loaded.model)
+    if (room := fitting_tokens(weights, ids, settings)) < max_tokens:
+        text = less_room(len(ids), room, max_tokens, weights.max_seq_len)
+        warnings.warn(f"generate: {text}", stacklevel=2)
+    return continue_prompt(weights, tokenizer, ids, n=n, seed=seed, settings=settings)
 
 
 def score(
@@ -229,13 +238,14 @@ def train(
     config = task if isinstance(task, RunConfig) else for_task(preset, task)
     config = with_settings(config, settings.items()).validate()
     folder = storage.local(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
     sink = JsonlSink(folder / "metrics.jsonl")
     try:
-        return run(config, data, folder, init_from=init_from, sinks=[sink])
+        with new_folder(folder, make=False):
+            return run(config, data, folder, init_from=init_from, sinks=[sink])
     finally:
         sink.close()
-        send_workdir(folder)
+        if folder.exists():
+            send_workdir(folder)
 
 
 def _model(model: "LoadedModel | str | Path", verb: str) -> "LoadedModel":

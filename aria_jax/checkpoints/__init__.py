@@ -17,7 +17,9 @@ DIRECTORY = "checkpoints"
 
 RELEASED = Path(__file__).parents[1] / "released"
 """Where weights that come with the package lie, NAME.safetensors."""
-RELEASED_NAMES = ("mini", "mini-embedding")
+RELEASED_LM, RELEASED_ENCODER = "mini", "mini-embedding"
+"""The language model and the encoder that verbs take unless another is named."""
+RELEASED_NAMES = (RELEASED_LM, RELEASED_ENCODER)
 """Names that stand for such weights wherever a checkpoint is asked for."""
 
 

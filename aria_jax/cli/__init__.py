@@ -8,7 +8,6 @@ what the verb printed. The same command run again prints that and does nothing m
 make something else, or replace a file that is not its own, is refused before any slow work.
 
 `data build`, `train` and `embed` keep their identities in what they make, and go by the same rule.
-
 Arguments that several verbs take, and how they are checked, are here too.
 """
 
@@ -35,6 +34,7 @@ from data_pipeline.artifact import (
     listing_difference,
     look,
     new_folder,
+    refuse_inside,
     rows_digest,
     write_atomically,
 )
@@ -55,11 +55,13 @@ class Writes:
         outputs: arguments -> the files and folders that it will make; none where it only prints.
         inputs: names of the arguments that name files, folders or models.
         in_folder: the first output lies in the folder that the user named.
+        source: the argument among them into whose folders nothing may be written.
     """
 
     outputs: Callable[[argparse.Namespace], Sequence[str | Path]]
     inputs: tuple[str, ...] = ()
     in_folder: bool = False
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,13 @@ def check_suffix(path: str, content: str, *suffixes: str) -> None:
     suffix = os.path.splitext(path)[1].lower()
     if suffix in _KNOWN_SUFFIXES and suffix not in suffixes:
         raise UserError(f"{path}: this will be {content}, not {suffix}; name it …{suffixes[0]}")
+
+
+def check_folder_name(path: str | Path) -> None:
+    """Raises `UserError` where a folder to make is a file, or is named as if it were one."""
+    name = Path(path)
+    if (name.suffix.lower() in _KNOWN_SUFFIXES and not name.is_dir()) or name.is_file():
+        raise UserError(f"{path} is a file, or named like one: this will be a folder; name another")
 
 
 def numbers(text: str, option: str) -> list[int]:
@@ -149,13 +158,16 @@ def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
     outputs = [Path(output) for output in writes.outputs(args)] if writes is not None else []
     if writes is None or not outputs:
         return verb.run(args) or 0
+    sources = getattr(args, writes.source, None) or []
+    for folder in [sources] if isinstance(sources, str) else sources:
+        refuse_inside(outputs[0], folder, "what it is made of")
     _files_below.cache_clear()  # folders may have changed since the verb before
     from aria_jax.cli.console import note, stage
 
     stage("comparing with what is there")
     identity = _identity(name, args, writes)
-    if outputs[0].parent.is_file():
-        raise UserError(f"{outputs[0].parent} is a file; name a folder")
+    if writes.in_folder or outputs[0].parent.is_file():
+        check_folder_name(outputs[0].parent)
     record = outputs[0].absolute().parent / f".{outputs[0].name}.identity.json"
     if writes.in_folder:
         record = record.parent.parent / f".{record.parent.name}{record.name}"
@@ -166,7 +178,8 @@ def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
             storage.fetch(path)
     before = _read(record)
     finished = _finished(record.parent, before, outputs)
-    _refuse_files_of_others(record.parent, before, outputs, args.overwrite)
+    if not args.overwrite:
+        _refuse_others_files(record.parent, before, outputs)
     given = {name: getattr(args, name, None) for name in writes.inputs}
     there = look(
         outputs[0],
@@ -339,12 +352,8 @@ def _finished(folder: Path, before: dict[str, Any], outputs: Sequence[Path]) -> 
     return Identity.from_json(before.get("identity"))
 
 
-def _refuse_files_of_others(
-    folder: Path, before: dict[str, Any], outputs: Sequence[Path], overwrite: bool
-) -> None:
+def _refuse_others_files(folder: Path, before: dict[str, Any], outputs: Sequence[Path]) -> None:
     """Raises `UserError` for a file that another wrote, or changed since."""
-    if overwrite:
-        return
     files = before.get("files", {})
     own = {Path(os.path.abspath(folder / name)): digest for name, digest in files.items()}
     for path in map(Path.absolute, outputs):

@@ -5,6 +5,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 from aria_jax.cli import Verb
+from aria_jax.cli.main import parse_with_settings
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     return 0 if report.fits else 1
 
 
-COMPILE = Verb(DESCRIPTION, add_arguments, run, parse=argparse.ArgumentParser.parse_intermixed_args)
+COMPILE = Verb(DESCRIPTION, add_arguments, run, parse=parse_with_settings)
 
 
 def _mesh_settings(mesh: str | None) -> list[str]:

@@ -7,7 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aria_jax.cli import Verb, Writes, add_compat, add_overwrite, check_suffix
+from aria_jax.cli import (
+    Verb,
+    Writes,
+    add_compat,
+    add_overwrite,
+    check_folder_name,
+    check_suffix,
+)
 
 if TYPE_CHECKING:
     from aria_jax.models.heads import Model
@@ -94,6 +101,7 @@ def _from_safetensors(args: argparse.Namespace) -> None:
     if args.n_heads is not None and args.n_heads < 1:
         raise UserError(f"--n-heads {args.n_heads} must be at least 1")
     class_names = tuple(name for name in args.class_names.split(",") if name)
+    check_folder_name(args.out)
     model = import_model(args.source, n_heads=args.n_heads, class_names=class_names)
     if class_names and model.config.head != "class":
         raise UserError(f"{args.source}: --class-names has no effect without a class head")
@@ -128,6 +136,7 @@ def _merge(args: argparse.Namespace) -> None:
     from aria_jax.models.lora import apply_lora
     from data_pipeline.errors import UserError
 
+    check_folder_name(args.out)
     if Path(args.source).suffix != ".safetensors":
         loaded = load_model(args.source, base=args.base)
         if not loaded.adapted:
@@ -282,6 +291,30 @@ def _detokenize(args: argparse.Namespace) -> None:
 DETOKENIZE = Verb(
     _DETOKENIZE, _detokenize_arguments, _detokenize, Writes(lambda args: [args.out], ("ids",))
 )
+
+
+def listed_midi(names: list[str]) -> tuple[list[Path], list[str]]:
+    """Files, with folders replaced by the MIDI files in them; and what is not there."""
+    from data_pipeline.build.sources import no_midi_files, walk_folder
+
+    paths: list[Path] = []
+    left_out = []
+    for name in map(Path, names):
+        if name.is_dir():
+            inside = list(walk_folder(name))
+            paths += [name / entry.path for entry in inside if not entry.fault]
+            left_out += [
+                f"{name / entry.path}: {entry.fault} ({entry.detail})"
+                for entry in inside
+                if entry.fault
+            ]
+            if not inside:
+                left_out.append(str(no_midi_files(name)))
+        elif name.is_file():
+            paths.append(name)
+        else:
+            left_out.append(f"{name}: no such file")
+    return paths, left_out
 
 
 def check_midi(path: str) -> None:

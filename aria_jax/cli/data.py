@@ -5,7 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aria_jax.cli import Verb, Writes, add_compat, add_overwrite
+from aria_jax.cli import Verb, Writes, add_compat, add_overwrite, check_folder_name
 
 if TYPE_CHECKING:
     from data_pipeline.inspection import Inspection
@@ -180,12 +180,13 @@ def run(args: argparse.Namespace) -> None:
     {"build": _build, "inspect": _inspect, "sample": _sample}[args.verb](args)
 
 
-DATA = Verb(DESCRIPTION, add_arguments, run, Writes(_outputs, ("data_dir",)))
+DATA = Verb(DESCRIPTION, add_arguments, run, Writes(_outputs, ("data_dir",), source="data_dir"))
 
 
 def _build(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import print_result, progress_bar, stage
 
+    check_folder_name(args.out_dir)
     stage("listing the files, starting processes")
     from data_pipeline.build import build
     from data_pipeline.cleaning import Cleaning
@@ -353,6 +354,7 @@ def _sample(args: argparse.Namespace) -> None:
     from data_pipeline.errors import UserError
     from data_pipeline.sample import sample
 
+    check_folder_name(args.out_dir)
     refuse_occupied(args.out_dir, "the sample")
     if args.per_composer < 1 or args.workers < 0:
         raise UserError("--per-composer must be at least 1, --workers 0")

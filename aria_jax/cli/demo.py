@@ -11,10 +11,9 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
+from aria_jax.checkpoints import RELEASED_ENCODER, RELEASED_LM
 from aria_jax.cli import Verb, Writes, add_overwrite, input_digest
 from aria_jax.cli.console import note, say, stage
-from aria_jax.cli.embed import RELEASED as RELEASED_EMBEDDING
-from aria_jax.cli.generate import RELEASED
 from data_pipeline.artifact import Identity, refuse_occupied, write_atomically
 from data_pipeline.errors import UserError
 
@@ -36,6 +35,20 @@ _SLICES = (
 )
 CONTRASTIVE = f"steps=100 warmup_steps=10 eval_every=25 checkpoint_every=25 {_SLICES}"
 UNTRAINED = f"steps=0 {_SLICES}"
+FEATURES = {
+    "contrastive": "contrastive embedding",
+    "untrained": "the same network, untrained",
+    RELEASED_ENCODER: f"{RELEASED_ENCODER}, which comes with the package",
+    "pitch-class": "pitch-class histogram (12 numbers)",
+}
+"""What the report says of each embedding, in its order."""
+NETWORKS = {
+    "generate": "The network of this demo: after a few minutes it has learnt what notes look like, "
+    "not yet how music goes.",
+    f"generate-{RELEASED_LM}": f"{RELEASED_LM}, which comes with the package, trained for hours on "
+    "recorded music.",
+}
+"""What the report says of each step that continues a piece."""
 GENERATE = "--seconds 15 --n 2 --max-tokens 384"
 
 
@@ -96,7 +109,7 @@ def steps_before_generation(out: Path, midi: str | None, workers: int) -> list[S
     sources = {
         "contrastive": ["--checkpoint", str(out / "contrastive")],
         "untrained": ["--checkpoint", str(out / "untrained")],
-        RELEASED_EMBEDDING: ["--checkpoint", RELEASED_EMBEDDING],
+        RELEASED_ENCODER: ["--checkpoint", RELEASED_ENCODER],
         "pitch-class": ["--baseline", "pitch-class"],
     }
     for name, source in sources.items():
@@ -120,7 +133,8 @@ def generation_steps(out: Path, prompt: Path) -> list[Step]:
         )
         for name, whose, checkpoint, folder in (
             ("generate", "the network just trained", str(out / "pretrain"), "continuation"),
-            (f"generate-{RELEASED}", f"the released {RELEASED}", RELEASED, "continuation-released"),
+            (f"generate-{RELEASED_LM}", f"the released {RELEASED_LM}", RELEASED_LM,
+             "continuation-released"),
         )
     ]  # fmt: skip
 
@@ -158,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
     page = out / "report.html"
     tables = {
         name: read_embeddings(out / f"embeddings-{name}.parquet")
-        for name in ("contrastive", RELEASED_EMBEDDING)
+        for name in ("contrastive", RELEASED_ENCODER)
     }
     write_demo_report(
         page,
@@ -167,6 +181,8 @@ def run(args: argparse.Namespace) -> int:
             prompt=prompt,
             results=results,
             commands=[(step.title, step.command) for step in steps],
+            features=FEATURES,
+            networks=NETWORKS,
             maps={
                 name: (table.embedding, [c or "unknown" for c in table.column("composer")])
                 for name, table in tables.items()
@@ -182,7 +198,7 @@ DEMO = Verb(
     DESCRIPTION,
     add_arguments,
     run,
-    Writes(lambda args: [Path(args.out) / "report.html"], ("midi",), in_folder=True),
+    Writes(lambda args: [Path(args.out) / "report.html"], ("midi",), in_folder=True, source="midi"),
 )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from aria_jax.checkpoints import RELEASED_ENCODER
 from aria_jax.cli import Verb, add_compat, check_suffix, chosen_reading, warn_of_reading
 
 if TYPE_CHECKING:
@@ -34,10 +35,6 @@ examples:
   aria-jax embed my_data counts.parquet --baseline pitch-class"""
 
 
-RELEASED = "mini-embedding"
-"""The model unless another is named."""
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax embed`."""
     parser.add_argument(
@@ -51,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--checkpoint",
         metavar="C",
-        help=f"workdir of a contrastive run, or .safetensors (default: the released {RELEASED})",
+        help="workdir of a contrastive run, or .safetensors (default: the released "
+        f"{RELEASED_ENCODER})",
     )
     which.add_argument("--baseline", choices=("pitch-class", "statistics"), help="count instead")
     add_slicing(parser)
@@ -131,8 +129,8 @@ def run(args: argparse.Namespace) -> None:
     for source in args.sources:
         refuse_inside(args.out, source, "the folder that is embedded")
     if not args.checkpoint and not args.baseline:
-        args.checkpoint = RELEASED
-        note(f"model: the released {RELEASED} (--checkpoint takes one of yours)")
+        args.checkpoint = RELEASED_ENCODER
+        note(f"model: the released {RELEASED_ENCODER} (--checkpoint takes one of yours)")
     check_slicing(args)
     if not Path(args.out).name or Path(args.out).is_dir():
         raise UserError(f"{args.out}: a folder is here; name the Parquet file to write in it")

@@ -1,9 +1,11 @@
 """`aria-jax generate`: continue a performance."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from aria_jax.checkpoints import RELEASED_LM
 from aria_jax.cli import Verb, Writes, add_compat, add_overwrite, chosen_reading
 
 if TYPE_CHECKING:
@@ -38,16 +40,14 @@ examples:
 
 
 MIN_P, MAX_N = 0.035, 10_000
-RELEASED = "mini"
-"""The model unless another is named."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax generate`."""
     add = parser.add_argument
     parser.stray = "--prompt"  # type: ignore[attr-defined]
-    what = f"workdir of a language model, or .safetensors (default: the released {RELEASED})"
-    add("--checkpoint", default=RELEASED, metavar="C", help=what)
+    what = f"workdir of a language model, or .safetensors (default: the released {RELEASED_LM})"
+    add("--checkpoint", default=RELEASED_LM, metavar="C", help=what)
     add("--out", metavar="DIR", help="folder for the files; only --json can do without")
     prompt = parser.add_argument_group("prompt (default: none)").add_mutually_exclusive_group()
     prompt.add_argument("--prompt", metavar="X.mid", help="continue its first 15 seconds")
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> None:
 
     from aria_jax.checkpoints import model_path
     from aria_jax.checkpoints.models import load_model
-    from aria_jax.generate.continuation import check_memory, fitting_tokens
+    from aria_jax.generate.continuation import check_memory, fitting_tokens, less_room
     from aria_jax.generate.weights import decoder_weights
     from data_pipeline.tokenizers import Tokenizer
 
@@ -135,13 +135,12 @@ def run(args: argparse.Namespace) -> None:
     prompt = _prompt(args, tokenizer, loaded.reading, limits)
     weights = decoder_weights(loaded.model, args.precision)
     room = fitting_tokens(weights, prompt, settings)
-    warnings = [
-        *(
-            [_less_room(len(prompt), room, settings, weights.max_seq_len)]
-            * (room < args.max_tokens)
-        ),
-        *(["with --temperature 0 all --n are the same"] * (args.n > 1 and args.temperature == 0)),
-    ]
+    warnings = []
+    if room < args.max_tokens:
+        text = less_room(len(prompt), room, args.max_tokens, weights.max_seq_len)
+        warnings.append(f"{text} (--seconds, --notes; --sliding)")
+    if args.n > 1 and args.temperature == 0:
+        warnings.append("with --temperature 0 all --n are the same")
     for warning in warnings:  # before the work, not after it
         note(f"aria-jax: warning: {warning}")
     condition = _condition(args, loaded.config.emb_size)
@@ -227,15 +226,6 @@ def _checked_limits(args: argparse.Namespace) -> dict[str, Any]:
     return limits
 
 
-def _less_room(n_prompt: int, room: int, settings: "Decoding", context: int) -> str:
-    """What is said where the context cannot hold what was asked for."""
-    return (
-        f"the prompt takes {n_prompt:,} of the {context:,} tokens that the model sees, so that "
-        f"only {room:,} of {settings.max_tokens:,} tokens follow (about {room // 3:,} notes); "
-        "shorten the prompt with --seconds or --notes, or go on beyond with --sliding"
-    )
-
-
 def _settings(args: argparse.Namespace) -> "Decoding":
     from aria_jax.generate.decoding import Decoding
     from aria_jax.generate.sampler import RepetitionPenalty, choose_sampler
@@ -282,13 +272,23 @@ def _prompt(
     model_reading: str,
     limits: dict[str, Any],
 ) -> "np.ndarray":
+    from aria_jax.cli.console import note
     from aria_jax.cli.convert import read_ids
     from aria_jax.generate.continuation import prompt_of_file, unconditional_prompt
     from data_pipeline.midi import compat_of
 
     if args.prompt:
         compat = compat_of(chosen_reading(args.compat, model_reading, args.checkpoint))
-        return prompt_of_file(args.prompt, tokenizer, compat=compat, **limits)
+        prompt = prompt_of_file(args.prompt, tokenizer, compat=compat, **limits)
+        if args.seconds or args.notes:
+            all_of_it = prompt_of_file(args.prompt, tokenizer, compat=compat, notes=sys.maxsize)
+            n_notes = tokenizer.n_notes(all_of_it)
+            if len(prompt) == len(all_of_it) and (args.notes or n_notes + 1) > n_notes:
+                note(
+                    f"aria-jax: warning: {args.prompt} ends before: all {n_notes} notes of it are "
+                    "the prompt"
+                )
+        return prompt
     return read_ids(args.prompt_ids) if args.prompt_ids else unconditional_prompt(tokenizer)
 
 

@@ -1,17 +1,19 @@
 """`aria-jax listening-test`: blinded A/B pages, the analysis of votes, and objective companions."""
 
 import argparse
+import itertools
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aria_jax.cli import Verb, Writes, add_overwrite
-from data_pipeline.artifact import refuse_inside, write_atomically
+from data_pipeline.artifact import write_atomically
 
 if TYPE_CHECKING:
     from aria_jax.eval.comparison import Comparison, Trial
     from aria_jax.report.listening import Clip
+    from data_pipeline.midi import Performance
 
 DESCRIPTION = """\
 The paper's listening test: 15 s prompts, 45 s continuations, ours against another system's in
@@ -83,6 +85,7 @@ LISTENING_TEST = Verb(
         lambda args: [Path(args.out) / "key.json"] if args.action == "make" else [],
         ("clips",),
         in_folder=True,
+        source="clips",
     ),
 )
 
@@ -106,7 +109,6 @@ def _make(args: argparse.Namespace) -> None:
     for option, given in (("--judges", args.judges), ("--trials", args.trials)):
         if given is not None and given < 1:
             raise UserError(f"{option} {given} must be at least 1")
-    refuse_inside(args.out, args.clips, "the folder of clips")
     clips = _find_clips(Path(args.clips))
     if args.ours not in clips:
         raise UserError(f"{args.clips}: no folder {args.ours!r}; there are {', '.join(clips)}")
@@ -114,6 +116,7 @@ def _make(args: argparse.Namespace) -> None:
     prompts = sorted(set.intersection(*(set(named) for named in clips.values())))
     if not prompts:
         raise UserError(f"{args.clips}: no clip name is in the folder of every system")
+    lone = sorted(set().union(*clips.values()).difference(prompts))
     out = Path(args.out)
     trials = design(
         opponents,
@@ -130,6 +133,10 @@ def _make(args: argparse.Namespace) -> None:
         for prompt in prompts
     }
     warnings = _check_pairs(loaded, trials, args)
+    if lone:
+        warnings.append(f"{len(lone)} clips that not every system has are left out: {lone[0]}, …")
+    if unheard := sorted(set(opponents) - {trial.opponent for trial in trials}):
+        warnings.append(f"no judge hears {', '.join(unheard)}: ask for more --trials or --judges")
     out.mkdir(parents=True, exist_ok=True)
     stage("writing the pages")
     for judge in range(args.judges):
@@ -203,10 +210,13 @@ def _find_clips(folder: Path) -> dict[str, dict[str, Path]]:
     systems = sorted(p for p in folder.iterdir() if p.is_dir()) if folder.is_dir() else []
     if len(systems) < 2:
         raise UserError(f"{folder}: expected a folder of clips for each of two systems or more")
-    return {
-        system.name: {p.stem: p for p in sorted(system.iterdir()) if p.suffix.lower() in suffixes}
-        for system in systems
-    }
+    found: dict[str, dict[str, Path]] = {system.name: {} for system in systems}
+    for system in systems:
+        for path in sorted(p for p in system.iterdir() if p.suffix.lower() in suffixes):
+            if other := found[system.name].get(path.stem):
+                raise UserError(f"{path}: {other.name} is a clip of that name too; keep one")
+            found[system.name][path.stem] = path
+    return found
 
 
 def _load_clip(path: Path) -> "Clip":
@@ -309,12 +319,18 @@ def _print_comparisons(
 def _compare(args: argparse.Namespace) -> None:
     import numpy as np
 
-    from aria_jax.cli.console import print_result, stage
+    from aria_jax.cli.console import print_result, progress_bar, stage
     from aria_jax.eval.comparison import frechet_distance, music_statistics, summarise
-    from data_pipeline.errors import about
+    from data_pipeline.errors import UserError, about
 
+    folders = {"generated": args.generated, "reference": args.reference}
+    for folder in folders.values():
+        if not Path(folder).is_dir():
+            what = "a file is here, a folder" if Path(folder).exists() else "no such folder; one"
+            raise UserError(f"{folder}: {what} of MIDI files is wanted")
+    left_out: dict[str, None] = {}
     stage("reading the files")
-    sets = {side: _performances(getattr(args, side)) for side in ("generated", "reference")}
+    sets = {side: _performances(folder, left_out) for side, folder in folders.items()}
     summary = {
         side: summarise([music_statistics(performance) for performance in performances])
         for side, performances in sets.items()
@@ -343,32 +359,42 @@ def _compare(args: argparse.Namespace) -> None:
         with about(args.checkpoint):
             embed = performance_encoder(args.checkpoint)
         if compat := compat_of(embed.slicing.reading):  # as the model's corpus was read
-            sets = {side: _performances(getattr(args, side), compat) for side in sets}
-        generated, reference = (np.stack([embed(one) for one in sets[side]]) for side in sets)
+            sets = {s: _performances(folder, left_out, compat) for s, folder in folders.items()}
+        vectors: list[np.ndarray] = []
+        total = sum(map(len, sets.values()))
+        with progress_bar("embed", "file") as progress:
+            for performance in itertools.chain(*sets.values()):
+                progress(len(vectors), total)
+                vectors.append(embed(performance))
+        generated, reference = np.split(np.stack(vectors), [len(sets["generated"])])
         distance = frechet_distance(generated, reference)
         result["frechet_distance"] = distance
         lines.append(f"Fréchet distance of embeddings: {distance:.4f}")
-    print_result(result, args.json, "\n".join(lines))
+    result["left_out"] = list(left_out)
+    print_result(result, args.json, "\n".join(lines), [f"left out: {text}" for text in left_out])
 
 
-def _performances(folder: str, compat: str | None = None) -> list:
-    """Every readable MIDI file with notes under a folder."""
-    from aria_jax.cli.console import note
+def _performances(
+    folder: str, left_out: dict[str, None], compat: str | None = None
+) -> "list[Performance]":
+    """Every readable MIDI file with notes under a folder; the rest is named in `left_out`."""
+    from aria_jax.cli.convert import listed_midi
     from data_pipeline.errors import InvalidMidi, UserError
     from data_pipeline.midi import read_midi
 
-    if not Path(folder).is_dir():
-        what = "a file is here, a folder" if Path(folder).exists() else "no such folder; one"
-        raise UserError(f"{folder}: {what} of MIDI files is wanted")
+    paths, reasons = listed_midi([folder])
     found = []
-    for path in sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".mid", ".midi")):
+    for path in paths:
         try:
             performance = read_midi(path, compat=compat)
         except InvalidMidi as error:
-            note(f"left out: {error}")
+            reasons.append(str(error))
             continue
         if len(performance.notes):
             found.append(performance)
+        else:
+            reasons.append(f"{path}: no notes")
     if not found:
-        raise UserError(f"{folder}: no MIDI files with notes here")
+        raise UserError(f"{folder}: nothing to compare: {'; '.join(reasons[:3])}")
+    left_out |= dict.fromkeys(reasons)
     return found

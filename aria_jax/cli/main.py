@@ -101,6 +101,55 @@ class Parser(argparse.ArgumentParser):
         return [option for action in self._actions for option in action.option_strings]
 
 
+def parse_with_settings(parser: Parser, argv: Sequence[str]) -> argparse.Namespace:
+    """Arguments of a verb whose settings, key=value, may stand between the options, too.
+
+    Raises:
+        UserError: --steps 5, which should be steps=5, and what argparse finds.
+    """
+    from aria_jax.config import full_name
+
+    for at, option in enumerate(argv):
+        if not option.startswith("--") or parser.knows(option):
+            continue
+        name, _, value = option.lstrip("-").replace("-", "_").partition("=")
+        try:
+            full_name(name)
+        except UserError:
+            continue
+        behind = (text for text in argv[at + 1 :] if not text.startswith("--"))
+        raise UserError(
+            f"{parser.prog.removeprefix('aria-jax ')}: {option} is a setting, not an option; "
+            f"did you mean {name}={value or next(behind, '…')}?"
+        )
+    return parser.parse_intermixed_args(argv)
+
+
+_NEXT_TOKEN, _POOLED = ("pretrain", "continue"), ("contrastive", "classify")
+_READ_BY = {
+    "data.packing": _NEXT_TOKEN,
+    "data.max_piece_tokens": _NEXT_TOKEN,
+    "train.z_loss": _NEXT_TOKEN,
+    "data.min_slice_notes": _POOLED,
+    "data.max_slice_notes": _POOLED,
+    "train.pooling": _POOLED,
+    "train.temperature": ("contrastive",),
+}
+"""Tasks that a setting is for, where not for all; those of the section contrastive are, too."""
+
+
+def name_without_effect(task: str, settings: Sequence[str]) -> None:
+    """Says which settings of the command line a training task does not read."""
+    from aria_jax.cli.console import note
+    from aria_jax.config import full_name
+
+    for setting in settings:
+        name = full_name(setting.partition("=")[0])
+        only = ("contrastive",) if name.startswith("contrastive.") else (task,)
+        if task not in (tasks := _READ_BY.get(name, only)):
+            note(f"aria-jax: warning: {setting} has no effect: it is for {' and '.join(tasks)}")
+
+
 def _parser() -> argparse.ArgumentParser:
     width = max(map(len, VERBS))
     listing = "\n".join(f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items())

@@ -173,6 +173,7 @@ def _text(result: Any, curve: list, args: argparse.Namespace) -> str:
         lines.append(
             f"  from {point.shots:>3} files of each class: accuracy {point.accuracy:.3f} "
             f"± {point.accuracy_std:.3f}, macro-F1 {point.macro_f1:.3f}"
+            + (f" (the smallest class has {point.fewest})" * (point.fewest < point.shots))
         )
     if result.left_out:
         small = ", ".join(f"{name} ({n})" for name, n in result.left_out.items())
@@ -267,6 +268,8 @@ def _bench_suite(args: argparse.Namespace) -> None:
     check_slicing(args)
     if args.folds < 2 or args.seeds < 1:
         raise UserError(f"--folds {args.folds}, --seeds {args.seeds}: at least 2 folds and 1 seed")
+    if args.pooling and not args.checkpoint:
+        raise UserError("--pooling has no effect without --checkpoint: what is counted has none")
     others = [_named(text) for text in args.embeddings]
     out = Path(args.out)
     files = {name: out / f"{name}.parquet" for name in ("pitch-class", BASELINE)}
@@ -337,6 +340,7 @@ BENCH_SUITE = Verb(
         lambda args: [Path(args.out) / "results.md"],
         ("sources", "checkpoint", "embeddings", "metadata"),
         in_folder=True,
+        source="sources",
     ),
 )
 

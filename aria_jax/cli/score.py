@@ -40,13 +40,14 @@ def _score_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _score(args: argparse.Namespace) -> int:
     """Scores; 1 where some file was left out."""
+    from aria_jax.cli.convert import listed_midi
     from data_pipeline.errors import UserError, about
 
     if args.context is not None and args.context < 2:
         raise UserError(
             f"--context {args.context}: a context of {args.context} predicts nothing; use 2 or more"
         )
-    paths, left_out = _listed(args.files)
+    paths, left_out = listed_midi(args.files)
     if not paths:
         raise UserError("nothing to score: " + "; ".join(left_out))
     from aria_jax.cli.console import note, print_result, progress_bar, stage
@@ -106,30 +107,6 @@ def _score(args: argparse.Namespace) -> int:
 SCORE = Verb(_SCORE, _score_arguments, _score)
 
 
-def _listed(names: list[str]) -> tuple[list[Path], list[str]]:
-    """Files, with folders replaced by the MIDI files in them; and what is not there."""
-    from data_pipeline.build.sources import no_midi_files, walk_folder
-
-    paths: list[Path] = []
-    left_out = []
-    for name in map(Path, names):
-        if name.is_dir():
-            inside = list(walk_folder(name))
-            paths += [name / entry.path for entry in inside if not entry.fault]
-            left_out += [
-                f"{name / entry.path}: {entry.fault} ({entry.detail})"
-                for entry in inside
-                if entry.fault
-            ]
-            if not inside:
-                left_out.append(str(no_midi_files(name)))
-        elif name.is_file():
-            paths.append(name)
-        else:
-            left_out.append(f"{name}: no such file")
-    return paths, left_out
-
-
 def _read(path: Path, tokenizer: "Tokenizer", compat: str | None) -> "np.ndarray":
     """Ids of a MIDI or JSON file."""
     from aria_jax.cli.convert import read_ids
@@ -181,6 +158,8 @@ def _classify(args: argparse.Namespace) -> None:
     check_slicing(args)
     if args.out:
         check_suffix(args.out, "a file of JSON lines", ".jsonl", ".json")
+    if args.metadata and not args.label and not args.split:
+        raise UserError("--metadata has no effect without --label or --split, which are read there")
     if not Path(args.source).exists():
         raise UserError(f"{args.source}: no such folder or archive")
     stage("loading jax")
@@ -219,7 +198,11 @@ CLASSIFY = Verb(
     _CLASSIFY,
     _classify_arguments,
     _classify,
-    Writes(lambda args: [args.out] if args.out else [], ("source", "checkpoint", "metadata")),
+    Writes(
+        lambda args: [args.out] if args.out else [],
+        ("source", "checkpoint", "metadata"),
+        source="source",
+    ),
 )
 
 

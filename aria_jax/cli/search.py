@@ -32,7 +32,7 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("query", metavar="QUERY.mid", help="MIDI file to start from")
     parser.add_argument("embeddings", metavar="EMB", help="made by `aria-jax embed`")
     parser.add_argument("--checkpoint", required=True, help="the model that made EMB")
-    parser.add_argument("-k", type=int, default=10, help="how many to list (10)")
+    parser.add_argument("-k", type=int, help="how many to list (10)")
     parser.add_argument(
         "--index", action="store_true", help="search in EMB.faiss, made the first time"
     )
@@ -54,45 +54,30 @@ def _search(args: argparse.Namespace) -> None:
     import numpy as np
 
     from aria_jax.cli.console import print_result, stage
-
-    stage("loading jax")
-    from aria_jax.embed.encode import performance_encoder
     from aria_jax.embed.search import random_similarities, search
     from aria_jax.embed.table import read_settings
-    from data_pipeline.errors import UserError, about, check_file
+    from data_pipeline.errors import UserError, about
     from data_pipeline.midi import compat_of, read_midi
 
     if args.html:
         check_suffix(args.html, "a page", ".html", ".htm")
     elif args.midi:
         raise UserError("--midi has no effect without --html FILE, the page that plays the files")
-    if args.k < 1:
+    if args.k is not None and args.k < 1:
         raise UserError(f"-k {args.k} must be at least 1")
-    check_file(args.embeddings, "an embeddings file of `aria-jax embed`")
-    settings = read_settings(Path(args.embeddings))
-    if settings is None or "slice_notes" not in settings:
-        raise UserError(f"{args.embeddings}: not made by `aria-jax embed`")
+    settings = read_settings(args.embeddings)
     reading = chosen_reading(args.compat, settings["reading"], args.embeddings)
     query = read_midi(args.query, compat=compat_of(reading))
-    stage("loading the model")
+    stage("loading jax and the model")
+    from aria_jax.embed.encode import encoder_of
+
     with about(args.checkpoint):
-        encoder = performance_encoder(
-            args.checkpoint,
-            slice_notes=settings["slice_notes"],
-            max_tokens=settings["max_tokens"],
-            pooling=settings.get("pooling", "eos"),
-            pool=settings.get("pool_slices", "mean"),
-        )
-    if encoder.fingerprint != settings["fingerprint"]:
-        raise UserError(
-            f"{args.embeddings} was made by another model than {args.checkpoint} "
-            f"({settings['fingerprint']}, not {encoder.fingerprint}); embed the files again"
-        )
+        encoder = encoder_of(args.embeddings, args.checkpoint)
     stage("embedding the query, compiling first")
     with about(args.query):
         vector = encoder(query)
     stage("searching")
-    hits = search(vector, args.embeddings, args.k, index=args.index)
+    hits = search(vector, args.embeddings, args.k or 10, index=args.index)
     pairs = random_similarities(args.embeddings)
     digest = hashlib.sha256(Path(args.query).read_bytes()).hexdigest()
     shown = [
@@ -116,6 +101,8 @@ def _search(args: argparse.Namespace) -> None:
     if args.html:
         stage("writing the page")
     warnings = _write_page(args, query, shown, settings) if args.html else []
+    if len(shown) < (args.k or 0):
+        warnings.append(f"-k {args.k}: {args.embeddings} has {len(shown)} rows, which are all here")
     if args.html:
         lines.append(f"page: {args.html}")
     result = {"query": args.query, "hits": shown, "html": args.html}
@@ -230,6 +217,8 @@ def _retrieve(args: argparse.Namespace) -> None:
     from data_pipeline.errors import UserError, did_you_mean
 
     ks = numbers(args.k, "-k")
+    if args.metadata and args.by == "path":
+        raise UserError("--metadata has no effect without --by LABEL, one of those in it")
     paths = [args.embeddings, *([args.against] if args.against else [])]
     tables = [read_embeddings(path) for path in paths]
     if args.metadata:

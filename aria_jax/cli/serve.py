@@ -1,6 +1,7 @@
 """`aria-jax serve`: play a duet in the browser, and offer the models to programs."""
 
 import argparse
+import os
 import signal
 import socket
 import threading
@@ -8,8 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from aria_jax.checkpoints import RELEASED_ENCODER, RELEASED_LM, model_path
 from aria_jax.cli import Verb
 
 if TYPE_CHECKING:
@@ -33,15 +35,13 @@ examples:
   aria-jax serve --embedding-checkpoint run2 --embeddings emb.parquet
   aria-jax serve --host 0.0.0.0 --token "$(openssl rand -hex 16)" """
 
-EMBEDDING = "mini-embedding"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax serve`."""
     add = parser.add_argument
-    add("--checkpoint", default="mini", metavar="C", help="a language model (mini)")
+    add("--checkpoint", default=RELEASED_LM, metavar="C", help=f"a language model ({RELEASED_LM})")
     # Its default is no promise: without these weights there are no endpoints for embeddings.
-    add("--embedding-checkpoint", metavar="C", help=f"embeds performances ({EMBEDDING})")
+    add("--embedding-checkpoint", metavar="C", help=f"embeds performances ({RELEASED_ENCODER})")
     add("--embeddings", metavar="EMB", help="made by `aria-jax embed` with it, to search in")
     add("--host", default="127.0.0.1", help="address to listen at (127.0.0.1)")
     add("--port", type=int, default=8000, help="(8000; 0 takes any that is free)")
@@ -130,10 +130,15 @@ def _listen(args: argparse.Namespace) -> socket.socket:
         raise UserError(f"--players {args.players} must be at least 1")
     if not 0 <= args.port < 65536:
         raise UserError(f"--port {args.port} must lie in 0..65535")
+    place = Path(args.save).absolute()
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        what = "you may not write here" if there.is_dir() else "a file is here"
+        raise UserError(f"--save {args.save}: {what}; name a folder for the sessions")
     if args.embeddings:
-        from data_pipeline.errors import check_file
+        from aria_jax.embed.table import read_settings
 
-        check_file(args.embeddings, "an embeddings file of `aria-jax embed`")
+        read_settings(Path(args.embeddings))
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -181,49 +186,36 @@ def _embedding(
         quiet: whether nobody waits for music; nothing is embedded while it is not set.
     """
     from aria_jax.cli.console import note, progress_bar, stage
-    from data_pipeline.errors import UserError
+    from data_pipeline.errors import UserError, about
 
     name = args.embedding_checkpoint
     if name is None:
-        from aria_jax.checkpoints import model_path
-
         try:
-            model_path(EMBEDDING)
-            name = EMBEDDING
+            model_path(RELEASED_ENCODER)
+            name = RELEASED_ENCODER
         except UserError:
             if args.embeddings:
                 raise UserError(
                     "--embeddings needs --embedding-checkpoint: the model that made them"
                 ) from None
-            note(f"no {EMBEDDING} here and no --embedding-checkpoint: nothing is embedded")
+            note(f"no {RELEASED_ENCODER} here and no --embedding-checkpoint: nothing is embedded")
             return None, None
     stage("loading the embedding model")
-    from aria_jax.embed.encode import performance_encoder
-    from aria_jax.embed.table import read_settings
+    from aria_jax.embed.encode import encoder_of, performance_encoder
     from aria_jax.serve.jobs import MAX_HOLD_S, Batcher
 
-    as_made: dict[str, Any] = {}
-    fingerprint = None
-    if args.embeddings:
-        settings = read_settings(Path(args.embeddings))
-        if settings is None or "slice_notes" not in settings:
-            raise UserError(f"{args.embeddings}: not made by `aria-jax embed`")
-        fingerprint = settings["fingerprint"]
-        as_made = {
-            "slice_notes": settings["slice_notes"],
-            "max_tokens": settings["max_tokens"],
-            "pooling": settings.get("pooling", "eos"),
-            "pool": settings.get("pool_slices", "mean"),
-        }
     quiet.set()  # nobody plays yet
     before_batch = partial(quiet.wait, MAX_HOLD_S)
-    encoder = performance_encoder(name, **as_made, before_batch=before_batch)
-    if as_made and encoder.fingerprint != fingerprint:
-        raise UserError(f"{args.embeddings} was made by another model than {name}")
+    made = Path(args.embeddings) if args.embeddings else None
+    with about(name):
+        if made is None:
+            encoder = performance_encoder(name, before_batch=before_batch)
+        else:
+            encoder = encoder_of(made, name, before_batch=before_batch)
     batcher = Batcher(encoder)
     with progress_bar("compiling for embeddings", "program") as bar:
         batcher.warm(bar)
-    return batcher, Path(args.embeddings) if args.embeddings else None
+    return batcher, made
 
 
 SERVE = Verb(DESCRIPTION, add_arguments, run)

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aria_jax.cli import Verb, add_compat, input_digest
+from aria_jax.cli import Verb, Writes, add_compat, add_overwrite, input_digest
 
 if TYPE_CHECKING:
     from aria_jax.cli.tokenizers_study import Trained
@@ -25,7 +25,8 @@ _COMPARE = """\
 Encode and decode every MIDI file of a folder with each scheme. A note that comes back is matched by
 instrument family, pitch and order; with sustain pedal folded into the notes, and a key that is
 struck again ending its note before. Times are compared after the second performance is moved as a
-whole, so that a scheme may begin with the bar. --json prints one line:
+whole, so that a scheme may begin with the bar. A file that cannot be read is named and left out,
+and the exit status is then 1 (2 where nothing is left). --json prints one line:
 {"n_files", "unreadable", "tokenizers": [{"name", "vocab_size", "tokens_per_note", "tokens_per_s",
 "context_s" (music in 8,192 tokens), "encode_notes_per_s", "missing_percent", "added_percent",
 "onset_error_ms", "onset_error_p95_ms", "duration_error_ms", "velocity_error",
@@ -48,7 +49,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     compare = verbs.add_parser(
         "compare", description=_COMPARE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    compare.add_argument("midi_dir", help="folder of MIDI files (searched recursively)")
+    compare.add_argument("midi_dir", help="folder of MIDI files (searched recursively), or one")
     compare.add_argument(
         "--tokenizers", metavar="A,B", help="only these (all whose packages are installed)"
     )
@@ -60,6 +61,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     compare.add_argument("--label", help="of the files, that contrastive embeddings are probed for")
     compare.add_argument("--out", metavar="DIR", help="folder for report.html, and for what trains")
     add_compat(compare, "default: standard")
+    add_overwrite(compare)
     for made in (listing, compare):
         made.add_argument("--json", action="store_true", help="print the result as one JSON line")
 
@@ -69,7 +71,21 @@ def _run(args: argparse.Namespace) -> int:
     return {"list": _list, "compare": _compare}[args.verb](args)
 
 
-TOKENIZERS = Verb(_DESCRIPTION, _arguments, _run)
+TOKENIZERS = Verb(
+    _DESCRIPTION,
+    _arguments,
+    _run,
+    Writes(  # a study with --train keeps an identity of its own
+        lambda args: (
+            [Path(args.out) / "report.html"]
+            if args.verb == "compare" and args.out and not args.train
+            else []
+        ),
+        ("midi_dir",),
+        in_folder=True,
+        source="midi_dir",
+    ),
+)
 
 
 def _installed(names: list[str]) -> "tuple[list[Tokenizer], dict[str, str]]":
@@ -114,38 +130,37 @@ def _compare(args: argparse.Namespace) -> int:
     """Compares; 1 where some file could not be read."""
     from aria_jax.cli import tokenizers_study as study
     from aria_jax.cli.console import print_result, progress_bar, stage
-    from data_pipeline.build.sources import no_midi_files, walk_folder
+    from aria_jax.cli.convert import listed_midi
     from data_pipeline.errors import UserError
     from data_pipeline.tokenizers import SCHEMES, Tokenizer
     from data_pipeline.tokenizers.comparison import compare
 
     _check(args)
-    folder = Path(args.midi_dir)
-    if not folder.is_dir():
-        raise UserError(f"{args.midi_dir}: no such folder on this machine")
-    stage("listing the files")
-    paths = [folder / entry.path for entry in walk_folder(folder) if not entry.fault]
-    paths = paths[: args.max_files]
-    if not paths:
-        raise no_midi_files(folder)
     missing: dict[str, str] = {}
-    if args.tokenizers:
+    stage("building the vocabularies")
+    if args.tokenizers is not None:
         named = [name.strip() for name in args.tokenizers.split(",")]
         tokenizers = [Tokenizer.preset(name) for name in dict.fromkeys(named)]
     else:
         tokenizers, missing = _installed(list(SCHEMES))
-    unreadable: list[str] = []
+    stage("listing the files")
+    paths, unreadable = listed_midi([args.midi_dir])
+    paths = paths[: args.max_files]
+    if not paths:
+        raise UserError("nothing to compare: " + "; ".join(unreadable))
+    n_files, n_before = len(paths) + len(unreadable), len(unreadable)
+    stage("reading and encoding")
     with progress_bar("compare", "file") as progress:
         reports = compare(
             _performances(paths, args.compat, unreadable),
             tokenizers,
-            progress=lambda done: progress(done + len(unreadable), len(paths)),
+            progress=lambda done: progress(done + len(unreadable) - n_before, len(paths)),
         )
-    if len(unreadable) == len(paths):
-        raise UserError(f"{args.midi_dir}: none of the {len(paths)} files could be read")
-    trained, warned = _trained(args, folder, tokenizers)
+    if len(unreadable) == n_files:
+        raise UserError(f"none of the {n_files} files could be read: " + "; ".join(unreadable[:3]))
+    trained, warned = _trained(args, Path(args.midi_dir), tokenizers)
     result: dict[str, Any] = {
-        "n_files": len(paths) - len(unreadable),
+        "n_files": n_files - len(unreadable),
         "unreadable": unreadable,
         "missing": missing,
         "tokenizers": [report.as_json() for report in reports],

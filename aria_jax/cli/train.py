@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from aria_jax.cli import ProgressSink, Verb
+from aria_jax.cli import ProgressSink, Verb, check_folder_name
+from aria_jax.cli.main import name_without_effect, parse_with_settings
 
 if TYPE_CHECKING:
     from aria_jax.cli.main import Parser
@@ -92,24 +93,7 @@ def parse(parser: "Parser", argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument("--status", metavar="WORKDIR")
         parser.add_argument("--json", action="store_true")
         return parser.parse_args(argv)
-    for at, option in enumerate(argv):
-        if option.startswith("--") and not parser.knows(option):
-            _refuse_dashes(option, argv[at + 1 :])
-    return parser.parse_intermixed_args(argv)
-
-
-def _refuse_dashes(option: str, behind: Sequence[str]) -> None:
-    """Raises `UserError` for --steps 5, which should be steps=5."""
-    from aria_jax.config import full_name
-    from data_pipeline.errors import UserError
-
-    name, _, value = option.lstrip("-").replace("-", "_").partition("=")
-    try:
-        full_name(name)
-    except UserError:
-        return
-    value = value or next((text for text in behind if not text.startswith("--")), "…")
-    raise UserError(f"train: {option} is a setting, not an option; did you mean {name}={value}?")
+    return parse_with_settings(parser, argv)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -179,9 +163,9 @@ def run(args: argparse.Namespace) -> int:
     if not (args.data or named):
         raise UserError("train: name the token shards with --data FOLDER (or data.sources)")
     args.data = sources_of(args.data or named)
+    name_without_effect(args.task, args.settings)
     common_manifest(args.data)
-    if Path(args.workdir).is_file():
-        raise UserError(f"--workdir {args.workdir} is a file; name a folder for the run")
+    check_folder_name(args.workdir)
     _check_beginning(args)
     return _dry_run(args, preset) if args.dry_run else _train(args, preset)
 

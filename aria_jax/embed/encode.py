@@ -15,7 +15,7 @@ from flax import nnx
 
 from aria_jax.checkpoints.models import LoadedModel, load_model
 from aria_jax.embed.pieces import Slicing, midi_slices
-from aria_jax.embed.table import check_slice_pool, pool_slices
+from aria_jax.embed.table import check_slice_pool, pool_slices, read_settings
 from aria_jax.models.heads import Model, head_width
 from aria_jax.sharding import batch_sharding, put_batch, replicated, row_shards, usable_cpus
 from data_pipeline.errors import UserError
@@ -311,3 +311,34 @@ def performance_encoder(
         fixed = FixedShapes.up_to(slicing.max_tokens, before_batch=before_batch)
     encode = model_encoder(loaded.model, pad_id, pooling or loaded.pooling, fixed=fixed)
     return PerformanceEncoder(encode, slicing, loaded.fingerprint, pool)
+
+
+def encoder_of(
+    embeddings: str | Path,
+    checkpoint: LoadedModel | str | Path,
+    *,
+    before_batch: Callable[[], object] | None = None,
+) -> PerformanceEncoder:
+    """The encoder that made an embeddings file, for what is held against its rows.
+
+    Args:
+        before_batch: as of `performance_encoder`.
+
+    Raises:
+        UserError: no file of `aria-jax embed`, or one that another model made.
+    """
+    settings = read_settings(embeddings)
+    encoder = performance_encoder(
+        checkpoint,
+        slice_notes=settings["slice_notes"],
+        max_tokens=settings["max_tokens"],
+        pooling=settings.get("pooling", "eos"),
+        pool=settings.get("pool_slices", "mean"),
+        before_batch=before_batch,
+    )
+    if encoder.fingerprint != settings["fingerprint"]:
+        raise UserError(
+            f"{embeddings} was made by another model ({settings['fingerprint']}, not "
+            f"{encoder.fingerprint}); name that one, or embed the files again"
+        )
+    return encoder

@@ -194,10 +194,17 @@ def read_identity(path: Path) -> Identity | None:
     return Identity.from_json(json.loads(_metadata(path).get(_IDENTITY, b"null")))
 
 
-def read_settings(path: Path) -> dict[str, Any] | None:
-    """What a finished export was made with; None if there is none."""
-    kept = _metadata(path).get(_SETTINGS)
-    return None if kept is None else {"reading": READING_BEFORE, **json.loads(kept)}
+def read_settings(path: str | Path) -> dict[str, Any]:
+    """What a finished export was made with.
+
+    Raises:
+        UserError: no such file, or none of `aria-jax embed`.
+    """
+    kept = _metadata(check_file(path, "an embeddings file of `aria-jax embed`")).get(_SETTINGS)
+    settings = {} if kept is None else {"reading": READING_BEFORE, **json.loads(kept)}
+    if "slice_notes" not in settings:
+        raise UserError(f"{path}: not made by `aria-jax embed`")
+    return settings
 
 
 def read_origin(path: Path) -> str:

@@ -70,7 +70,7 @@ class Shots:
     """Scores with few files to learn from.
 
     Attributes:
-        shots: training files of each class (fewer where a class has not as many).
+        shots, fewest: training files of each class, and of one that has not as many.
         accuracy, macro_f1: means over draws.
         accuracy_std: standard deviation over draws.
     """
@@ -79,6 +79,7 @@ class Shots:
     accuracy: float
     accuracy_std: float
     macro_f1: float
+    fewest: int
 
 
 @dataclass(frozen=True)
@@ -151,8 +152,7 @@ def probe(
         features_NxE: float.
         labels: class of each row; None leaves the row out.
         groups: composition of each row: with folds, none is ever on both sides.
-        splits: "train" for rows to learn from, other names to judge on, None for neither; without,
-            `folds`-fold cross-validation.
+        splits: "train" to learn from, other names to judge on, None for neither; without, folds.
         judge: which of several splits is judged; None for the first of `held_out_splits`, as
             files for validation and for testing are not one set.
         files: file of each row, where rows are slices: all slices are learnt from, files are
@@ -221,19 +221,19 @@ def few_shot(
     y_of_file, rng = problem.y[problem.first_row], np.random.default_rng(seed)
     divisions, curve = problem.train_test_splits(seed), []
     for k in shots:
-        scores = []
+        scores, fewest = [], k
         for draw in range(draws):
             train, test = divisions[draw % len(divisions)]
             chosen = [
                 rng.permutation(train[y_of_file[train] == c])[:k] for c in set(y_of_file[train])
             ]
+            fewest = min(fewest, *map(len, chosen))
             predict = problem.fitted(plain_logistic, np.concatenate(chosen), seed)
-            counts = confusion_counts(
-                y_of_file[test], predict(problem.means(test)), len(problem.classes)
-            )
+            y_pred = predict(problem.means(test))
+            counts = confusion_counts(y_of_file[test], y_pred, len(problem.classes))
             scores.append((accuracy(counts), macro_f1(counts)))
         mean, spread = np.mean(scores, axis=0), np.std(scores, axis=0)
-        curve.append(Shots(k, float(mean[0]), float(spread[0]), float(mean[1])))
+        curve.append(Shots(k, float(mean[0]), float(spread[0]), float(mean[1]), fewest))
     return curve
 
 

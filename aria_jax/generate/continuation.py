@@ -198,6 +198,15 @@ def fitting_tokens(weights: DecoderWeights, prompt: np.ndarray, settings: Decodi
     return min(room, settings.max_tokens)
 
 
+def less_room(n_prompt: int, room: int, max_tokens: int, context: int) -> str:
+    """What is said where the context cannot hold what was asked for."""
+    return (
+        f"the prompt takes {n_prompt:,} of the {context:,} tokens that the model sees, so that "
+        f"only {room:,} of {max_tokens:,} tokens follow (about {room // 3:,} notes); shorten the "
+        "prompt, or go on beyond with a sliding context"
+    )
+
+
 def check_memory(weights: DecoderWeights, n: int, max_tokens: int, *, guided: bool) -> None:
     """Raises `UserError` where the keys and values of `n` continuations cannot be held here."""
     slots = min(max_tokens, weights.max_seq_len)

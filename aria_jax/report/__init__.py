@@ -24,20 +24,28 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg", ".jpeg", ".webp")
 
+# Pictures are drawn for white paper: a dark page turns them over and keeps their hues.
 _STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #222; max-width: 960px; margin: 2.5rem auto;
-       padding: 0 1.2rem; }
+:root { color-scheme: light dark; --paper: #fff; --text: #222; --soft: #555; --line: #ddd;
+        --code: #f5f5f2 }
+@media (prefers-color-scheme: dark) {
+  :root { --paper: #1a1a1a; --text: #ddd; --soft: #aaa; --line: #444; --code: #262624 }
+  svg, canvas, .legend i { filter: invert(.9) hue-rotate(180deg) }
+}
+body { font: 16px/1.55 system-ui, sans-serif; color: var(--text); background: var(--paper);
+       max-width: 960px; margin: 2.5rem auto; padding: 0 1.2rem; overflow-wrap: anywhere }
 h1 { font-size: 1.9rem; margin-bottom: .2rem } h2 { margin-top: 2.6rem; font-size: 1.3rem }
 svg { max-width: 100%; height: auto } .row { display: flex; flex-wrap: wrap; gap: 1rem }
-.row > * { flex: 1 1 380px }
-table { border-collapse: collapse } td, th { padding: .3rem .9rem .3rem 0; text-align: left;
-       border-bottom: 1px solid #ddd }
+.row > * { flex: 1 1 380px; min-width: 0 }
+.wide { overflow-x: auto }
+table { border-collapse: collapse; overflow-wrap: normal }
+td, th { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line) }
 h3 { font-size: 1.05rem; margin: 1.2rem 0 .3rem }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
-pre { background: #f5f5f2; padding: .8rem 1rem; overflow-x: auto; border-radius: 4px;
+pre { background: var(--code); padding: .8rem 1rem; overflow-x: auto; border-radius: 4px;
       font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere }
 pre span { white-space: nowrap }
-.note { color: #555 } .best { font-weight: 600 }
+.note { color: var(--soft) } .best { font-weight: 600 }
 """
 
 
@@ -84,7 +92,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
     """A table; numbers are aligned right and shown with three decimals."""
     cells = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     head = f"<tr>{cells}</tr>" if header else ""
-    return f"<table>{head}{''.join(map(_row, rows))}</table>"
+    return f'<div class="wide"><table>{head}{"".join(map(_row, rows))}</table></div>'
 
 
 def _row(cells: Sequence[str | float]) -> str:

@@ -35,6 +35,9 @@ class DemoResults:
         prompt: the MIDI file that was continued.
         results: JSON result of each step by its name.
         commands: (title, command line) of each step.
+        features: what each embedding is by its name; "contrastive" and "untrained" are of one
+            network, "pitch-class" counts.
+        networks: what each composer is by the name of its step.
         maps: of each embedding by its name: float32 [N, E], and the composer of each piece.
         made_by: the demo's own command line.
     """
@@ -43,16 +46,10 @@ class DemoResults:
     prompt: Path
     results: dict[str, dict[str, Any]]
     commands: Sequence[tuple[str, str]]
+    features: dict[str, str]
+    networks: dict[str, str]
     maps: dict[str, tuple[np.ndarray, Sequence[str]]]
     made_by: str
-
-
-FEATURES = {
-    "contrastive": "contrastive embedding",
-    "untrained": "the same network, untrained",
-    "mini-embedding": "mini-embedding, which comes with the package",
-    "pitch-class": "pitch-class histogram (12 numbers)",
-}
 
 
 def write_demo_report(path: Path, demo: DemoResults) -> None:
@@ -89,11 +86,11 @@ def _training(demo: DemoResults) -> Section:
 
 
 def _probe(demo: DemoResults) -> Section:
-    probes = {name: demo.results[f"probe-{name}"] for name in FEATURES}
+    probes = {name: demo.results[f"probe-{name}"] for name in demo.features}
     tuned, untrained = probes["contrastive"], probes["untrained"]
     rows: list[list[str | float]] = [
         [
-            FEATURES[name],
+            demo.features[name],
             result["accuracy"],
             f"{result['accuracy_ci'][0]:.3f} to {result['accuracy_ci'][1]:.3f}",
             result["macro_f1"],
@@ -138,17 +135,10 @@ def _verdict(tuned: dict[str, Any], untrained: dict[str, Any]) -> str:
 
 def _maps(demo: DemoResults) -> str:
     pictures = [
-        figure_svg(embedding_map(embedding, composers, FEATURES[name]))
+        figure_svg(embedding_map(embedding, composers, demo.features[name]))
         for name, (embedding, composers) in demo.maps.items()
     ]
     return side_by_side(*pictures) + paragraph("One dot a piece (t-SNE).", "note")
-
-
-NETWORKS = {
-    "generate": "The network of this demo: after a few minutes it has learnt what notes look like, "
-    "not yet how music goes.",
-    "generate-mini": "mini, which comes with the package, trained for hours on recorded music.",
-}
 
 
 def _continuations(demo: DemoResults) -> Section:
@@ -159,7 +149,7 @@ def _continuations(demo: DemoResults) -> Section:
     original = read_midi(demo.prompt)
     body += "<h3>the piece itself</h3>" + piano_roll_svg([Part.of(original, "original")], (9, 2.4))
     body += f"<p>{link(relpath(demo.prompt, demo.out), demo.prompt.name)}</p>"
-    for step, network in NETWORKS.items():
+    for step, network in demo.networks.items():
         body += paragraph(network)
         for number, files in enumerate(demo.results[step]["files"], start=1):
             body += f"<h3>continuation {number}</h3>" + _continuation(files, demo.out)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from aria_jax.report import Provenance, Section, link, paragraph, table, write_page
-from aria_jax.report.piano_roll import PLAYER_SCRIPT, Part, player, save_piano_roll
+from aria_jax.report import Provenance, Section, link, paragraph, save_chart, table, write_page
+from aria_jax.report.piano_roll import PLAYER_SCRIPT, Part, piano_roll, player
 from data_pipeline.errors import UserError, check_file
 from data_pipeline.midi import Performance, write_midi
 
@@ -73,7 +73,7 @@ def save_continuations(
         }
         write_midi(result.full, paths["midi"])
         write_midi(result.continuation_from_zero, paths["continuation"])
-        save_piano_roll(paths["picture"], result.parts)
+        save_chart(piano_roll(result.parts), paths["picture"], made_by.command)
         if soundfont is not None:
             paths["sound"] = f"{base}.wav"
             render_wav(paths["midi"], paths["sound"], soundfont)

@@ -7,7 +7,6 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,11 +91,6 @@ def piano_roll(parts: Sequence[Part], size_inches: tuple[float, float] = (10, 3)
     return figure
 
 
-def save_piano_roll(path: str | Path, parts: Sequence[Part]) -> None:
-    """Writes a piano roll; the suffix of `path` (.png, .svg, .pdf) chooses the format."""
-    piano_roll(parts).savefig(path, dpi=130)
-
-
 def piano_roll_svg(parts: Sequence[Part], size_inches: tuple[float, float] = (10, 3)) -> str:
     """A piano roll as an `<svg>` element to put inside an HTML page."""
     return figure_svg(piano_roll(parts, size_inches))
@@ -116,7 +110,7 @@ def figure_svg(figure: "Figure") -> str:
 
 PLAYER_SCRIPT = """
 <style>.player canvas { width: 100%; height: 200px; background: #fff; cursor: pointer; display: block }
-.player button { margin: .4rem .8rem .4rem 0; font-size: 1rem } .player .legend { font-size: .85rem; color: #555 }
+.player button { margin: .4rem .8rem .4rem 0; font-size: 1rem } .player .legend { font-size: .85rem; color: var(--soft) }
 .player .legend i { display: inline-block; width: .8em; height: .8em; margin: 0 .35em 0 1em; border-radius: 2px }
 </style>
 <script>

@@ -160,10 +160,8 @@ def read_status(workdir: Path, now: float | None = None) -> Status:
     """
     events = _events(workdir / FILE)
     if not events:
-        raise UserError(
-            f"{workdir}: no record of a run here ({FILE} is missing); name the --workdir of "
-            "`aria-jax train`"
-        )
+        what = f"no record of a run here ({FILE})" if workdir.is_dir() else "no such folder"
+        raise UserError(f"{workdir}: {what}; name the --workdir of `aria-jax train`")
     badput = dict.fromkeys(("startup", "compile", "data", "evaluation", "checkpoint"), 0.0)
     badput |= {"recovery": 0.0, "redone": 0.0}
     productive, lost, done = 0.0, list[int](), events[0]["step"]

@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, TextIO
 
 import jax
 
@@ -22,20 +22,28 @@ class MetricSink(Protocol):
 
 
 class JsonlSink:
-    """`metrics.jsonl`: one line {"step", "split", name: value, …} each; appended when resumed."""
+    """`metrics.jsonl`: one line {"step", "split", name: value, …} each; appended when resumed.
+
+    The file and its folder are made for the first line.
+    """
 
     def __init__(self, path: Path):
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file: TextIO | None = None
 
     def write(self, step: int, metrics: Mapping[str, float], split: Split) -> None:
         """Appends a line and flushes it: a killed run keeps its log. Infinities become null."""
         values = {name: v if math.isfinite(v) else None for name, v in metrics.items()}
+        if self._file is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self._path.open("a", encoding="utf-8")
         self._file.write(json.dumps({"step": step, "split": split, **values}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
         """Closes the file."""
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 class TensorBoardSink:

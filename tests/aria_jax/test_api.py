@@ -187,3 +187,16 @@ def test_errors_say_what_was_expected(name, tiny_models):
     mistake, message = MISTAKES[name]
     with pytest.raises(UserError, match=message):
         mistake(tiny_models)
+
+
+def test_a_training_that_cannot_begin_leaves_no_folder(midi_corpus, tmp_path):
+    with pytest.raises(UserError, match="no token shards here"):
+        aria_jax.train("pretrain", midi_corpus, tmp_path / "new" / "run")
+    assert not list(tmp_path.iterdir())
+
+
+def test_music_that_the_context_cannot_hold_is_said(tiny_models):
+    prompt = random_performance(np.random.default_rng(1), 160)
+    ask = {"seconds": 900, "max_tokens": 200}
+    with pytest.warns(UserWarning, match="of the 512 tokens .* of 200 tokens follow"):
+        aria_jax.generate(tiny_models["lm"], prompt, **ask)

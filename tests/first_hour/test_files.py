@@ -1,4 +1,4 @@
-"""tokenize, detokenize, data; and the front page."""
+"""tokenize, detokenize, data, tokenizers; and the front page."""
 
 import pytest
 
@@ -77,6 +77,7 @@ DATA = [
     wrong("data build {midi} out --val-fractoin 0.1", "did you mean '--val-fraction'?"),
     wrong("data build {midi} out --workers 1.5", "--workers '1.5': expected a whole number"),
     wrong("data build {midi} out --metadata m.csv", ("m.csv", "no such file")),
+    wrong("data build {midi} out.tar", ("out.tar", "this will be a folder")),
     wrong("data build {midi} {midi}/out", ("lies in", "name a folder outside")),
     wrong("data build {midi} out --filters light", ("filters: none → light", "--overwrite"),
           after=("data build {piece} out --filters none --workers 1",)),
@@ -84,10 +85,37 @@ DATA = [
     wrong("data inspect d", ("says nothing of splits", "build the data again"),
           before=(("d/manifest.json", '{"format_version": 1}'),)),
     wrong("data inspect {data} --plot p.csv", ("p.csv", "picture")),
+    wrong("data inspect {data} --plot {data}/p.png", "lies in"),
     Use("data inspect {data} --plot new/p.png", "pieces", made="new/p.png"),
 ]  # fmt: skip
 
+COMPARE = "tokenizers compare"
 
-@pytest.mark.parametrize("use", [*FRONT, *TOKENIZE, *DETOKENIZE, *DATA], ids=str)
+TOKENIZERS = [
+    Use("tokenizers list", ("aria", "17,727 ids", "piano-roll")),
+    Use("tokenizers list --json", '"hash": "'),
+    Use(f"{COMPARE} {{midi}} --tokenizers aria --max-files 2",
+        ("tokens/note", "| aria | 17,727 | 2")),
+    Use(f"{COMPARE} {{piece}} --tokenizers aria --json", '"n_files": 1'),
+    Use(f"{COMPARE} some --tokenizers aria --json",
+        ('"n_files": 1', "left out: some/b.mid: not a MIDI file", "some/c.mid: no notes"), 1,
+        before=(("some/a.mid", "-> {piece}"), ("some/b.mid", "x"), ("some/c.mid", "-> {silent}"))),
+    Use("tokenizers --help", ("usage: aria-jax tokenizers", "example")),
+    wrong("tokenizers", "required: {list,compare}"),
+    wrong("tokenizers lsit", "did you mean 'list'?"),
+    wrong(COMPARE, "required: midi_dir"),
+    wrong(f"{COMPARE} {{nothing}}", ("nothing: ", "no such file")),
+    wrong(f"{COMPARE} {{empty}}", ("empty: ", "no MIDI files")),
+    wrong(f"{COMPARE} {{data}}", "token shards"),
+    wrong(f"{COMPARE} {{midi}} --tokenizers arai", ("'arai'", "did you mean 'aria'?")),
+    wrong(f"{COMPARE} {{midi}} --max-files 0", "--max-files 0"),
+    wrong(f"{COMPARE} {{midi}} --tokenizer aria --maxfiles 2", "did you mean '--max-files'?"),
+    wrong(f"{COMPARE} {{text}} --tokenizers aria", ("none of the 1 files", "text.mid: ")),
+    wrong(f"{COMPARE} {{midi}} --train 2", "--train needs --out DIR"),
+    wrong(f"{COMPARE} {{midi}} --label composer", "no effect without --train"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("use", [*FRONT, *TOKENIZE, *DETOKENIZE, *DATA, *TOKENIZERS], ids=str)
 def test_a_newcomer_finds_what_the_table_says(use, run_use):
     run_use(use)

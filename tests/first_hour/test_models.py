@@ -22,6 +22,7 @@ GENERATE = [
     wrong("generate --checkpoint {lm} --out afile", "afile", before=(("afile", "x"),)),
     wrong("generate --checkpoint {lm} --out out --mesh tensor=3", ("--mesh", "3")),
     wrong("generate --checkpoint {lm} --out out --temperature -1", "temperature"),
+    wrong("generate --checkpoint {lm} --out out.mid", ("out.mid", "this will be a folder")),
 ]  # fmt: skip
 
 SCORE = [
@@ -47,7 +48,15 @@ CLASSIFY = [
     wrong("classify {midi} --checkpoint {empty}", "no checkpoint here"),
     wrong("classify {midi} --checkpoint {classifier} --workers 0 --label pianist", "pianist"),
     wrong("classify {midi} --checkpoint {classifier} --out a.csv", ("a.csv", "JSON lines")),
+    wrong("classify {midi} --checkpoint {classifier} --out {midi}/a.jsonl", "lies in"),
+    wrong(
+        "classify {midi} --checkpoint {classifier} --metadata {midi}/metadata.json",
+        "--metadata has no effect without --label",
+    ),
 ]
+
+MAKE = "listening-test make clips out --judges 1 --prompt-seconds 2"
+PAIR = (("clips/a/x.mid", "-> {piece}"), ("clips/b/x.mid", "-> {piece}"))
 
 LISTENING = [
     Use("listening-test counts 38 0 6", ("38", "6")),
@@ -59,7 +68,20 @@ LISTENING = [
     wrong("listening-test compare {midi} {empty}", "empty"),
     wrong("listening-test analyse {nothing}.json v.json", "no such file"),
     wrong("listening-test counts -1 0 6", "-1"),
-]
+    Use(f"{MAKE} --ours a", ("that not every system has are left out: y", "not key.json"),
+        made="out/judge-001.html",
+        before=(*PAIR, ("clips/a/y.mid", "-> {query}"))),
+    Use(f"{MAKE} --ours a --trials 1", "no judge hears c",
+        before=(*PAIR, ("clips/c/x.mid", "-> {piece}"))),
+    wrong(f"{MAKE} --ours a", ("not the same music in the first 2 s", "y (a and b)"),
+          before=(("clips/a/y.mid", "-> {query}"), ("clips/b/y.mid", "-> {piece}"))),
+    wrong(f"{MAKE} --ours a", ("x.wav", "x.mid is a clip of that name too"),
+          before=(*PAIR, ("clips/a/x.wav", "x"))),
+    wrong(f"{MAKE} --ours c", "no folder 'c'; there are a, b", before=PAIR),
+    Use("listening-test compare {midi} some", "left out: some/b.mid: no notes",
+        before=(("some/a.mid", "-> {piece}"), ("some/b.mid", "-> {silent}"))),
+    wrong("listening-test compare {midi} {data}", "token shards"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("use", [*GENERATE, *SCORE, *CLASSIFY, *LISTENING], ids=str)

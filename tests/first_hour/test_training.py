@@ -14,6 +14,12 @@ TRAIN = [
     Use("train --settings", ("peak_lr=0.0003", "Learning rate at the end of the warm-up")),
     Use(f"{PRETRAIN} --dry-run --on v5p:64 --preset medium",
         ("time", "GiB per device", "computed in  bfloat16")),
+    Use("train --status run", ("run: step 7, not running", "goodput"),
+        before=(("run/goodput.jsonl", '{"event": "start", "time": 1, "step": 7}'),)),
+    wrong("train --status {nothing}", ("nothing: no such folder", "--workdir")),
+    wrong("train --status {empty}", ("empty: no record of a run here", "--workdir")),
+    wrong("train --status {empty} steps=3", "unknown argument steps=3"),
+    wrong("train --status", "--status: expected one argument"),
     wrong("train pretrain --data {data} --workdir {midi}", "holds MIDI files"),
     wrong("train pretrain --data {data} --workdir mine", "holds a corpus",
           before=(("mine/manifest.json", "{}"),)),
@@ -29,6 +35,9 @@ TRAIN = [
     wrong("train pretrain --data {midi} --workdir run", "no token shards here"),
     wrong("train pretrain --data {nothing} --workdir run", "no such folder"),
     wrong("train pretrain --data {data} --workdir afile", "is a file", before=(("afile", "x"),)),
+    Use(f"{PRETRAIN} {SMALL} --dry-run --on v5p:8 hardness=1 min_slice_notes=9",
+        ("hardness=1 has no effect: it is for contrastive",
+         "min_slice_notes=9 has no effect: it is for contrastive and classify")),
     wrong(f"{PRETRAIN} --init-from {{nothing}}", ("--init-from", "nothing")),
     wrong(f"{PRETRAIN} --config none.yaml", "none.yaml: no such file"),
     wrong(f"{PRETRAIN} {SMALL} mesh.tensor=3", "mesh.tensor=3"),
@@ -59,6 +68,7 @@ COMPILE = [
     wrong("compile --preset tiny --topology h100:0", ("h100:0", "h100:8")),
     wrong("compile --preset tiny --task pretrian", "did you mean 'pretrain'?"),
     wrong("compile --preset tiny stesp=3", "nearest: steps"),
+    wrong("compile --preset tiny --remat dots", "did you mean remat=dots?"),
 ]  # fmt: skip
 
 CONVERT = [
@@ -83,6 +93,7 @@ DEMO = [
     wrong("demo {data}", "holds a corpus"),
     wrong("demo {midi}", "holds MIDI files"),
     wrong("demo out --workers 0", "--workers 0 must be at least 1"),
+    wrong("demo {midi}/out --midi {midi}", "lies in"),
 ]
 
 
@@ -95,6 +106,8 @@ SERVE = [
     wrong("serve --checkpoint {nothing}", "no checkpoint here"),
     wrong("serve --embeddings {nothing} --port 0", ("nothing", "no such file")),
     wrong("serve --prot 1", "did you mean '--port'?"),
+    wrong("serve --save afile/new", ("afile/new", "a file is here"), before=(("afile", "x"),)),
+    wrong("serve --embeddings {text} --port 0", ("text.mid", "not made by `aria-jax embed`")),
 ]
 
 

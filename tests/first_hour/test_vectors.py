@@ -49,6 +49,7 @@ RETRIEVE = [
     wrong("retrieve {nothing}", ("nothing", "no such file")),
     wrong("retrieve {slices} -k 0", "expected positive numbers"),
     wrong("retrieve {vectors} --against {counts} --by composer", "different widths"),
+    wrong("retrieve {slices} --metadata {midi}/metadata.json", "--metadata has no effect without"),
 ]
 
 SEARCH = [
@@ -80,6 +81,8 @@ BENCH_SUITE = [
     wrong("bench-suite", "required"),
     wrong("bench-suite {midi} {nothing}", ("nothing", "no such")),
     wrong("bench-suite {midi} --seeds 0", ("--seeds 0", "1 seed")),
+    wrong("bench-suite {midi} --out {midi}/suite", ("lies in", "name a folder outside")),
+    wrong("bench-suite {midi} --pooling mean", "--pooling has no effect without --checkpoint"),
     wrong("bench-suite {midi} --chekpoint {encoder}", "did you mean '--checkpoint'?"),
 ]
 

@@ -331,6 +331,7 @@ LONG = {
     "convert": ("to-safetensors {lm} out.safetensors", "loading"),
     "classify": ("{many} --checkpoint {classifier} --workers 2", "classify: .*files"),
     "listening-test": ("compare {many} {many}", "reading"),
+    "tokenizers": ("compare {many}", "compare: .*files"),
     "demo": ("out --midi {many}", "build: .*files"),
     "data sample": ("out", "render: .*scores"),
     "data build": ("{many} out --dedup none", "build: .*files"),

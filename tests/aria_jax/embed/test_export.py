@@ -37,7 +37,7 @@ from tests.corpora import random_performance
 TOKENIZER = Tokenizer.preset("aria")
 CONFIG = ModelConfig(d_model=16, n_heads=2, n_layers=2, head="embedding", emb_size=8)
 SHORT = Slicing("aria", 30, 200)
-SETTINGS = {"fingerprint": "f"}
+SETTINGS = {"fingerprint": "f", "slice_notes": 300}
 
 
 @pytest.fixture(scope="module")

@@ -164,7 +164,8 @@ def test_slices_are_learnt_from_and_files_are_judged():
 def test_more_shots_read_more():
     x, labels = made(n=180, signal=2.0)
     curve = few_shot(x, labels, (1, 4, 30))
-    assert [point.shots for point in curve] == [1, 4, 30]
+    assert [(point.shots, point.fewest) for point in curve] == [(1, 1), (4, 4), (30, 30)]
+    assert few_shot(x, labels, (999,), draws=1)[0].fewest < 60
     assert curve[0].accuracy < curve[1].accuracy < curve[2].accuracy
     assert curve[2].accuracy <= probe(x, labels).accuracy + 0.1
 

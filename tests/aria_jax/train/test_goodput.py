@@ -75,7 +75,7 @@ def test_a_run_is_running_until_it_is_silent_for_long(tmp_path):
     run(tmp_path, clock, 0, 2, ends=False)
     assert read_status(tmp_path, clock.now + 60).running
     assert not read_status(tmp_path, clock.now + 3600).running
-    with pytest.raises(UserError, match=r"no record of a run here .*--workdir"):
+    with pytest.raises(UserError, match=r"no such folder; name the --workdir"):
         read_status(tmp_path / "none")
 
 
