@@ -183,16 +183,16 @@ class Study:
         from aria_jax.train.plan import tokens_per_step, train_flops_per_token
 
         began, corpus = time.perf_counter(), self._corpus(tokenizer)
-        workdirs = {
-            task: corpus.parent / f"seed{seed}-{task}" for task in ("pretrain", "contrastive")
-        }
+        folder, names = corpus.parent, ("pretrain", "contrastive")
+        workdirs = {name: folder / f"seed{seed}-{name}" for name in names}
         contrastive = with_overrides(
             for_task("tiny", "contrastive"),
             [*NETWORK, *CONTRASTIVE, f"seed={seed}",
              *_course(max(1, round(config.train.steps * CONTRASTIVE_SHARE)))],
         )  # fmt: skip
         begin: Path | None = None
-        for task, settings in (("pretrain", config), ("contrastive", contrastive)):
+        tasks = {"pretrain": config, **({"contrastive": contrastive} if self.label else {})}
+        for task, settings in tasks.items():
             with progress_bar(f"{tokenizer.preset_name}, seed {seed}, {task}", "step") as bar:
                 sinks = [ProgressSink(settings.train.steps, bar)]
                 result = run(settings, corpus, workdirs[task], init_from=begin, sinks=sinks)
