@@ -375,7 +375,7 @@ def write_report(
     bar = clip(example, BAR_S)
     style = (
         "<style>.tokens span { display: inline-block; margin: 1px; padding: 0 .35em; "
-        "border-radius: 3px; font: 12px/1.6 ui-monospace, monospace }</style>"
+        "border-radius: 3px; color: #222; font: 12px/1.6 ui-monospace, monospace }</style>"
     )
     figure = [style, report.paragraph(f"The first {BAR_S:g} s of the first file.")]
     figure.append(piano_roll_svg([Part.of(bar, "")], (9, 2.4)))

@@ -41,6 +41,7 @@ svg { max-width: 100%; height: auto } .row { display: flex; flex-wrap: wrap; gap
 table { border-collapse: collapse; overflow-wrap: normal }
 td, th { padding: .3rem .9rem .3rem 0; text-align: left; border-bottom: 1px solid var(--line) }
 h3 { font-size: 1.05rem; margin: 1.2rem 0 .3rem }
+td:last-child { overflow-wrap: anywhere; min-width: 6em }
 td.number { text-align: right; font-variant-numeric: tabular-nums }
 pre { background: var(--code); padding: .8rem 1rem; overflow-x: auto; border-radius: 4px;
       font-size: .85rem; white-space: pre-wrap; overflow-wrap: anywhere }

@@ -111,6 +111,7 @@ def figure_svg(figure: "Figure") -> str:
 PLAYER_SCRIPT = """
 <style>.player canvas { width: 100%; height: 200px; background: #fff; cursor: pointer; display: block }
 .player button { margin: .4rem .8rem .4rem 0; font-size: 1rem } .player .legend { font-size: .85rem; color: var(--soft) }
+.player .legend span { display: inline-block }
 .player .legend i { display: inline-block; width: .8em; height: .8em; margin: 0 .35em 0 1em; border-radius: 2px }
 </style>
 <script>
@@ -249,7 +250,8 @@ def player(parts: Sequence[Part], *, marks: Sequence[tuple[float, str]] = ()) ->
     # No text in it may close the script element.
     data = json.dumps(content, separators=(",", ":")).replace("</", "<\\/")
     named = [
-        f'<i style="background:{COLOURS[number % len(COLOURS)]}"></i>{html.escape(part.label)}'
+        f'<span><i style="background:{COLOURS[number % len(COLOURS)]}"></i>'
+        f"{html.escape(part.label)}</span>"
         for number, part in enumerate(parts)
     ]
     legend = f'<span class="legend">{"".join(named)}</span>' if len(parts) > 1 else ""

@@ -134,7 +134,7 @@ def plan_merge(
     return MergePlan(
         split_of=split_of,
         published=published,
-        warnings=_warnings(pieces.split, published, settings),
+        warnings=_warnings(pieces, published, settings),
         n_pieces={split: int(mask.sum()) for split, mask in here.items()},
         n_tokens={split: int(pieces.n_tokens[mask].sum()) for split, mask in here.items()},
         _decision=decision,
@@ -198,14 +198,18 @@ def _split_of_each(
     return split_of, published
 
 
-def _warnings(said: np.ndarray, published: bool, settings: MergeSettings) -> list[str]:
-    n, n_said = len(said), int((said != _UNSAID).sum())
+def _warnings(pieces: "_Pieces", published: bool, settings: MergeSettings) -> list[str]:
+    n, n_said = len(pieces.split), int((pieces.split != _UNSAID).sum())
+    found = []
+    if settings.max_per_composition is not None and (n_lone := int((~pieces.labelled).sum())):
+        found.append(f"{n_lone:,} of {n:,} pieces have no composition, so no limit of performances")
     if not n_said or n_said == n or settings.split_column == "none":
-        return []
+        return found
     text = f"{n_said:,} of {n:,} pieces have a published split"
     if published:
-        return [f"{text}; the others are divided by composition"]
+        return [*found, f"{text}; the others are divided by composition"]
     return [
+        *found,
         f"{text}, so it is not followed, except that its test pieces are kept out of train and val;"
         " --split-column split follows it where there is one, --split-column none ignores it"
     ]

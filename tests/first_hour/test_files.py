@@ -86,6 +86,8 @@ DATA = [
           before=(("d/manifest.json", '{"format_version": 1}'),)),
     wrong("data inspect {data} --plot p.csv", ("p.csv", "picture")),
     wrong("data inspect {data} --plot {data}/p.png", "lies in"),
+    Use("data build some out --filters none --workers 1 --max-per-composition 1",
+        "1 of 1 pieces have no composition, so no limit", before=(("some/a.mid", "-> {piece}"),)),
     Use("data inspect {data} --plot new/p.png", "pieces", made="new/p.png"),
 ]  # fmt: skip
 
@@ -112,6 +114,9 @@ TOKENIZERS = [
     wrong(f"{COMPARE} {{midi}} --tokenizer aria --maxfiles 2", "did you mean '--max-files'?"),
     wrong(f"{COMPARE} {{text}} --tokenizers aria", ("none of the 1 files", "text.mid: ")),
     wrong(f"{COMPARE} {{midi}} --train 2", "--train needs --out DIR"),
+    wrong(f"{COMPARE} {{piece}} --tokenizers musenet --out o", ("made otherwise", "--overwrite"),
+          after=(f"{COMPARE} {{piece}} --tokenizers aria --out o",)),
+    wrong(f"{COMPARE} {{midi}} --tokenizers aria --out {{midi}}/o", "lies in"),
     wrong(f"{COMPARE} {{midi}} --label composer", "no effect without --train"),
 ]  # fmt: skip
 
