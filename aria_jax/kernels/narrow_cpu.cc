@@ -246,9 +246,11 @@ class DigitActivations {
       for (; i + kGroup <= stop; i += kGroup) {
         Bytes weights[R];
         for (int r = 0; r < R; ++r) {
-          const Int8* from = rows + r * inputs_ + i;
-            weights[r] = Load<Bytes>(from) ^ 0x80;  // w + 128, as one factor must have no sign
+          Prefetch(in_order + r * kVectorBytes);
+          // w + 128, as one factor must have no sign.
+          weights[r] = Load<Bytes>(rows + r * inputs_ + i) ^ 0x80;
         }
+        in_order += R * kVectorBytes;
         const int8_t* x = &digits_[B * kDigits * i];
         for (int b = 0; b < B; ++b)
           for (int digit = 0; digit < kDigits; ++digit, x += kVectorBytes) {
