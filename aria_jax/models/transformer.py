@@ -309,7 +309,9 @@ def attn_out_and_mlp(
     def product(a: jax.Array, name: str) -> jax.Array:
         return checkpoint_name(_matmul(a, weights[name].astype(dtype)), PROJECTION)
 
-    x_BxLxD = x_BxLxD + _dropped(product(attended_BxLxD, "out"), dropout[0])
+    projected = _matmul(attended_BxLxD, weights["out"].astype(dtype))
+    # Kept as a sum, of which one part is as large as the whole: it is read as one array.
+    x_BxLxD = checkpoint_name(x_BxLxD + _dropped(projected, dropout[0]), PROJECTION)
     y = layer_norm(x_BxLxD, weights["norm2_scale"], weights["norm2_bias"])
     gated = jax.nn.silu(product(y, "gate")) * product(y, "up")
     return x_BxLxD + _dropped(_matmul(gated, weights["down"].astype(dtype)), dropout[1])
