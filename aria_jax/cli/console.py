@@ -237,16 +237,18 @@ class Interrupts:
     def close(self) -> None:
         """Gives the signal back; the thread ends with its pipe."""
         signal.set_wakeup_fd(self._before)
-        sys.unraisablehook = self._hook
+        if not self.count:  # else the process ends, and so does what others do in it
+            sys.unraisablehook = self._hook
         os.close(self._writable)
 
     def _lost(self, lost: Any) -> None:
         """A KeyboardInterrupt in a callback that cannot raise (jax has one of the garbage
-        collector) is raised again, a moment later.
+        collector) is raised again, a moment later. What else fails after Ctrl-C is what it broke
+        off: reads of a checkpoint that end when nobody waits for them.
         """
         if lost.exc_type is KeyboardInterrupt:
             threading.Timer(0.05, _interrupt_main_thread).start()
-        else:
+        elif not self.count:
             self._hook(lost)
 
     def _listen(self) -> None:

@@ -156,7 +156,7 @@ def test_shards_work_in_another_process_or_thread(tmp_path):
 
 def test_misuse_is_explained(tmp_path):
     out, counts = _corpus(tmp_path, list(_pieces(20)))
-    with pytest.raises(UserError, match="--preset"):
+    with pytest.raises(UserError, match="--tokenizer"):
         TokenShards(out, "train", SimpleNamespace(hash="b" * 64))
     TokenShards(out, "train", SimpleNamespace(hash="a" * 64))
     with pytest.raises(UserError, match="no split 'test'"):

@@ -15,6 +15,7 @@ import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -355,6 +356,23 @@ def big_table(tmp_path_factory) -> Path:
     table = pa.table(columns).replace_schema_metadata({"export_settings": json.dumps(settings)})
     pq.write_table(table, path := tmp_path_factory.mktemp("big") / "big.parquet")
     return path
+
+
+def test_what_ctrl_c_broke_off_does_not_complain():
+    """Compiled readers call back into a loop that has ended."""
+    before, complaints = sys.unraisablehook, []
+    sys.unraisablehook = complaints.append
+    interrupts = console.Interrupts()
+    try:
+        sys.unraisablehook(SimpleNamespace(exc_type=RuntimeError))
+        assert len(complaints) == 1
+        interrupts.count = 1
+        sys.unraisablehook(SimpleNamespace(exc_type=RuntimeError))
+        interrupts.close()
+        sys.unraisablehook(SimpleNamespace(exc_type=RuntimeError))
+        assert len(complaints) == 1
+    finally:
+        sys.unraisablehook = before
 
 
 @pytest.mark.parametrize("verb", LONG)
