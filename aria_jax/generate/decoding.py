@@ -335,10 +335,10 @@ def decode(
     n_branches = logits_PxV.shape[0]
     slots = _padded_size(min(settings.max_tokens, max(room, later_room)))
     cache = empty_cache(weights, n_branches * n_sequences, slots, mesh)
-    grammar, begun = None, None
+    grammar, in_grammar = None, None
     if settings.use_grammar:
-        grammar, begun = grammar_after(tokenizer, prompt, n_sequences)
-    state = _initial_state(logits_PxV, prompt, tokenizer, n_sequences, settings, cache, begun)
+        grammar, in_grammar = grammar_after(tokenizer, prompt, n_sequences)
+    state = _initial_state(logits_PxV, prompt, tokenizer, n_sequences, settings, cache, in_grammar)
     vocabulary = Vocabulary.of(tokenizer)
     n, n_full = 0, room
     while True:

@@ -123,10 +123,10 @@ async def continuation(
     if first["type"] == "full":
         return None
     name = first["session"]
-    begun = await inbox.get()
-    if begun["type"] == "error":
+    answer = await inbox.get()
+    if answer["type"] == "error":
         studio.tell(lambda: studio.leave(name, ""))
-        raise UserError(begun["message"])
+        raise UserError(answer["message"])
     return _lines(studio, inbox, name)
 
 

@@ -39,6 +39,8 @@ class Case:
     settings: tuple[str, ...] = ()
     init_from: str | None = None
     embed: bool = False
+    beside: str | None = None
+    """A second corpus, of which 3 rows of 10 are."""
 
     @property
     def name(self) -> str:
@@ -66,6 +68,9 @@ class Recorder:
 
     def write(self, step, metrics, split):
         self.rows.append([step, split, metrics["loss"], metrics.get("n_tokens")])
+        for name in sorted(name for name in metrics if name.startswith("loss/")):
+            n_tokens = metrics.get(name.replace("loss", "n_tokens"))
+            self.rows.append([step, f"{split} {name}", metrics[name], n_tokens])
 
     def close(self):
         pass
@@ -76,7 +81,8 @@ def train(case: Case, corpus: str, folder: Path) -> list:
     from aria_jax.train.loop import run
 
     sink = Recorder()
-    run(case.config, corpus, folder / case.name, init_from=case.init_from, sinks=[sink])
+    data = [f"{corpus}:0.7", f"{case.beside}:0.3"] if case.beside else corpus
+    run(case.config, data, folder / case.name, init_from=case.init_from, sinks=[sink])
     if case.embed:
         z = embeddings(case, folder / case.name)
         sink.rows += [

@@ -6,6 +6,7 @@ Losses agree to 1e-5: collectives add in another order, and nothing else differs
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,20 @@ def test_every_mesh(task, processes, devices_each, corpus, tmp_path, run_alone):
     found = run_processes(processes, cases, corpus, tmp_path, devices_each)
     for case, rows in found.items():
         assert_same_run(rows, run_alone(case, processes * devices_each))
+
+
+@pytest.mark.slow
+def test_a_mixture_on_two_processes(corpus, tmp_path, run_alone):
+    """Losses of each corpus too, where both hold all rows and where each has its own."""
+    second = str(shutil.copytree(corpus, tmp_path / "second"))
+    cases = [
+        Case("pretrain", (2, 1, 1, 1), beside=second),
+        Case("pretrain", (1, 1, 2, 1), beside=second),
+        Case("contrastive", (1, 2, 1, 1), beside=second),
+    ]
+    for case, rows in run_processes(2, cases, corpus, tmp_path).items():
+        assert any(split == "train loss/second" for _, split, *_ in rows)
+        assert_same_run(rows, run_alone(case, 2))
 
 
 @pytest.mark.slow
