@@ -9,7 +9,8 @@ installed, a plain key-value-cache loop of the same network in it.
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -41,21 +42,31 @@ def best_seconds(call: Callable[[], object], repeats: int) -> float:
     return min(times)
 
 
-def memory_bandwidth(gigabytes: float, repeats: int) -> float:
-    """Bytes a second of one float32 matrix-vector product too large for any cache.
+def memory_bandwidth(gigabytes: float) -> Callable[[], float]:
+    """What measures bytes a second of float32 matrix-vector products too large for any cache.
 
-    Both ways to store the matrix are tried, and the faster one is the ceiling.
+    Both ways to store the matrix are tried for a third of a second each, and the faster one is the
+    ceiling.
     """
     side = 8192
     matrix = jnp.ones((side, int(gigabytes * 2**30 / 4 / side)))
     vector, across = jnp.ones((1, side)), jnp.ones((1, matrix.shape[1]))
-    product = jax.jit(jnp.matmul)
+    by_columns = jax.jit(jnp.matmul)
     by_rows = jax.jit(lambda x, m: jax.lax.dot_general(x, m, (((1,), (1,)), ((), ()))))
-    seconds = min(
-        best_seconds(lambda: product(vector, matrix).block_until_ready(), repeats),
-        best_seconds(lambda: by_rows(across, matrix).block_until_ready(), repeats),
-    )
-    return matrix.nbytes / seconds
+    products = partial(by_columns, vector, matrix), partial(by_rows, across, matrix)
+
+    def speed(product: Callable[[], jax.Array]) -> float:
+        n, start = 0, time.perf_counter()
+        while (seconds := time.perf_counter() - start) < 1 / 3:
+            product().block_until_ready()
+            n += 1
+        return n * matrix.nbytes / seconds
+
+    def measured() -> float:
+        return max(speed(product) for product in products)
+
+    measured()
+    return measured
 
 
 def bytes_per_token(weights: DecoderWeights, cache_slots: int) -> int:
@@ -79,36 +90,51 @@ def prompt_of(length: int) -> np.ndarray:
     return np.array(ids[: length - length % 3 + 2])
 
 
-def decode_seconds(
+@dataclass(frozen=True)
+class Speeds:
+    """Of each round: seconds a step of one sequence and of several, and bytes a second of memory.
+
+    What else runs on a machine, or on its neighbours, takes memory's speed away for seconds at a
+    time: what is compared is measured in turns.
+    """
+
+    one: np.ndarray
+    several: np.ndarray
+    bandwidth: np.ndarray
+
+
+def decode_speeds(
     weights: DecoderWeights,
     prompt: np.ndarray,
     n_tokens: int,
-    repeats: int,
-    n_sequences: int = 1,
-    **settings,
-) -> float:
-    """Seconds a step within the loop: the chunk after the first (prefill, compilation) one."""
+    n_rounds: int,
+    n_sequences: int,
+    bandwidth: Callable[[], float],
+) -> Speeds:
+    """Speeds within the loop: the chunks after the first (prefill, compilation) one."""
     # Some room is left: at its end no note can begin, and the piece might end.
-    decoding = Decoding(max_tokens=2 * n_tokens + 8, chunk=n_tokens, sampler=MinP(), **settings)
+    length = (n_rounds + 1) * n_tokens
+    decoding = Decoding(max_tokens=length + 8, chunk=n_tokens, sampler=MinP())
 
-    def second_chunk() -> float:
-        chunks = decode(
-            weights,
-            TOKENIZER,
-            prompt,
-            n_sequences=n_sequences,
-            key=jax.random.key(0),
-            settings=decoding,
-        )
-        next(chunks)
+    def chunks(n: int) -> Iterator[np.ndarray]:
+        key = jax.random.key(0)
+        return decode(weights, TOKENIZER, prompt, n_sequences=n, key=key, settings=decoding)
+
+    def seconds(running: Iterator[np.ndarray]) -> float:
         start = time.perf_counter()
-        ids = next(chunks)
-        seconds = time.perf_counter() - start
-        if ids.shape[1] != 2 * n_tokens:
+        ids = next(running)
+        taken = time.perf_counter() - start
+        if ids.shape[1] % n_tokens:
             raise RuntimeError("the piece ended before it was measured")
-        return seconds / n_tokens
+        return taken / n_tokens
 
-    return min(second_chunk() for _ in range(repeats + 1))
+    one, several = chunks(1), chunks(n_sequences)
+    next(one), next(several)
+    rounds = []
+    for _ in range(n_rounds):
+        before = bandwidth()
+        rounds.append((seconds(one), seconds(several), (before + bandwidth()) / 2))
+    return Speeds(*np.array(rounds).T)
 
 
 def grammar_seconds(prompt: np.ndarray, repeats: int, n: int = 200) -> float:
@@ -232,40 +258,38 @@ def main() -> None:
     parser.add_argument("--preset", default="medium", choices=sorted(MODELS))
     parser.add_argument("--precisions", default="float32", help="comma-separated (float32)")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (512)")
-    parser.add_argument("--tokens", type=int, default=64, help="tokens measured (64)")
+    parser.add_argument("--tokens", type=int, default=24, help="tokens of a round (24)")
     parser.add_argument("--batch", type=int, default=4, help="sequences at once, beside one (4)")
-    parser.add_argument("--repeats", type=int, default=3, help="best of 1 + this many (3)")
+    parser.add_argument("--rounds", type=int, default=9, help="medians of so many (9)")
     parser.add_argument("--json", action="store_true", help="one JSON line")
     args = parser.parse_args()
     model = build_model(MODELS[args.preset], ComputeConfig(), rngs=nnx.Rngs(0))
     prompt = prompt_of(args.prompt)
     result: dict[str, object] = {"preset": args.preset, "device": jax.devices()[0].device_kind}
     result["prompt_tokens"] = len(prompt)
-    bandwidth = memory_bandwidth(1.0, args.repeats + 2)
-    result["bandwidth_gb_s"] = bandwidth / 1e9
+    bandwidth = memory_bandwidth(1.0)
     for precision in args.precisions.split(","):
         weights = decoder_weights(model, precision)
         if precision == "float32":
             check_same_network(weights, model, prompt)
-        seconds = decode_seconds(weights, prompt, args.tokens, args.repeats)
-        batch_seconds = decode_seconds(weights, prompt, args.tokens, args.repeats, args.batch)
+        speeds = decode_speeds(weights, prompt, args.tokens, args.rounds, args.batch, bandwidth)
+        seconds = float(np.median(speeds.one))
         if precision == "float32":
-            result["grammar_share"] = grammar_seconds(prompt, args.repeats) / seconds
-        slots = -(-len(prompt) // 256) * 256 + -(-2 * args.tokens // 256) * 256
+            result["grammar_share"] = grammar_seconds(prompt, args.rounds) / seconds
+        n_new = (args.rounds + 1) * args.tokens + 8
+        slots = -(-len(prompt) // 256) * 256 + -(-n_new // 256) * 256
         read = bytes_per_token(weights, slots)
-        # The ceiling is measured on both sides of the run, and the higher one counts.
-        bandwidth = max(bandwidth, memory_bandwidth(1.0, args.repeats + 2))
         result[precision] = {
             "tokens_per_s": 1 / seconds,
-            "limit_tokens_per_s": bandwidth / read,
-            "share_of_limit": read / seconds / bandwidth,
+            "bandwidth_gb_s": float(np.median(speeds.bandwidth)) / 1e9,
+            "limit_tokens_per_s": float(np.median(speeds.bandwidth)) / read,
+            "share_of_limit": float(np.median(read / speeds.one / speeds.bandwidth)),
             "gb_per_token": read / 1e9,
             "batch": args.batch,
-            "batch_step_ratio": batch_seconds / seconds,
+            "batch_step_ratio": float(np.median(speeds.several / speeds.one)),
         }
         del weights
-    result["bandwidth_gb_s"] = bandwidth / 1e9
-    torch_time = torch_seconds(model, len(prompt), args.tokens, args.repeats)
+    torch_time = torch_seconds(model, len(prompt), 2 * args.tokens, 3)
     result["torch_tokens_per_s"] = None if torch_time is None else 1 / torch_time
     print(json.dumps(result) if args.json else _table(result))
 
@@ -274,15 +298,15 @@ def _table(result: dict) -> str:
     lines = [
         f"{result['preset']} on {result['device']}, batch 1, "
         f"prompt of {result['prompt_tokens']} tokens",
-        "memory-bandwidth limit (large matrix-vector product): "
-        f"{result['bandwidth_gb_s']:.1f} GB/s",
+        "share: of what the memory's speed (large matrix-vector product, in turns) allows",
     ]
     for precision in ("float32", "bfloat16", "int8"):
         if precision in result:
             row = result[precision]
             lines.append(
                 f"{precision:>9}: {row['tokens_per_s']:6.2f} tokens/s of "
-                f"{row['limit_tokens_per_s']:6.2f} ({row['gb_per_token']:.2f} GB a token): "
+                f"{row['limit_tokens_per_s']:6.2f} ({row['gb_per_token']:.2f} GB a token, "
+                f"{row['bandwidth_gb_s']:.1f} GB/s): "
                 f"{row['share_of_limit']:.0%} of the limit; a step of {row['batch']} sequences "
                 f"takes {row['batch_step_ratio']:.2f} times as long"
             )
