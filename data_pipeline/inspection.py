@@ -81,7 +81,7 @@ def inspect(data_dir: str | Path, *, sampled_pieces: int = 200) -> Inspection:
     notes = np.concatenate(n_notes) if n_notes else np.zeros(0, np.int64)
     quantiles = np.quantile(notes, [0, 0.25, 0.5, 0.75, 1]) if len(notes) else np.zeros(5)
     return Inspection(
-        tokenizer=tokenizer.preset_name,
+        tokenizer=tokenizer.scheme,
         reading=reading_of(manifest),
         n_repaired=manifest.get("n_repaired", 0),
         splits=splits,

@@ -209,6 +209,8 @@ def _parse(text: str, hint: Any) -> Any:
         raise ValueError(f"must be of type {_type_name(hint)}") from None
 
 
+OF_SERIES = frozenset(("jitter", "channel_dropout", "channel_permutation"))
+"""Settings of `AugmentConfig` that music has no use for."""
 Share = Annotated[float, Range(0, 0.95)]
 Probability = Annotated[float, Range(0, 1)]
 
@@ -245,6 +247,12 @@ class AugmentConfig:
     """All durations, but not onsets, are multiplied by a factor drawn from 1 ± sustain."""
     sustain_probability: Probability = 0.5
     """How likely a piece's durations change."""
+    jitter: Share = 0.0
+    """Of event series: each wait is multiplied by a factor of its own, drawn from 1 ± jitter."""
+    channel_dropout: Share = 0.0
+    """Of event series: how likely each channel is left out."""
+    channel_permutation: bool = False
+    """Of event series: whether the channels of a group come in each other's place."""
 
     def __post_init__(self) -> None:
         if found := problems_of(self):

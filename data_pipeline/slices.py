@@ -34,7 +34,7 @@ def encode_slices(
         performance: `Tokenizer.with_tokens` of one.
     """
     starts = range(0, len(performance.notes), slice_notes)
-    if tokenizer.has_pedal:  # pedal events belong to the notes around them, not to every slice
+    if tokenizer.slices_tokens:  # pedal events belong to the notes around them, not to every slice
         ids = tokenizer.encode(performance)
         at = tokenizer.note_positions(ids)
         return [tokenizer.slice_ids(ids, at, start, start + slice_notes) for start in starts]

@@ -200,15 +200,16 @@ ADDITIONS = (
     "data_pipeline.storage", "data_pipeline.tokenizers", "data_pipeline.loaders.mixture",
     "aria_jax.train.goodput", "aria_jax.train.trackers", "aria_jax.checkpoints.hub",
     "aria_jax.generate.live", "aria_jax.serve", "aria_jax.cli.serve", "aria_jax.cli.tokenizers",
+    "data_pipeline.build.series",
 )  # fmt: skip
-"""What the house gained after its rooms were counted: storage, other tokenizers, the duet."""
+"""What the house gained after its rooms were counted: storage, tokenizers, the duet, series."""
 
 
 def test_the_product_is_not_confetti():
     """A file is one idea, and an idea is one file."""
     added = [path for path in modules() if dotted(path).startswith(ADDITIONS)]
     assert len(modules()) - len(added) <= 110
-    assert len(added) <= 27
+    assert len(added) <= 28
 
 
 def test_no_module_is_a_crowded_room():

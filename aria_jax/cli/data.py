@@ -3,7 +3,7 @@
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from aria_jax.cli import Verb, Writes, add_compat, add_overwrite, check_folder_name
 
@@ -67,7 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build = verb("build", BUILD, DETAILS.replace("{table}", _filter_table()))
     build.add_argument(
         "midi_dir",
-        help="folder (searched recursively), .zip, .tar (.gz, .bz2, .xz), .parquet or MIDI file",
+        help="folder (searched recursively), .zip, .tar (.gz, .bz2, .xz), .parquet or MIDI file; "
+        "or .parquet of event series",
     )
     build.add_argument("out_dir", help="folder for the shards")
     build.add_argument("--workers", type=int, help="processes (default: one per core)")
@@ -85,7 +86,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         dest="preset",
         default="aria",
         metavar="NAME",
-        help="scheme of tokens, see `aria-jax tokenizers list` (aria)",
+        help="scheme of tokens, see `aria-jax tokenizers list`; events, events:FILE.json or "
+        "events:CORPUS for event series (aria)",
     )
     add_compat(build, "default: standard")
     build.add_argument(
@@ -226,6 +228,14 @@ def _build(args: argparse.Namespace) -> None:
         f"{summary.n_train:,} train, {summary.n_val:,} val"
         + (f", {summary.n_test:,} test" if summary.n_test else "")
     )
+    if summary.round_trip is not None:
+        lost: dict[str, Any] = summary.round_trip
+        text += (
+            f"\nround trip: values off by {lost['value_mean']:.2%} of their channel's range on "
+            f"average, by {lost['value_max']:.2%} at most, on {lost['worst_channel']} by "
+            f"{lost['worst_mean']:.2%}; waits off by {lost['wait_mean']:.2%}, by "
+            f"{lost['wait_max']:.2%} at most"
+        )
     if summary.done_before:
         text += "\nalready built of the same files with the same settings: nothing to do"
     if summary.n_repaired:

@@ -124,14 +124,14 @@ def run(args: argparse.Namespace) -> None:
     from aria_jax.checkpoints.models import load_model
     from aria_jax.generate.continuation import check_memory, fitting_tokens, less_room
     from aria_jax.generate.weights import decoder_weights
-    from data_pipeline.tokenizers import Tokenizer
+    from data_pipeline.tokenizers import Tokenizer, of_music
 
     stage("loading the model")
     mesh = _mesh(args.mesh)
     if model_path(args.checkpoint) != Path(args.checkpoint):
         note(f"model: the released {args.checkpoint} (--checkpoint takes one of yours)")
     loaded = load_model(args.checkpoint, mesh=mesh)
-    tokenizer = Tokenizer.preset(loaded.tokenizer)
+    tokenizer = of_music(Tokenizer.preset(loaded.tokenizer), "generate")
     prompt = _prompt(args, tokenizer, loaded.reading, limits)
     weights = decoder_weights(loaded.model, args.precision)
     room = fitting_tokens(weights, prompt, settings)

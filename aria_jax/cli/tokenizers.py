@@ -104,7 +104,7 @@ def _installed(names: list[str]) -> "tuple[list[Tokenizer], dict[str, str]]":
 
 def _list(args: argparse.Namespace) -> int:
     from aria_jax.cli.console import print_result
-    from data_pipeline.tokenizers import SCHEMES
+    from data_pipeline.tokenizers import EVENTS, SCHEMES
 
     found, missing = _installed(list(SCHEMES))
     sizes = {one.preset_name: one.vocab_size for one in found}
@@ -122,7 +122,9 @@ def _list(args: argparse.Namespace) -> int:
         f"{name:<11} {sizes[name]:>6,} ids  {text}" if name in sizes else missing[name]
         for name, text in SCHEMES.items()
     ]
-    print_result({"tokenizers": rows}, args.json, "\n".join(lines))
+    series = {"name": "events", "about": EVENTS, "vocab_size": None, "hash": None, "missing": None}
+    lines.append(f"{'events':<11} {'its own':>6} ids  {EVENTS}")
+    print_result({"tokenizers": [*rows, series]}, args.json, "\n".join(lines))
     return 0
 
 

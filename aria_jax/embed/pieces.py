@@ -17,6 +17,7 @@ from aria_jax.config import SLICE_NOTES, SLICE_TOKENS
 from data_pipeline import storage
 from data_pipeline.artifact import hashed, json_digest, rows_digest
 from data_pipeline.build.listing import SUFFIXES, Entry, is_midi_name
+from data_pipeline.build.series import check_source
 from data_pipeline.build.sources import (
     entry_digest,
     has_inner_tables,
@@ -28,7 +29,7 @@ from data_pipeline.build.sources import (
 )  # fmt: skip
 from data_pipeline.errors import InvalidMidi, UserError, printable
 from data_pipeline.metadata import LabelTable, find_tables, read_labels
-from data_pipeline.midi import STANDARD, Performance, compat_of, read_midi
+from data_pipeline.midi import STANDARD, Performance, compat_of
 from data_pipeline.shards import MANIFEST, TokenShards, load_manifest, reading_of
 from data_pipeline.slices import Pieces, encode_slices, truncated
 from data_pipeline.tokenizers import Tokenizer
@@ -102,9 +103,7 @@ class Source(Protocol):
         """Those of the files that are called so; all of them where pieces have other names."""
 
     def digests(self) -> dict[str, str | None]:
-        """Of the "files", by the bytes of each, and of the "labels" that their tables give them;
-        of shards, of their "cleaning" too.
-        """
+        """Of the bytes of "files", of the "labels" of tables; of shards also of "cleaning"."""
 
 
 def open_source(
@@ -138,9 +137,9 @@ def open_source(
         sizes = {split: len(TokenShards(source, split, tokenizer)) for split in splits}
         sizes = {split: size for split, size in sizes.items() if size}
         return _Shards(source, slicing, tuple(sizes), tuple(sizes.values()))
+    check_source(slicing.tokenizer, source)
     tables = spool.with_name(spool.name + ".tables")
-    entries = list(list_source(source, spool, tables))
-    if not entries:
+    if not (entries := list(list_source(source, spool, tables))):
         raise no_midi_files(source)
     inner = has_inner_tables(source)
     table = read_labels(source, find_tables(tables if inner else source, metadata))
@@ -308,13 +307,13 @@ class _MidiFiles:
         }
 
     def piece(self, i: int) -> Piece | Rejection:
-        entry = self.entries[i]
-        path = printable(entry.path)
+        entry, path = self.entries[i], printable(self.entries[i].path)
+        tokenizer = Tokenizer.preset(self.slicing.tokenizer)
         try:
             data = read_entry(self.root, entry)
-            performance = read_midi(data, compat=compat_of(self.slicing.reading))
+            performance = tokenizer.read(data, compat=compat_of(self.slicing.reading))
             slices = midi_slices(performance, self.slicing)
-            known = Tokenizer.preset(self.slicing.tokenizer).with_tokens(performance)
+            known = tokenizer.with_tokens(performance)
         except InvalidMidi as error:
             return Rejection(path, error.reason, printable(str(error)))
         except OSError as error:

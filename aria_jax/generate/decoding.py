@@ -317,7 +317,7 @@ def decode(
     _check(weights, tokenizer, prompt, condition_E)
     if settings.force_end and tokenizer.dim_id < 0:
         raise UserError(
-            f"an ending is asked for by <D>, which {tokenizer.preset_name} lacks: leave --end out"
+            f"an ending is asked for by <D>, which {tokenizer.scheme} lacks: leave --end out"
         )
     guided = condition_E is not None
     condition = jnp.asarray(condition_E, jnp.float32) if guided else None

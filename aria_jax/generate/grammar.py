@@ -302,7 +302,7 @@ def grammar_after(
     if error >= 0:
         raise UserError(
             f"token {error} of the prompt, {tokenizer.tokens[prompt[error]]!r}, may not stand "
-            f"where it does by the rules of {tokenizer.preset_name}; switch the grammar off to go "
+            f"where it does by the rules of {tokenizer.scheme}; switch the grammar off to go "
             "on from it"
         )
     tables = jnp.asarray(automaton.following), jnp.asarray(automaton.class_of)

@@ -182,7 +182,7 @@ def build_task(config: RunConfig, data: Data, *, mesh: jax.sharding.Mesh | None 
     if augment is not None:
         notes += augmentations_left_out(tokenizer, augment)
     if config.task == "continue" and tokenizer.dim_id < 0:
-        notes.append(f"{tokenizer.preset_name} has no <D>: nothing announces the end of a piece")
+        notes.append(f"{tokenizer.scheme} has no <D>: nothing announces the end of a piece")
     for source in sources:
         try:
             stream = batches(source, "val", augment=None, epochs=1, shuffle=False)

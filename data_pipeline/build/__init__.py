@@ -31,6 +31,7 @@ from data_pipeline.artifact import (
 )
 from data_pipeline.build.journal import Journal, Listing, disk_errors_explained
 from data_pipeline.build.merge import DEDUP, Excluded, MergeSettings, merge_units, send_corpus
+from data_pipeline.build.series import settle
 from data_pipeline.build.sources import has_inner_tables, readable_root
 from data_pipeline.build.unit_worker import Job, Limits
 from data_pipeline.cleaning import Cleaning
@@ -55,6 +56,7 @@ class BuildSummary:
         rejected: number of files by "stage/reason".
         warnings: what was not done, and had better be known.
         hours: of music in the accepted pieces.
+        round_trip: of event series, what their tokens lose; see `series.learn`.
         done_before: it was there already, made of the same files with the same settings.
     """
 
@@ -71,6 +73,7 @@ class BuildSummary:
     rejected: dict[str, int]
     n_test: int
     warnings: list[str]
+    round_trip: dict[str, float | str] | None = None
     done_before: bool = field(default=False, compare=False)
 
 
@@ -101,7 +104,8 @@ def build(
     What it is made of is decided by content: every file of the source is read and hashed first.
 
     Args:
-        midi_dir: folder (searched recursively), archive, Parquet or MIDI file; see `sources`.
+        midi_dir: folder (searched recursively), archive, Parquet or MIDI file, or Parquet of event
+            series; see `sources`.
         workers: processes; None for one per core.
         filters: "light", "heavy", "none" or a file of thresholds.
         metadata: JSON or CSV of labels; None to look for tables beside the files.
@@ -130,17 +134,24 @@ def build(
     source, out = storage.local(midi_dir), storage.local(out_dir)
     refuse_inside(out, source, "the folder of your MIDI files")
     refuse_occupied(out, "a corpus")
+    cleaning = cleaning or Cleaning()
+    asked_of_music = {"cleaning": cleaning != Cleaning(), "dedup near": dedup == "near",
+                      "compat": compat is not None}  # fmt: skip
+    tokenizer_preset, filters, round_trip = settle(
+        tokenizer_preset, source, filters=filters, others=asked_of_music
+    )
     unit_settings = {
         "tokenizer_preset": tokenizer_preset,
         "reading": reading_name(compat),
         "repair": repair,
         "filters": filter_presets.load(filters),
-        "cleaning": asdict(cleaning or Cleaning()),
+        "cleaning": asdict(cleaning),
         "fingerprints": dedup == "near",
     }
     how = MergeSettings(val_fraction, dedup, max_per_composition, shards, split_column)
     tokenizer_hash = Tokenizer.preset(tokenizer_preset).hash
     settings = {**unit_settings, **asdict(how), "tokenizer_hash": tokenizer_hash}
+    settings |= {} if round_trip is None else {"round_trip": round_trip}
     column = None if split_column == "none" else split_column
     inner = metadata is None and has_inner_tables(source)
     if not inner:
@@ -381,6 +392,7 @@ def _summary(out: Path, manifest: dict[str, Any], done_before: bool) -> BuildSum
         n_test=manifest["splits"].get("test", {}).get("n_pieces", 0),
         n_repaired=manifest.get("n_repaired", 0),
         warnings=manifest.get("warnings", []),
+        round_trip=manifest.get("settings", {}).get("round_trip"),
         **{name: manifest[name] for name in names},
         done_before=done_before,
     )

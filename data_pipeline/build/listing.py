@@ -183,10 +183,11 @@ class MemberTree:
 
     Args:
         file: for the index; see `close`.
+        any_name: whether files without a MIDI suffix count.
     """
 
-    def __init__(self, file: Path):
-        self._file = file
+    def __init__(self, file: Path, any_name: bool = False):
+        self._file, self._any_name = file, any_name
         file.unlink(missing_ok=True)
         self._db = sqlite3.connect(file, isolation_level=None)
         for statement in (
@@ -286,7 +287,7 @@ class MemberTree:
             if place is not None:
                 linked = place != (own + b"/" + raw if own else raw)[:-1]
                 yield Folder(name[:-1], _decoded(place), identity=_decoded(place), linked=linked)
-            elif fault or is_midi_name(name):
+            elif fault or self._any_name or is_midi_name(name):
                 if offset < 0 and not fault:
                     fault = "not-kept"
                 yield Entry(name, size, offset, method, packed, crc, fault, detail)

@@ -3,7 +3,8 @@
     folder                        searched recursively, linked folders too
     .zip, .tar                    read in place
     .tar.gz, .tar.bz2, .tar.xz    unpacked into one file for as long as the build takes
-    .parquet, or a folder of it   rows with MIDI bytes; unpacked likewise
+    .parquet, or a folder of it   rows with MIDI bytes, or event series (`build.series`); unpacked
+                                  likewise
     .mid, .midi, .kar, .rmi       one file; with .gz after it also in all of the above
 
 A table's MIDI column is one of bytes, or of {bytes, path} (Hugging Face). The other columns of
@@ -24,7 +25,7 @@ import tarfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from data_pipeline.artifact import file_digest, synced
 from data_pipeline.build.archives import (
@@ -73,7 +74,7 @@ def list_source(source: Path, spool: Path, tables: Path) -> Iterator[Entry]:
         for entry in walk_folder(source):
             first = first or entry
             yield entry
-        if first is None and (files := _parquet_files(source)):
+        if first is None and (files := parquet_files(source)):
             yield from _list_members(source, files, spool, tables)
     elif source.is_file() and is_midi_name(source.name):
         yield Entry(source.name, source.stat().st_size)
@@ -89,7 +90,7 @@ def list_source(source: Path, spool: Path, tables: Path) -> Iterator[Entry]:
 def has_inner_tables(source: Path) -> bool:
     """Whether label tables are found by listing the source, and not beside its files."""
     if source.is_dir():
-        return next(walk_folder(source), None) is None and bool(_parquet_files(source))
+        return next(walk_folder(source), None) is None and bool(parquet_files(source))
     return source.is_file() and not is_midi_name(source.name)
 
 
@@ -156,13 +157,16 @@ def walk_folder(folder: Path) -> Iterator[Entry]:
         raise UserError(f"{folder}: cannot read this folder ({error.strerror})") from error
 
 
-def _parquet_files(folder: Path) -> list[Path]:
+def parquet_files(folder: Path) -> list[Path]:
+    """Those in a folder and below, in order."""
     return sorted(path for path in folder.rglob("*.parquet") if path.is_file())
 
 
 def _list_members(source: Path, files: list[Path], spool: Path, tables: Path) -> Iterator[Entry]:
     """Lists the archive, or the Parquet files, that `source` is or holds."""
-    tree = MemberTree(spool.with_name("members"))
+    from data_pipeline.build.series import is_series
+
+    tree = MemberTree(spool.with_name("members"), any_name=all(map(is_series, files)))
     try:
         if source.is_dir() or is_parquet(source):
             root = source if source.is_dir() else source.parent
@@ -215,17 +219,24 @@ def add_parquet(
     Raises:
         UserError: not Parquet, or without a column of MIDI bytes.
     """
+    from data_pipeline.build.series import is_series, read_rows
+
     tables.mkdir(parents=True, exist_ok=True)
     with synced(spool) as out, synced(tables / LABELS, "w", encoding="ascii") as labels:
         for file in files:
             stem = file.relative_to(root).with_suffix("").as_posix()
-            for row, (name, data, values) in enumerate(_rows(file, stem)):
-                numbered = f"{row:06d}.mid" if len(files) == 1 else f"{stem}/{row:06d}.mid"
-                path = _midi_path(name) if name else numbered
+            events = is_series(file)
+            rows = read_rows(file) if events else _rows(file, stem)
+            suffix, named = (".series", _plain_path) if events else (".mid", _midi_path)
+            for number, (name, data, values, fault, detail) in enumerate(rows):
+                numbered = f"{number:06d}{suffix}"
+                numbered = numbered if len(files) == 1 else f"{stem}/{numbered}"
+                path = named(name) if name else numbered
                 if tree.has(path):  # names of one split may be those of another
                     path = numbered if tree.has(f"{stem}/{path}") else f"{stem}/{path}"
                 if data is None:
-                    tree.add(Entry(path, 0, fault="no-bytes", detail=f"row {row} of {file.name}"))
+                    detail = detail or f"row {number} of {file.name}"
+                    tree.add(Entry(path, 0, fault=fault, detail=detail))
                 elif len(data) > FILE_BYTES:
                     tree.add(Entry(path, len(data)))
                 else:
@@ -234,8 +245,25 @@ def add_parquet(
                 labels.write(json.dumps({"path": path, **values}) + "\n")
 
 
-def _rows(file: Path, stem: str) -> Iterator[tuple[str, bytes | None, dict[str, Any]]]:
-    """Path ("" without), MIDI bytes and labels of each row."""
+class Row(NamedTuple):
+    """What becomes a file of a source.
+
+    Attributes:
+        name: its path; "" where none is given.
+        data: its bytes; None where it cannot be used.
+        labels: as far as they are known.
+        fault, detail: why there are no bytes.
+    """
+
+    name: str
+    data: bytes | None
+    labels: dict[str, Any]
+    fault: str = "no-bytes"
+    detail: str = ""
+
+
+def _rows(file: Path, stem: str) -> Iterator[Row]:
+    """Of a table with MIDI bytes."""
     import pyarrow as pa
 
     try:
@@ -246,9 +274,7 @@ def _rows(file: Path, stem: str) -> Iterator[tuple[str, bytes | None, dict[str, 
         raise UserError(f"{file}: not a readable Parquet file ({text})") from error
 
 
-def _rows_of(
-    stream: BinaryIO, file: Path, stem: str
-) -> Iterator[tuple[str, bytes | None, dict[str, Any]]]:
+def _rows_of(stream: BinaryIO, file: Path, stem: str) -> Iterator[Row]:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(stream)
@@ -267,7 +293,7 @@ def _rows_of(
                 name = name or data.get("path")
                 data = data["bytes"]
             values = {n: _class_name(row[n], classes.get(n)) for n in columns}
-            yield name or "", data, {**values, **split}
+            yield Row(name or "", data, {**values, **split})
 
 
 def _midi_column(file: Path, schema: Any) -> str:
@@ -319,6 +345,10 @@ def _class_name(value: Any, names: Sequence[str] | None) -> Any:
     if not names or type(value) is not int:
         return value
     return names[value] if 0 <= value < len(names) else None
+
+
+def _plain_path(name: str) -> str:
+    return member_path(name.replace("\\", "/")) or "unnamed"
 
 
 def _midi_path(name: str) -> str:

@@ -28,7 +28,7 @@ from data_pipeline.build.journal import rejection
 from data_pipeline.build.sources import FILE_BYTES, Entry, read_entry
 from data_pipeline.errors import InvalidMidi, printable
 from data_pipeline.metadata import labels_from_texts
-from data_pipeline.midi import compat_of, read_midi
+from data_pipeline.midi import compat_of
 from data_pipeline.tokenizers import Tokenizer
 
 # A MIDI file with a pedal press and enough notes for a fingerprint.
@@ -109,10 +109,12 @@ class PieceMaker:
         self._cleaning = cleaning.Cleaning(**settings["cleaning"])
         self._fingerprints = settings["fingerprints"]
         compat = compat_of(settings["reading"])
-        self._read = partial(read_midi, compat=compat, repair=settings["repair"])
+        self._read = partial(self._tokenizer.read, compat=compat, repair=settings["repair"])
 
     def warm_up(self) -> None:
         """Loads or compiles all that `process_midi` uses, so that no file has to pay for it."""
+        if self._tokenizer.scheme == "events":  # for which nothing is compiled
+            return
         performance = self._read(_WARM_UP)
         filters.check(self._cleaning.clean(performance), self._filters)
         self._tokenizer.encode(performance)
@@ -147,7 +149,7 @@ class PieceMaker:
                 "n_notes": int(self._tokenizer.n_notes(ids)),
                 "n_tokens": len(ids),
                 "labels": labels,
-                "content": dedup.content_hash(performance),
+                "content": self._tokenizer.content_hash(performance),
             }
             if performance.repaired:
                 summary["repaired"] = printable(performance.repaired)

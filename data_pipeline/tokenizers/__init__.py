@@ -10,12 +10,14 @@ from data_pipeline.tokenizers.aria import AriaTokenizer
 from data_pipeline.tokenizers.base import Tokenizer
 
 __all__ = [
+    "EVENTS",
     "SCHEMES",
     "AriaTokenizer",
     "Tokenizer",
     "augmentations_left_out",
     "load_scheme",
     "of_aria",
+    "of_music",
 ]
 
 SCHEMES = {
@@ -26,7 +28,9 @@ SCHEMES = {
     "remi": "bars, positions, tempo, a note in four tokens (Huang & Yang, 2020); through MidiTok",
     "midi-like": "beginnings, ends and shifts of 10 ms (Oore et al., 2018); through MidiTok",
 }
-"""Name of every tokenizer, and what it is in a line."""
+"""Name of every tokenizer of music, and what it is in a line."""
+EVENTS = "any event series (Parquet of series, time, channel, value); a vocabulary of each corpus"
+"""The same of the one that is not of music, "events"."""
 
 
 def load_scheme(name: str) -> Tokenizer:
@@ -45,6 +49,20 @@ def load_scheme(name: str) -> Tokenizer:
     return schemes[name]()
 
 
+def of_music(tokenizer: Tokenizer, what: str) -> Tokenizer:
+    """The tokenizer, unless it is one of event series.
+
+    Args:
+        what: is made of music only, e.g. "generate".
+
+    Raises:
+        UserError: it is.
+    """
+    if tokenizer.scheme == "events":
+        raise UserError(f"{what} takes a model of music; this model's tokens are event series")
+    return tokenizer
+
+
 def of_aria(tokenizer: Tokenizer, what: str) -> AriaTokenizer:
     """The tokenizer, if it is Aria's or its pedal variant.
 
@@ -57,8 +75,7 @@ def of_aria(tokenizer: Tokenizer, what: str) -> AriaTokenizer:
     if isinstance(tokenizer, AriaTokenizer):
         return tokenizer
     raise UserError(
-        f"{what} takes the tokens of aria or pedal; this model's tokenizer is "
-        f"{tokenizer.preset_name}"
+        f"{what} takes the tokens of aria or pedal; this model's tokenizer is {tokenizer.scheme}"
     )
 
 
@@ -68,7 +85,7 @@ def augmentations_left_out(tokenizer: Tokenizer, config: AugmentConfig) -> tuple
     Raises:
         UserError: it is not among what is done by default, so that someone asked for it.
     """
-    usual, name = AugmentConfig(), tokenizer.preset_name
+    usual, name = AugmentConfig(), tokenizer.scheme
     undone = {
         one.name: getattr(config, one.name)
         for one in fields(AugmentConfig)

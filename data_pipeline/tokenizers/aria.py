@@ -27,7 +27,7 @@ from data_pipeline.midi import (
     pedalled_ends,
     refuse_overlong,
 )
-from data_pipeline.settings import AugmentConfig
+from data_pipeline.settings import OF_SERIES, AugmentConfig
 from data_pipeline.tokenizers.base import Tokenizer
 from data_pipeline.vocabulary import (
     DRUM_VELOCITY,
@@ -71,7 +71,7 @@ class AriaTokenizer(Tokenizer):
     """
 
     preset_name: str = "aria"
-    augmentations = frozenset(one.name for one in fields(AugmentConfig))
+    augmentations = frozenset(one.name for one in fields(AugmentConfig)) - OF_SERIES
 
     # --- vocabulary ---
 

@@ -12,6 +12,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from data_pipeline.cleaning import supported_notes
+from data_pipeline.dedup import content_hash
 from data_pipeline.errors import InvalidMidi, UserError, did_you_mean, expect
 from data_pipeline.midi import (
     DRUM_CHANNEL,
@@ -19,6 +20,7 @@ from data_pipeline.midi import (
     PROGRAM,
     Performance,
     note_programs,
+    read_midi,
     refuse_overlong,
     resolve_pedal,
 )  # fmt: skip
@@ -105,13 +107,21 @@ class Tokenizer(ABC):
             UserError: no such preset, or a package it needs is missing.
         """
         from data_pipeline.tokenizers import SCHEMES, load_scheme
+        from data_pipeline.tokenizers.events import SCHEME, EventTokenizer
 
+        if name.partition(":")[0] == SCHEME:
+            return EventTokenizer.from_preset(name)
         if name not in SCHEMES:
             *names, last = SCHEMES
-            known = f"{', '.join(names)} and {last}"
-            hint = did_you_mean(name, SCHEMES)
+            known = f"{', '.join(names)} and {last}, and {SCHEME} for event series"
+            hint = did_you_mean(name, [*SCHEMES, SCHEME])
             raise UserError(f"no tokenizer preset {name!r}{hint}; the presets are {known}")
         return load_scheme(name)
+
+    @property
+    def scheme(self) -> str:
+        """What people call it: the preset's name, without a vocabulary that is in it."""
+        return self.preset_name.partition(":")[0]
 
     # --- vocabulary ---
 
@@ -130,6 +140,11 @@ class Tokenizer(ABC):
         """Whether pedal events are tokens."""
         return False
 
+    @property
+    def slices_tokens(self) -> bool:
+        """Whether a slice of a piece is a part of its tokens, and not its notes encoded anew."""
+        return self.has_pedal
+
     @cached_property
     def _id_of(self) -> dict:
         return {token: i for i, token in enumerate(self.tokens)}
@@ -139,7 +154,7 @@ class Tokenizer(ABC):
         try:
             return self._id_of[token]
         except KeyError:
-            raise UserError(f"the {self.preset_name} vocabulary has no token {token!r}") from None
+            raise UserError(f"the {self.scheme} vocabulary has no token {token!r}") from None
 
     @property
     def vocab_size(self) -> int:
@@ -186,6 +201,14 @@ class Tokenizer(ABC):
         return np.arange(self.vocab_size)
 
     # --- performance -> ids -> performance ---
+
+    def read(self, data: bytes, *, compat: str | None = None, repair: bool = False) -> Performance:
+        """What the bytes of one file of a source say; see `read_midi`."""
+        return read_midi(data, compat=compat, repair=repair)
+
+    def content_hash(self, performance: Performance) -> str:
+        """SHA-256 (hex) of what is played or happens, whatever file it stands in."""
+        return content_hash(performance)
 
     @abstractmethod
     def encode(
@@ -316,6 +339,6 @@ class Tokenizer(ABC):
             UserError: the scheme has no such token.
         """
         raise UserError(
-            f"the {self.preset_name} tokenizer has no <D> that announces the end: task `continue` "
+            f"the {self.scheme} tokenizer has no <D> that announces the end: task `continue` "
             "takes shards built with aria or pedal"
         )

@@ -99,7 +99,7 @@ def test_the_command_prints_a_row_per_scheme_and_names_what_it_leaves_out(tmp_pa
     assert "| musenet | 17,330 | 1 |" in capsys.readouterr().out
     assert main(["tokenizers", "list", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["tokenizers"]
-    assert [row["name"] for row in rows] == list(SCHEMES)
+    assert [row["name"] for row in rows] == [*SCHEMES, "events"]
 
 
 @pytest.mark.parametrize(
