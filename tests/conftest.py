@@ -16,6 +16,7 @@ import pytest
 from tests.buckets import _networks, bucket  # noqa: F401
 from tests.corpora import corpus, midi_corpus  # noqa: F401  fixtures for every room
 from tests.golden.arrays import unpack_golden
+from tests.hub import model_hub  # noqa: F401
 from tests.tiny_models import duet_engine, duet_model, tiny_models  # noqa: F401
 
 # Many tests, and the programs they start, compile the same functions: they are kept for the

@@ -202,14 +202,15 @@ ADDITIONS = (
     "aria_jax.generate.live", "aria_jax.serve", "aria_jax.cli.serve", "aria_jax.cli.tokenizers",
     "data_pipeline.build.series",
 )  # fmt: skip
-"""What the house gained after its rooms were counted: storage, tokenizers, the duet, series."""
+"""What the house gained after its rooms were counted: storage, tokenizers, the duet, series,
+weights by name."""
 
 
 def test_the_product_is_not_confetti():
     """A file is one idea, and an idea is one file."""
     added = [path for path in modules() if dotted(path).startswith(ADDITIONS)]
     assert len(modules()) - len(added) <= 110
-    assert len(added) <= 28
+    assert len(added) <= 29
 
 
 def test_no_module_is_a_crowded_room():

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from aria_jax.checkpoints import hub
 from data_pipeline import storage
 from data_pipeline.artifact import file_digest, json_digest, rows_digest
 from data_pipeline.errors import UserError
@@ -24,11 +25,13 @@ RELEASED_NAMES = (RELEASED_LM, RELEASED_ENCODER)
 
 
 def model_path(source: str | Path) -> Path:
-    """`source` itself, or the file of the released weights of that name where no such path is.
+    """`source` itself; the file of released weights, where no such path is; that of hf://….
 
     Raises:
-        UserError: such a name, but the installation has no such weights.
+        UserError: such a name, but the installation has no such weights; as `hub.local`.
     """
+    if hub.is_name(source):
+        return hub.local(source)
     path = storage.local(source)
     if str(source) not in RELEASED_NAMES or path.exists():
         return path
@@ -42,14 +45,14 @@ def model_path(source: str | Path) -> Path:
 
 
 def check_model(source: str | Path) -> None:
-    """Raises `UserError` for what is no workdir with checkpoints, safetensors or released name."""
+    """Raises `UserError` for what is no workdir with checkpoints, safetensors or name of some."""
     path = model_path(source)
     if path.suffix == ".safetensors" and path.is_file():
         return
     if not (path / DIRECTORY).is_dir():
         raise UserError(
-            f"{source}: no checkpoint here (expected the --workdir of a training run, or a "
-            ".safetensors file)"
+            f"{source}: no checkpoint here (expected the --workdir of a training run, a "
+            f".safetensors file, hf://OWNER/NAME, or {' or '.join(RELEASED_NAMES)})"
         )
 
 

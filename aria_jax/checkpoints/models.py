@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aria_jax.checkpoints import check_model, model_path
+from aria_jax.checkpoints import check_model, hub, model_path
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.safetensors import import_model, read_about
 from aria_jax.config import (
@@ -71,6 +71,12 @@ class LoadedModel:
     adapted: bool = False
     slices: tuple[int, int] = (SLICE_NOTES, SLICE_TOKENS)
 
+    @property
+    def about(self) -> dict[str, Any]:
+        """How it is used, as a file of weights says it (see `safetensors.export_model`)."""
+        kept = ("tokenizer", "pooling", "reading", "step", "slices")
+        return {name: getattr(self, name) for name in kept}
+
     @cached_property
     def fingerprint(self) -> str:
         """Hex digest of config, step and a sample of each weight: tells two models apart."""
@@ -121,7 +127,7 @@ def load_model(
     step: int | None = None,
 ) -> LoadedModel:
     """The newest intact model of a run or of `save_model`, on one device or sharded over a mesh; or
-    that of a .safetensors file, or of released weights by their name.
+    that of a .safetensors file, or of weights by their name: released ones, hf://OWNER/NAME.
 
     A run that keeps a moving average of its weights gives that average; one that trained adapters
     gives them merged into the weights they belong to. The weights of the lowest validation loss
@@ -285,7 +291,7 @@ def read_model(
     mesh: jax.sharding.Mesh | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> Model:
-    """The model of a run, of `save_model`, of a .safetensors file, or a released one."""
+    """The model of a run, of `save_model`, of a .safetensors file, or one by its name."""
     if (file := model_path(path)).suffix == ".safetensors":
         return import_model(file)
     return load_model(path, mesh=mesh, dtype=dtype).model
@@ -313,7 +319,7 @@ def merged_with_base(
         UserError: the base is gone, or has changed since.
     """
     training = LoraTraining.from_record(saved)
-    base_path = storage.local(saved["base"] if base is None else base)
+    base_path = model_path(saved["base"] if base is None else base)
     base_params = base_weights(base_path, saved, read_base, config)
     specs = parameter_specs(config)
     trained_specs, frozen_specs = training.split_specs(specs)
@@ -325,10 +331,12 @@ def merged_with_base(
     return jax.jit(training.join, out_shardings=shardings)(restore(trained_specs), frozen)
 
 
-def lora_record(training: LoraTraining, base_path: Path, base_params: Parameters) -> dict[str, Any]:
+def lora_record(
+    training: LoraTraining, base: str | Path, base_params: Parameters
+) -> dict[str, Any]:
     """What a checkpoint says of its adapters and of their base, as JSON types."""
-    base = {"base": storage.url(base_path.absolute()), "fingerprint": params_digest(base_params)}
-    return {**training.record(), **base}
+    name = hub.pinned(base) if hub.is_name(base) else storage.url(Path(base).absolute())
+    return {**training.record(), "base": name, "fingerprint": params_digest(base_params)}
 
 
 def base_weights(

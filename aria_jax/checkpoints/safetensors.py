@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aria_jax.checkpoints import hub
 from aria_jax.config import ComputeConfig, Head, ModelConfig, to_dict
 from aria_jax.models import ParameterSpec
 from aria_jax.models.heads import (
@@ -60,9 +61,10 @@ def import_model(
 
     Args:
         path: .safetensors, float32, bfloat16 or float16.
-        n_heads: the one size the tensors do not show; d_model / 64 by default.
-        max_seq_len: context length; 8192, or 2048 for an embedding or class head, by default.
-        class_names: of a class head; class0, class1, … by default.
+        n_heads: the one size the tensors do not show; by default what the file says, or a
+            config.json beside model.safetensors, or d_model / 64.
+        max_seq_len: context length; likewise, or 8192, or 2048 for an embedding or class head.
+        class_names: of a class head; likewise, or class0, class1, ….
 
     Raises:
         UserError: not a safetensors file, or tensors missing, unknown or misshapen (all named).
@@ -83,7 +85,7 @@ def import_model(
             config = infer_config(
                 shapes,
                 str(path),
-                known=_metadata(file, METADATA) or {},
+                known=_metadata(file, METADATA) or hub.config_beside(path),
                 n_heads=n_heads,
                 max_seq_len=max_seq_len,
                 class_names=class_names,
@@ -154,7 +156,8 @@ def infer_config(
     """The architecture that tensors of these canonical names and shapes belong to.
 
     Args:
-        known: what the file's metadata says of it; used where an argument is None or empty.
+        known: what the file's metadata, or what lies beside it, says of it; used where an
+            argument is None or empty.
 
     Raises:
         UserError: no Aria weights, or heads or class names that do not fit them.

@@ -234,40 +234,6 @@ def run_once(name: str, verb: Verb, args: argparse.Namespace) -> int:
     return status
 
 
-def bring(args: argparse.Namespace) -> None:
-    """Makes a place of this disk of every argument with a scheme, and brings what lies there.
-
-    Raises:
-        UserError: an unknown scheme; no such bucket, no right to read it, or no answer.
-    """
-    places: list[Path] = []
-
-    def placed(value: Any) -> Any:
-        if isinstance(value, list | tuple):
-            return type(value)(map(placed, value))
-        if not isinstance(value, str | Path):
-            return value
-        name, equals, path = str(value).partition("=")  # NAME=FILE
-        if equals and "/" not in name and storage.is_url(path):
-            return f"{name}={placed(path)}"
-        path, _, weight = str(value).rpartition(":")  # SHARDS:WEIGHT
-        if storage.is_url(path) and weight.replace(".", "", 1).isdigit():
-            return f"{placed(path)}:{weight}"
-        if not storage.is_url(value):
-            return value
-        places.append(storage.place(value))
-        return str(places[-1])
-
-    for name, value in vars(args).items():
-        if name != "command_line":
-            setattr(args, name, placed(value))
-    from aria_jax.cli.console import stage
-
-    for path in places:
-        stage(f"bringing {printable(str(path))}")
-        storage.fetch(path)
-
-
 def _identity(verb: str, args: argparse.Namespace, writes: Writes) -> Identity:
     values = dict(vars(args))
     given = {name: values.pop(name) for name in writes.inputs if name in values}

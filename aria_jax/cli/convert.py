@@ -26,6 +26,10 @@ Both options also take a .safetensors file as it is. Sizes are read from the ten
 from the size of the vocabulary; only the number of heads must be given where it is not
 d_model / 64.
 
+A checkpoint is also one by its name on a hub, hf://OWNER/NAME[@REVISION], here as wherever
+--checkpoint, --init-from or --base takes one; needs pip install 'aria-jax[hub]'. `to-hub` writes
+the folder of such a repository: model.safetensors, config.json, and a card to complete.
+
 Runs with lora_rank=… hold adapters and read the weights they belong to from their place. `merge`
 writes the sum as a checkpoint that stands alone; `adapters` writes the adapters as one small file,
 which `merge` adds to the same weights elsewhere.
@@ -33,6 +37,7 @@ which `merge` adds to the same weights elsewhere.
 examples:
   aria-jax convert from-safetensors model.safetensors aria-medium
   aria-jax convert to-safetensors run1 model.safetensors
+  aria-jax convert to-hub run1/best my-model
   aria-jax convert merge run2 whole
   aria-jax convert adapters run2 style.safetensors
   aria-jax convert merge style.safetensors whole --base aria-medium"""
@@ -43,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(
         dest="direction",
         required=True,
-        metavar="{from-safetensors,to-safetensors,merge,adapters}",
+        metavar="{from-safetensors,to-safetensors,to-hub,merge,adapters}",
     )
     there = verbs.add_parser("from-safetensors", description="PyTorch weights to a checkpoint.")
     there.add_argument("source", help=".safetensors file")
@@ -54,11 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     there.add_argument("--tokenizer", help="aria or pedal (that of the vocabulary's size)")
     back = verbs.add_parser("to-safetensors", description="A checkpoint to PyTorch weights.")
-    back.add_argument("source", help="workdir of a run")
+    back.add_argument("checkpoint", help="workdir of a run")
     back.add_argument("out", help=".safetensors file to write")
-    back.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="(float32)"
-    )
+    repository = verbs.add_parser("to-hub", description="A checkpoint to a folder for a hub.")
+    repository.add_argument("checkpoint", help="workdir of a run")
+    repository.add_argument("out", help="folder to make, named as the repository will be")
+    for verb in (back, repository):
+        verb.add_argument(
+            "--dtype", choices=("float32", "bfloat16"), default="float32", help="(float32)"
+        )
     back.add_argument(
         "--compact",
         action="store_true",
@@ -72,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     alone = verbs.add_parser("adapters", description="The adapters of a run as one file.")
     alone.add_argument("source", help="workdir of a run with adapters")
     alone.add_argument("out", help=".safetensors file to write")
-    for verb in (there, back, merge, alone):
+    for verb in (there, back, repository, merge, alone):
         add_overwrite(verb)
 
 
@@ -84,12 +93,18 @@ def run(args: argparse.Namespace) -> None:
     {
         "from-safetensors": _from_safetensors,
         "to-safetensors": _to_safetensors,
+        "to-hub": _to_hub,
         "merge": _merge,
         "adapters": _adapters,
     }[args.direction](args)
 
 
-CONVERT = Verb(DESCRIPTION, add_arguments, run, Writes(lambda args: [args.out], ("source", "base")))
+CONVERT = Verb(
+    DESCRIPTION,
+    add_arguments,
+    run,
+    Writes(lambda args: [args.out], ("source", "checkpoint", "base")),
+)
 
 
 def _from_safetensors(args: argparse.Namespace) -> None:
@@ -117,15 +132,41 @@ def _to_safetensors(args: argparse.Namespace) -> None:
     from data_pipeline.errors import UserError
 
     _check_file_name(args.out)
-    loaded = load_model(args.source)
+    loaded = load_model(args.checkpoint)
     if args.compact and not loaded.config.vocabulary:
         raise UserError(
-            f"--compact has no effect on {args.source}: it was trained with the whole vocabulary "
-            "(no model.vocabulary=corpus)"
+            f"--compact has no effect on {args.checkpoint}: it was trained with the whole "
+            "vocabulary (no model.vocabulary=corpus)"
         )
-    kept = ("tokenizer", "pooling", "reading", "step", "slices")
-    about = {name: getattr(loaded, name) for name in kept}
+    about = loaded.about
     export_model(loaded.model, args.out, dtype=args.dtype, compact=args.compact, about=about)
+    _report(args.out, loaded.model)
+
+
+def _to_hub(args: argparse.Namespace) -> None:
+    from aria_jax.checkpoints import hub
+    from aria_jax.checkpoints.models import load_model
+    from aria_jax.checkpoints.safetensors import export_model
+    from aria_jax.models import parameter_count
+    from aria_jax.models.heads import parameter_specs
+    from data_pipeline.artifact import write_atomically
+    from data_pipeline.errors import UserError
+    from data_pipeline.tokenizers import Tokenizer
+
+    check_folder_name(args.out)
+    loaded, folder = load_model(args.checkpoint), Path(args.out)
+    if loaded.config.head == "none":
+        raise UserError(f"{args.checkpoint}: has no head, so that nothing else would load it")
+    tokenizer, about = Tokenizer.preset(loaded.tokenizer), loaded.about
+    config = hub.hub_config(
+        loaded.config, eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id, dtype=args.dtype
+    )
+    number = parameter_count(parameter_specs(loaded.config))
+    card = hub.card(folder.absolute().name, loaded.config, number, about)
+    folder.mkdir(parents=True, exist_ok=True)
+    export_model(loaded.model, folder / hub.FILE, dtype=args.dtype, about=about)
+    write_atomically(folder / hub.CONFIG, json.dumps(config, indent=2) + "\n")
+    write_atomically(folder / hub.CARD, card)
     _report(args.out, loaded.model)
 
 

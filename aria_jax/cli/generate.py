@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from aria_jax.checkpoints import RELEASED_LM
+from aria_jax.checkpoints import RELEASED_LM, RELEASED_NAMES
 from aria_jax.cli import Verb, Writes, add_compat, add_overwrite, chosen_reading
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax generate`."""
     add = parser.add_argument
     parser.stray = "--prompt"  # type: ignore[attr-defined]
-    what = f"workdir of a language model, or .safetensors (default: the released {RELEASED_LM})"
+    what = f"workdir of a language model, .safetensors or hf://OWNER/NAME ({RELEASED_LM})"
     add("--checkpoint", default=RELEASED_LM, metavar="C", help=what)
     add("--out", metavar="DIR", help="folder for the files; only --json can do without")
     prompt = parser.add_argument_group("prompt (default: none)").add_mutually_exclusive_group()
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> None:
 
     stage("loading the model")
     mesh = _mesh(args.mesh)
-    if model_path(args.checkpoint) != Path(args.checkpoint):
+    if args.checkpoint in RELEASED_NAMES and model_path(args.checkpoint) != Path(args.checkpoint):
         note(f"model: the released {args.checkpoint} (--checkpoint takes one of yours)")
     loaded = load_model(args.checkpoint, mesh=mesh)
     tokenizer = of_music(Tokenizer.preset(loaded.tokenizer), "generate")

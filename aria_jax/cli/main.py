@@ -10,7 +10,9 @@ import os
 import re
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from data_pipeline.errors import UserError, did_you_mean, disk_error, printable
@@ -241,7 +243,7 @@ def run_verb(name: str, argv: Sequence[str]) -> int:
     verb.add_arguments(parser)
     args = verb.parse(parser, argv)
     args.command_line = shlex.join(["aria-jax", name, *argv])  # reports say what made them
-    from aria_jax.cli import bring, run_once
+    from aria_jax.cli import run_once
 
     bring(args)
     for model in ("checkpoint", "embedding_checkpoint"):
@@ -250,6 +252,72 @@ def run_verb(name: str, argv: Sequence[str]) -> int:
 
             check_model(path)
     return run_once(name, verb, args)
+
+
+MODELS = ("checkpoint", "embedding_checkpoint", "base", "init_from")
+"""Arguments that name a model, which may be one of a hub."""
+
+
+def bring(args: argparse.Namespace) -> None:
+    """Makes a place of this disk of every argument with a scheme, and brings what lies there.
+
+    Weights of a hub keep their name, and those that a training begins from are left to it: where
+    it goes on, it needs none.
+
+    Raises:
+        UserError: an unknown scheme; no such bucket, no right to read it, or no answer; as
+            `hub.local`.
+    """
+    from aria_jax.checkpoints import hub
+    from aria_jax.cli.console import stage
+    from data_pipeline import storage
+
+    places: list[Path] = []
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return type(value)(map(placed, value))
+        if not isinstance(value, str | Path):
+            return value
+        name, equals, path = str(value).partition("=")  # NAME=FILE
+        if equals and "/" not in name and storage.is_url(path):
+            return f"{name}={placed(path)}"
+        path, _, weight = str(value).rpartition(":")  # SHARDS:WEIGHT
+        if storage.is_url(path) and weight.replace(".", "", 1).isdigit():
+            return f"{placed(path)}:{weight}"
+        if not storage.is_url(value):
+            return value
+        if hub.is_name(value):
+            raise UserError(f"{value}: hf:// names weights, where --checkpoint or --init-from is")
+        places.append(storage.place(value))
+        return str(places[-1])
+
+    for name, value in vars(args).items():
+        if name in MODELS and hub.is_name(value):
+            hub.written(value)
+            if name != "init_from":
+                bring_weights(value)
+        elif name != "command_line":
+            setattr(args, name, placed(value))
+    for path in places:
+        stage(f"bringing {printable(str(path))}")
+        storage.fetch(path)
+
+
+def bring_weights(source: str) -> None:
+    """Downloads weights that are named hf://…, with progress; nothing for another name."""
+    from aria_jax.checkpoints import hub
+    from aria_jax.cli.console import note, progress_bar, stage
+
+    if not hub.is_name(source):
+        return
+    stage(f"asking for {source}")
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with progress_bar(f"bringing {source}", "byte") as progress:
+            hub.local(source, progress)
+    for warning in told:
+        note(f"aria-jax: warning: {warning.message}")
 
 
 def _version() -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aria_jax.cli import ProgressSink, Verb, check_folder_name
-from aria_jax.cli.main import name_without_effect, parse_with_settings
+from aria_jax.cli.main import bring_weights, name_without_effect, parse_with_settings
 
 if TYPE_CHECKING:
     from aria_jax.cli.main import Parser
@@ -120,7 +120,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--status", metavar="WORKDIR", help="say how the run there is doing, and stop"
     )
     parser.add_argument(
-        "--init-from", metavar="C", help="workdir or published .safetensors to start from"
+        "--init-from",
+        metavar="C",
+        help="what to start from: workdir, published .safetensors, or hf://OWNER/NAME[@REVISION]",
     )
     parser.add_argument(
         "--allow-change",
@@ -192,6 +194,7 @@ def _check_beginning(args: argparse.Namespace) -> None:
     refuse_occupied(args.workdir, "a training run")
     record = newest_record(args.workdir)
     if record is None:
+        bring_weights(args.init_from)
         init_of_new_run(args.init_from)
     elif args.init_from is not None:
         check_same_init(record, record["step"], args.init_from, args.workdir)

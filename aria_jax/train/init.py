@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from aria_jax.checkpoints import (
     DIRECTORY,
+    hub,
     model_digest,
     model_path,
     newest_record,
@@ -52,7 +53,7 @@ class InitFrom:
     """What was decided, and the message that says so."""
 
     kind: Literal["resume", "checkpoint", "published", "scratch"]
-    path: Path | None
+    path: Path | str | None  # a name of the hub stays one
     message: str
 
 
@@ -63,7 +64,7 @@ def resolve_init(
 
     1. the run's own workdir has a checkpoint: resume it (`init_from` was how it began);
     2. `init_from` is a checkpoint: start from its weights;
-    3. `init_from` is a published .safetensors file: convert it and start from its weights;
+    3. `init_from` is a published .safetensors file, or hf://OWNER/NAME: start from its weights;
     4. otherwise: from scratch.
 
     Raises:
@@ -89,6 +90,9 @@ def init_of_new_run(init_from: str | Path | None) -> InitFrom:
     path = model_path(init_from)
     if path.suffix == ".safetensors" and path.is_file():
         _check_safetensors(path)
+        if hub.is_name(init_from):
+            message = f"starting from the published weights {hub.pinned(init_from)}"
+            return InitFrom("published", hub.written(init_from), message)
         return InitFrom("published", path, f"starting from the published weights {path}")
     if (path / DIRECTORY).is_dir():
         if newest_step(path) is None:
@@ -110,7 +114,15 @@ def _check_safetensors(path: Path) -> None:
 
 def source_record(init_from: str | Path) -> dict[str, str]:
     """What a run's checkpoints say of the weights it began from."""
-    return {"path": storage.url(model_path(init_from).resolve()), "digest": model_digest(init_from)}
+    said = {"path": _source_name(init_from), "digest": model_digest(init_from)}
+    return {**said, "commit": hub.pinned(init_from)} if hub.is_name(init_from) else said
+
+
+def _source_name(init_from: str | Path) -> str:
+    """What weights are called on any machine."""
+    if hub.is_name(init_from):
+        return hub.written(init_from)
+    return storage.url(model_path(init_from).resolve())
 
 
 def check_same_init(
@@ -124,8 +136,9 @@ def check_same_init(
         record: of the run's newest checkpoint, which is of `step`.
     """
     began = record.get("init_from") or {}
-    now = source_record(init_from)
-    if began.get("path") == now["path"] or began.get("digest") == now["digest"]:
+    if began.get("path") == _source_name(init_from):
+        return
+    if began.get("digest") == model_digest(init_from):
         return
     known = "init_from" in record
     was = began.get("path") or ("random weights" if known else "weights it does not name")

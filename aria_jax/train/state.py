@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 
+from aria_jax.checkpoints import model_path
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.models import base_weights, lora_record, read_model
 from aria_jax.config import RunConfig
@@ -27,7 +28,6 @@ from aria_jax.models.lora import LoraTraining
 from aria_jax.sharding import mirrored_shardings
 from aria_jax.train.init import InitFrom, check_resumable, source_record
 from aria_jax.train.step import Build, TrainState, new_state
-from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizers import Tokenizer
 
@@ -115,7 +115,7 @@ def first_state(
         saved = checkpointer.record(step)
         record |= {name: saved[name] for name in ("init_from", "lora") if name in saved}
         if lora is not None:
-            base = storage.local(saved["lora"]["base"])
+            base = model_path(saved["lora"]["base"])
             base_params = base_weights(base, saved["lora"], read, config.model)
             frozen = jax.tree.map(
                 lambda new, old: jax.device_put(new, old.sharding),
@@ -182,7 +182,7 @@ def _restored(
 
 
 def _with_weights_of(
-    params: Parameters, source: Model, config: RunConfig, path: Path
+    params: Parameters, source: Model, config: RunConfig, path: Path | str
 ) -> Parameters:
     """`params` with the backbone of `source`, and its head and adapter where of the same kind."""
     source_params, n_new = with_vocabulary(

@@ -74,7 +74,10 @@ COMPILE = [
 CONVERT = [
     Use("convert to-safetensors {lm} m.safetensors", "m.safetensors", made="m.safetensors"),
     Use("convert to-safetensors {encoder} m.safetensors", "parameters", made="m.safetensors"),
+    Use("convert to-hub {lm} mine", "parameters", made=("mine/config.json", "mine/README.md")),
     Use("convert --help", "from-safetensors"),
+    wrong("convert to-hub {lm} mine.zip", "is a file, or named like one"),
+    wrong("convert to-hub hf://one mine", "expected hf://OWNER/NAME"),
     wrong("convert to-safetensors {lm} m.bin", "m.bin"),
     wrong("convert to-safetensors {empty} m.safetensors", "no checkpoint here"),
     wrong("convert from-safetensors {nothing}.safetensors out", "nothing.safetensors"),

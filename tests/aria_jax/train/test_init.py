@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from aria_jax.checkpoints import newest_record
+from aria_jax.checkpoints import hub, newest_record
 from aria_jax.checkpoints.models import load_model
 from aria_jax.checkpoints.safetensors import export_model
 from aria_jax.train.loop import run
@@ -146,6 +146,44 @@ def test_published_weights_are_converted(config, corpus, tmp_path, weights):
     )
     assert result.init.kind == "published"
     jax.tree.map(np.testing.assert_array_equal, weights(tmp_path / "b"), weights(tmp_path / "lm"))
+
+
+def test_weights_by_name_need_nothing_of_the_hub_once_the_run_has_begun(
+    config, corpus, tmp_path, weights, model_hub
+):
+    """The branch moves, the cache is lost and the hub is gone: none of it matters any more."""
+    run(config("pretrain", "steps=0"), corpus, tmp_path / "base")
+    export_model(load_model(tmp_path / "base").model, tmp_path / hub.FILE)
+    name = "hf://some/one"
+    commit = model_hub.put("some/one", {hub.FILE: (tmp_path / hub.FILE).read_bytes()})
+    settings = config("pretrain", "steps=0", "seed=1")
+    result = run(settings, corpus, tmp_path / "run", init_from=name)
+    assert result.init.message.endswith(f"published weights {name}@{commit}")
+    began = newest_record(tmp_path / "run")["init_from"]
+    assert (began["path"], began["commit"]) == (name, f"{name}@{commit}")
+    jax.tree.map(
+        np.testing.assert_array_equal, weights(tmp_path / "run"), weights(tmp_path / "base")
+    )
+    model_hub.put("some/one", {hub.FILE: b"another"})
+    model_hub.down()
+    hub._found.clear()
+    shutil.rmtree(tmp_path / "cache")
+    again = run(settings, corpus, tmp_path / "run", init_from=name)
+    assert again.init.kind == "resume"
+    with pytest.raises(UserError, match=r"it is not whole on this disk"):
+        run(settings, corpus, tmp_path / "run", init_from=f"{name}@v2")
+
+
+def test_adapters_name_the_commit_that_they_belong_to(config, corpus, tmp_path, model_hub):
+    run(config("pretrain", "steps=0"), corpus, tmp_path / "base")
+    export_model(load_model(tmp_path / "base").model, tmp_path / hub.FILE)
+    name = "hf://some/one"
+    commit = model_hub.put("some/one", {hub.FILE: (tmp_path / hub.FILE).read_bytes()})
+    run(config("pretrain", "steps=0", "lora_rank=2"), corpus, tmp_path / "run", init_from=name)
+    assert newest_record(tmp_path / "run")["lora"]["base"] == f"{name}@{commit}"
+    model_hub.put("some/one", {hub.FILE: b"another"})
+    hub._found.clear()  # as another process, which is told of the new commit
+    assert load_model(tmp_path / "run").adapted
 
 
 def test_scratch_otherwise(config, corpus, tmp_path):
