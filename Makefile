@@ -12,7 +12,7 @@ CHECKPOINT ?= mini
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-storage bench-dedup bench-duet bench-generate bench-probe bench-train bench-contrastive bench-embed train-mini scaling-study compile-check compile-check-gpu compile-table compile-table-gpu calibrate smoke-gpu eval-mini wheel clean
+.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-storage bench-dedup bench-duet bench-generate bench-probe bench-train bench-contrastive bench-embed bench-export train-mini scaling-study compile-check compile-check-gpu compile-table compile-table-gpu calibrate smoke-gpu eval-mini wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -83,6 +83,10 @@ bench-contrastive: setup ## time and peak memory of the contrastive loss, 1k to 
 bench-embed: setup ## files/s of embedding, one slice at a time against aria-jax embed (MIDI=folder)
 	@test -n "$(MIDI)" || { echo "name a folder of MIDI files: make bench-embed MIDI=my_midis"; exit 2; }
 	$(BIN)/python -m benchmarks.bench_embed $(MIDI)
+
+bench-export: setup ## an export of a million files, stage by stage, and search among a million rows (MIDI=folder)
+	$(BIN)/python -m benchmarks.bench_export $(MIDI)
+	$(BIN)/python -m benchmarks.bench_export --search
 
 eval-mini: setup ## a language model on held-out pieces beside an n-gram, and a page (DATA=shards CHECKPOINT=model)
 	@test -n "$(DATA)" || { echo "name token shards with a validation split: make eval-mini DATA=my_data"; exit 2; }

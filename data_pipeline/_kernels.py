@@ -1,4 +1,4 @@
-"""The compiled loops of this package: times and pedal, tokens, filters, fingerprints.
+"""The compiled loops: times and pedal, tokens, filters, fingerprints, products of bytes.
 
 Imported inside the functions that need them: numba takes longer to import than all else here.
 """
@@ -326,3 +326,18 @@ def min_hashes(shingles: np.ndarray, multipliers: np.ndarray, offsets: np.ndarra
             least = min(least, shingle * multipliers[k] + offsets[k])
         out[k] = least >> np.uint64(32)
     return out
+
+
+# --- searching ------------------------------------------------------------------------------------
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
+def byte_products(
+    bytes_NxE: np.ndarray, steps_N: np.ndarray, query_E: np.ndarray, out_N: np.ndarray
+) -> None:
+    """Scalar products of rows of int8, each times its step, with a vector; all else float32."""
+    for i in range(len(bytes_NxE)):
+        total = np.float32(0)
+        for j in range(len(query_E)):
+            total += np.float32(bytes_NxE[i, j]) * query_E[j]
+        out_N[i] = total * steps_N[i]

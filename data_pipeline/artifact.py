@@ -6,6 +6,7 @@ Done, or one refusal that names the difference. Files are compared by the sha256
 never by their times: reading and hashing a million files of 30 kB takes about a minute.
 """
 
+import fcntl
 import hashlib
 import json
 import os
@@ -298,6 +299,18 @@ def sync(path: Path, flags: int = os.O_RDWR) -> None:
     handle = os.open(path, flags)
     try:
         os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """One process at a time; the lock goes with the process. Nothing where the disk has none."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
     finally:
         os.close(handle)
 

@@ -15,31 +15,19 @@ import sys
 import tempfile
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import (
-    FIRST_EXCEPTION,
-    Future,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    wait,
-)
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import astuple
 from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from data_pipeline.build import unit_worker
 from data_pipeline.build.journal import pack_unit, rejection
-from data_pipeline.build.unit_worker import (
-    GarbledError,
-    Job,
-    Limits,
-    pack,
-    receive_frame,
-    send_frame,
-    unpack_result,
-)
+from data_pipeline.build.unit_worker import GarbledError, Job, Limits, receive_frame, send_frame
 from data_pipeline.errors import UserError
 
 Item = TypeVar("Item")
@@ -55,8 +43,8 @@ _WORKER = "data_pipeline.build.unit_worker"
 _DEATHS_TO_QUARANTINE = 2  # one may be an accident: the system's out-of-memory killer, an operator
 _MAX_IDLE_DEATHS = 3
 """Deaths with no file in hand in one unit: what kills an idle process kills the next one too."""
-_MAX_RAY_RETRIES = 20
-"""Nodes that may die under one unit."""
+MAX_RAY_RETRIES = 20
+"""Nodes that may die under one piece of work."""
 _START_S = 600.0
 """Until a new worker has compiled what it needs; seconds, on a machine that is busy."""
 
@@ -127,7 +115,7 @@ class IsolatedWorker:
                 frame = receive_frame(
                     connection, max_bytes=limits.result_bytes, wall_s=limits.wall_s
                 )
-                results.append(unpack_result(frame, job.entries[len(results)].path))
+                results.append(unit_worker.unpack_result(frame, job.entries[len(results)].path))
                 if progress is not None:
                     progress(job.number, len(results))
         except TimeoutError:
@@ -176,7 +164,7 @@ class IsolatedWorker:
             worker_end.close()
             self._connection = connection
             try:
-                send_frame(connection, pack([self._settings, astuple(self._limits)]))
+                send_frame(connection, unit_worker.pack([self._settings, astuple(self._limits)]))
                 receive_frame(connection, max_bytes=0, wall_s=_START_S)
             except (EOFError, OSError, GarbledError) as error:
                 self._end()
@@ -244,17 +232,27 @@ def run_ray(
     Every node must see the source under the same path. Ray repeats the tasks of a node that dies;
     results come back through Ray, so only this machine needs to see the output folder.
     """
+    with ray_cluster(workers) as ray:
+        task = ray.remote(num_cpus=1, max_retries=MAX_RAY_RETRIES)(_ray_task)
+        _submit(jobs, partial(task.remote, ray.put((settings, limits))), store, progress)
+
+
+@contextmanager
+def ray_cluster(n_cpus: int) -> Iterator[Any]:
+    """Yields `ray`, connected to the cluster of RAY_ADDRESS, or to one made of this machine.
+
+    Raises:
+        UserError: it is not installed.
+    """
     try:
         import ray
     except ImportError as error:
         raise UserError("--runner ray needs ray: pip install 'aria-jax[ray]'") from error
-    started_here = not ray.is_initialized()
-    if started_here:
-        local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": workers}
+    if started_here := not ray.is_initialized():
+        local = {} if os.environ.get("RAY_ADDRESS") else {"num_cpus": n_cpus}
         ray.init(log_to_driver=False, logging_level="ERROR", **local)
     try:
-        task = ray.remote(num_cpus=1, max_retries=_MAX_RAY_RETRIES)(_ray_task)
-        _submit(jobs, partial(task.remote, ray.put((settings, limits))), store, progress)
+        yield ray
     finally:
         if started_here:
             ray.shutdown()
@@ -285,7 +283,7 @@ def _submit(
             except ray.exceptions.RayError as error:
                 raise UserError(
                     f"Ray gave up the files from {finished_job.entries[0].path} on after "
-                    f"{_MAX_RAY_RETRIES} tries ({type(error).__name__}); look at the cluster, then "
+                    f"{MAX_RAY_RETRIES} tries ({type(error).__name__}); look at the cluster, then "
                     "run the same command again"
                 ) from error
             store(finished_job.number, results)
@@ -314,7 +312,7 @@ _function: Callable[[Any], Any] | None = None
 
 def map_in_order(
     function: Callable[[Item], Result],
-    items: Sequence[Item],
+    items: Iterable[Item],
     *,
     workers: int,
     ahead: int,
@@ -324,6 +322,7 @@ def map_in_order(
 
     Args:
         function: picklable; sent once to each process, with all that it is bound to.
+        items: taken up as they are wanted.
         workers: processes; 0 works in this one.
         ahead: items that may be waiting for the consumer; bounds the memory.
         chunk: items of one task: enough to make the hand-over cheap.
@@ -339,9 +338,10 @@ def map_in_order(
     pool = ProcessPoolExecutor(workers, context, _remember, (function,))
     waiting: deque[Future[list[Result]]] = deque()
     try:
-        for at in range(0, len(items), chunk):
+        todo = iter(items)
+        while some := list(islice(todo, chunk)):
             with _deaf_to_interrupts():
-                waiting.append(pool.submit(_do_chunk, items[at : at + chunk]))
+                waiting.append(pool.submit(_do_chunk, some))
             if len(waiting) * chunk >= ahead:
                 yield from waiting.popleft().result()
         while waiting:

@@ -258,7 +258,8 @@ def _bench_suite(args: argparse.Namespace) -> None:
     from aria_jax.cli.console import print_result, progress_bar, stage
 
     stage("loading the libraries")
-    from aria_jax.cli.embed import check_slicing, counting, model_and_untrained, slicing_in
+    from aria_jax.cli.embed import check_slicing, counting, slicing_in
+    from aria_jax.embed.encode import trained_and_untrained
     from aria_jax.embed.pieces import open_sources
     from aria_jax.embed.table import read_embeddings
     from aria_jax.eval.suite import BASELINE, find_tasks, markdown_table, rows_by_path, run_suite
@@ -296,9 +297,11 @@ def _bench_suite(args: argparse.Namespace) -> None:
         needed = sorted({int(row) for task in tasks for row in task.rows})
         if args.checkpoint:
             wanted = source.only({table.path[row] for row in needed})
-            for name, (encode, settings) in model_and_untrained(args, MODEL).items():
+            stage("loading the model")
+            asked = {n: getattr(args, n) for n in ("slice_notes", "max_tokens", "pooling", "seed")}
+            for name, made in trained_and_untrained(args.checkpoint, MODEL, **asked).items():
                 files[name] = out / f"{name}.parquet"
-                warnings += _embed(args, wanted, files[name], name, encode, settings)
+                warnings += _embed(args, wanted, files[name], name, *made)
     features = {
         name: rows_by_path(read_embeddings(path), table.path, name, needed)
         for name, path in (*files.items(), *others)
@@ -308,8 +311,7 @@ def _bench_suite(args: argparse.Namespace) -> None:
     if args.checkpoint and args.classifier in ("linear", "knn"):
         notes.append(f"No row of model and statistics together: {args.classifier} does not scale.")
     elif args.checkpoint:
-        both = np.concatenate([features[MODEL], features[BASELINE]], axis=1)
-        features[f"{MODEL} + {BASELINE}"] = both
+        features[f"{MODEL} + {BASELINE}"] = np.hstack([features[MODEL], features[BASELINE]])
     with progress_bar("probe", "fit") as progress:
         results = run_suite(
             tasks,

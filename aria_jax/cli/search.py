@@ -17,10 +17,11 @@ from aria_jax.cli import (
 _SEARCH = """\
 Embed a MIDI file as `aria-jax embed` embedded the others, and list the files (or slices) nearest
 to it by cosine similarity, each with the share of random pairs of EMB that are further apart: what
-is near depends on the model. Exact, and fast enough for a million rows; --index keeps the vectors
-beside EMB for many searches in a large file (pip install 'aria-jax[search]'). --html writes a page
-on which query and hits can be seen and played; it needs the MIDI files, and where EMB was made of
-token shards, --midi says where they are.
+is near depends on the model. Exact: a million rows are read in seconds. --index keeps the vectors
+beside EMB, for many searches: "exact" finds the same in milliseconds, "ivf" (pip install
+'aria-jax[search]') most of it among ten million rows and more, and says how much. --html writes a
+page on which query and hits can be seen and played; it needs the MIDI files, and where EMB was made
+of token shards, --midi says where they are.
 
 examples:
   aria-jax search query.mid emb.parquet --checkpoint run2
@@ -34,7 +35,11 @@ def _search_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="the model that made EMB")
     parser.add_argument("-k", type=int, help="how many to list (10)")
     parser.add_argument(
-        "--index", action="store_true", help="search in EMB.faiss, made the first time"
+        "--index",
+        nargs="?",
+        const="exact",
+        choices=("exact", "ivf"),
+        help="search in EMB.index, made the first time: exact (default), or ivf for very many rows",
     )
     parser.add_argument(
         "--html", metavar="FILE", help="write a page to see and play what was found"
@@ -54,7 +59,7 @@ def _search(args: argparse.Namespace) -> None:
     import numpy as np
 
     from aria_jax.cli.console import print_result, stage
-    from aria_jax.embed.search import random_similarities, search
+    from aria_jax.embed.search import Searcher, random_similarities
     from aria_jax.embed.table import read_settings
     from data_pipeline.errors import UserError, about
     from data_pipeline.midi import compat_of, read_midi
@@ -76,8 +81,10 @@ def _search(args: argparse.Namespace) -> None:
     stage("embedding the query, compiling first")
     with about(args.query):
         vector = encoder(query)
+    stage(f"searching, making {args.embeddings}.index first" if args.index else "searching")
+    searcher = Searcher(args.embeddings, args.index)
     stage("searching")
-    hits = search(vector, args.embeddings, args.k or 10, index=args.index)
+    hits = searcher(vector, args.k or 10)
     pairs = random_similarities(args.embeddings)
     digest = hashlib.sha256(Path(args.query).read_bytes()).hexdigest()
     shown = [
@@ -105,7 +112,10 @@ def _search(args: argparse.Namespace) -> None:
         warnings.append(f"-k {args.k}: {args.embeddings} has {len(shown)} rows, which are all here")
     if args.html:
         lines.append(f"page: {args.html}")
-    result = {"query": args.query, "hits": shown, "html": args.html}
+    if searcher.about_index:
+        lines.append(f"index: {searcher.about_index}")
+    index = searcher.about_index or None
+    result = {"query": args.query, "hits": shown, "html": args.html, "index": index}
     print_result(result, args.json, "\n".join(lines), warnings)
 
 

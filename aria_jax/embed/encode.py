@@ -5,18 +5,20 @@ And whole performances in memory, embedded as `aria-jax embed` embeds their file
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
 from aria_jax.checkpoints.models import LoadedModel, load_model
+from aria_jax.config import ComputeConfig
 from aria_jax.embed.pieces import Slicing, midi_slices
 from aria_jax.embed.table import check_slice_pool, pool_slices, read_settings
-from aria_jax.models.heads import Model, head_width
+from aria_jax.models.heads import Model, build_model, head_width
 from aria_jax.sharding import batch_sharding, put_batch, replicated, row_shards, usable_cpus
 from data_pipeline.errors import UserError
 from data_pipeline.midi import DRUM_CHANNEL, Performance
@@ -342,3 +344,34 @@ def encoder_of(
             f"{encoder.fingerprint}); name that one, or embed the files again"
         )
     return encoder
+
+
+def trained_and_untrained(
+    checkpoint: str | Path,
+    name: str,
+    *,
+    slice_notes: int | None = None,
+    max_tokens: int | None = None,
+    pooling: str | None = None,
+    seed: int = 0,
+) -> dict[str, tuple[Encode, dict[str, Any]]]:
+    """Encoders of a model, by `name`, and of its architecture with weights that it might have
+    started from, each with all that its numbers depend on.
+
+    Args:
+        slice_notes, max_tokens, pooling: as of `performance_encoder`.
+        seed: of the untrained weights.
+    """
+    loaded = load_model(checkpoint)
+    pad_id = Tokenizer.preset(loaded.tokenizer).pad_id
+    pooling = pooling or loaded.pooling
+    settings = {"pooling": pooling, **asdict(slicing_of(loaded, slice_notes, max_tokens))}
+    untrained = build_model(loaded.config, ComputeConfig(), rngs=nnx.Rngs(params=seed))
+    made = {
+        "untrained": (untrained, f"untrained {loaded.config} seed {seed}"),
+        name: (loaded.model, loaded.fingerprint),
+    }
+    return {
+        row: (model_encoder(model, pad_id, pooling), {"fingerprint": fingerprint, **settings})
+        for row, (model, fingerprint) in made.items()
+    }

@@ -1,46 +1,29 @@
-"""Embeddings of many files, in parts that survive a kill.
-
-    OUT.parts/identity.json        what the parts are made of; another export is refused
-    OUT.parts/part-00003.parquet   rows of files 3 * 256 … 4 * 256 - 1
-    OUT.parts/part-00003.jsonl     its rejected files; written last, marks it done
-    OUT.parts/part-00003.claim     locked by the process that is at work on it
-    OUT                            one Parquet file, a row group a part, once all are there
-
-Parts do not depend on the number of hosts: host h of H makes parts h, h + H, …, and whoever
-finishes the last one joins them. Hosts that do not know of each other share parts by their claims.
-Where the disk knows no locks, and in a bucket, two may do the same work, with the same result.
+"""Embeddings of many files, in parts that survive a kill and that any number of hosts share.
 
 A finished OUT of the same model and settings is brought up to date: vectors of files that have not
-changed are kept, whatever became of their labels, names and neighbours.
+changed are kept, whatever became of their labels, names and neighbours. How parts are kept and
+shared out: see `parts`.
 """
 
-import fcntl
-import json
 import os
-import shutil
+import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from aria_jax.embed.parts import Parts
 from aria_jax.embed.pieces import Piece, Rejection, Source
-from aria_jax.embed.table import (
-    Embeddings,
-    KnownVectors,
-    join_embeddings,
-    open_parquet,
-    pool_slices,
-    read_identity,
-    write_embeddings,
-)
+from aria_jax.embed.table import Embeddings, Rows, pool_slices
 from data_pipeline import storage
-from data_pipeline.artifact import Identity, There, look, new_folder, write_atomically
+from data_pipeline.artifact import Identity, new_folder
 from data_pipeline.errors import UserError
-from data_pipeline.workers import map_in_order
+from data_pipeline.workers import MAX_RAY_RETRIES, map_in_order, ray_cluster
 
 if TYPE_CHECKING:
     from aria_jax.embed.encode import Encode
@@ -50,6 +33,8 @@ VERSION = 1
 """Of what an export makes of its inputs; one more when the same inputs give other numbers."""
 FILES_PER_PART = 256
 """Bounds the memory and what a kill can lose, and still gives full batches of like length."""
+_SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
+"""Before looking again whether others are done: at first, and at last."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +44,11 @@ class ExportSummary:
     Attributes:
         n_files: files of the source.
         n_rows, n_rejected: in OUT; 0 as long as it is not complete.
-        n_parts, n_parts_before: of the export, and those that a run before had already made.
-        complete: whether OUT is there; other hosts are still at work otherwise.
-        n_embedded, n_kept: files embedded by this run, and those whose vectors were still good.
+        n_parts, n_parts_before: of the export, and those that were made before this run.
+        complete: whether OUT is there; False of a helper, see `export`.
+        n_embedded, n_kept: files embedded by this process, and those whose vectors were still good.
+        changes: number of files "new", "changed", "renamed", "gone" and "kept" since OUT was made
+            before; None where it was not, or where another process has brought it up to date.
         done_before: OUT was made of the same files and labels with the same model and settings.
     """
 
@@ -73,6 +60,7 @@ class ExportSummary:
     complete: bool
     n_embedded: int = 0
     n_kept: int = 0
+    changes: dict[str, int] | None = None
     done_before: bool = False
 
 
@@ -85,14 +73,20 @@ def export(
     origin: str | Path = "",
     per_slice: bool = False,
     pool: str = "mean",
+    float16: bool = False,
+    as_dataset: bool = False,
     workers: int = 0,
-    host_index: int = 0,
+    host_index: int | None = None,
     host_count: int = 1,
+    helper: bool = False,
+    helped_by: Callable[[], object] | None = None,
     files_per_part: int = FILES_PER_PART,
     overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ExportSummary:
     """Embeds every file of `source`, goes on where a killed run stopped, does nothing when done.
+
+    Other processes may do the same at once, on this machine or on others that see `out`.
 
     Args:
         settings: all that the numbers depend on besides the files; "fingerprint" of the model
@@ -100,7 +94,12 @@ def export(
         origin: where the files are, noted in OUT for whoever wants to show them.
         per_slice: one row per slice (path#0, path#1, …) instead of one per file.
         pool: what a file's row is of its slices, see `table.pool_slices`.
+        float16: numbers of two bytes in OUT.
+        as_dataset: OUT is a folder of Parquet files, one for each part.
         workers: processes that read and tokenise.
+        host_index, host_count: where in the list this process begins.
+        helper: leaves when all parts are done, and another process makes OUT of them.
+        helped_by: called again and again until others have made all parts; this process makes none.
         overwrite: replaces embeddings by another model or with other settings.
 
     Raises:
@@ -110,29 +109,82 @@ def export(
     settings = {**settings, "per_slice": per_slice, "files_per_part": files_per_part}
     if pool != "mean":  # which every file without this setting is
         settings["pool_slices"] = pool
+    settings |= {"numbers": "float16"} if float16 else {}
+    settings |= {"layout": "data set"} if as_dataset else {}
     model = str(settings.pop("fingerprint"))
     identity = Identity(KIND, VERSION, {"model": model, **source.digests()}, settings)
     n_parts = -(-len(paths) // files_per_part)
-    parts = _Parts(out, identity, storage.url(origin), n_parts)
+    begin = None if host_index is None else n_parts * host_index // host_count
+    parts = Parts(
+        out, identity, storage.url(origin), n_parts,
+        as_dataset=as_dataset, float16=float16, begin=begin,
+    )  # fmt: skip
     with new_folder(out.parent):
-        known = parts.open(overwrite)
-        if known is None:
-            return ExportSummary(len(paths), *parts.count(), n_parts, n_parts, True, 0, 0, True)
-        mine = list(range(host_index, n_parts, host_count))
+        if not parts.open(overwrite):
+            return ExportSummary(
+                len(paths), *parts.count(), n_parts, n_parts, True, done_before=True
+            )
+        before, complete, changes = len(parts.done), not helper, None
+        known = KnownVectors(parts.before)
         work = _Work(source, encode, known, parts, files_per_part, per_slice, pool, workers)
-        missing = [p for p in mine if not parts.has(p)]
-        before = len(mine) - len(missing)
         try:
-            work.run(mine, missing, progress)
-            complete = parts.join()
+            work.run(progress, helped_by)
+            if not helper:
+                changes = _joined(parts)
         except FileNotFoundError:
-            complete = parts.finished()  # another process has joined and removed the parts
-            if not complete:
+            if not parts.gone():
                 raise
+            complete = parts.finished()  # by another process; in a bucket that is seen there only
+        finally:
+            parts.close()
         n_rows, n_rejected = parts.count() if complete else (0, 0)
         return ExportSummary(
-            len(paths), n_rows, n_rejected, n_parts, before, complete, work.n_embedded, work.n_kept
-        )
+            len(paths), n_rows, n_rejected, n_parts, before, complete, work.n_embedded, work.n_kept,
+            changes,
+        )  # fmt: skip
+
+
+def _joined(parts: Parts) -> dict[str, int] | None:
+    """Makes OUT, which one process does while the others wait until they find no parts."""
+    waits = _waits()
+    while not parts.claim_join():
+        next(waits)
+    return parts.join()
+
+
+def _waits() -> Iterator[None]:
+    """Lets time pass, at each turn more."""
+    wait = _SHORTEST_WAIT_S
+    while True:
+        time.sleep(wait)
+        wait = min(1.5 * wait, _LONGEST_WAIT_S)
+        yield
+
+
+class KnownVectors:
+    """Rows of a finished export by the sha256 of the MIDI file they are of.
+
+    Holds the digests and a few row groups in memory.
+
+    Args:
+        rows: None knows nothing.
+    """
+
+    def __init__(self, rows: Rows | None):
+        self._spans: dict[str, tuple[int, int, int]] = {}
+        if rows is None:
+            return
+        self._group = lru_cache(maxsize=4)(rows.vectors)
+        for _, sha256, group, start, stop in rows.files():
+            if sha256:
+                self._spans.setdefault(sha256, (group, start, stop))
+
+    def rows(self, sha256: str) -> np.ndarray | None:
+        """float32 [rows of the file, E]; None where they are not known."""
+        if sha256 not in self._spans:
+            return None
+        group, start, stop = self._spans[sha256]
+        return self._group(group)[start:stop]
 
 
 class _Work:
@@ -143,7 +195,7 @@ class _Work:
         source: Source,
         encode: "Encode",
         known: KnownVectors,
-        parts: "_Parts",
+        parts: Parts,
         files_per_part: int,
         per_slice: bool,
         pool: str,
@@ -152,40 +204,62 @@ class _Work:
         self._source, self._encode, self._known, self._parts = source, encode, known, parts
         self._n_files, self._files_per_part = len(source.paths), files_per_part
         self._per_slice, self._pool, self._workers = per_slice, pool, workers
+        self._claimed: deque[int] = deque()
+        self._progress: Callable[[int, int], None] | None = None
         self.n_embedded = self.n_kept = 0
 
-    def files(self, part: int) -> range:
+    def run(
+        self,
+        progress: Callable[[int, int], None] | None = None,
+        helped_by: Callable[[], object] | None = None,
+    ) -> None:
+        """Makes parts until all are done, by this process or others; those come last that another
+        process is at work on.
+        """
+        self._progress = progress
+        waits = _waits()
+        while self._n_left():
+            if helped_by is None:
+                self._make_free_parts()
+            else:
+                helped_by()
+            if self._n_left():
+                next(waits)
+
+    def _n_left(self) -> int:
+        n_parts = -(-self._n_files // self._files_per_part)
+        left = n_parts - self._parts.look()
+        self._tell()
+        return left
+
+    def _tell(self) -> None:
+        if self._progress is not None:
+            done = sum(len(self._files(part)) for part in self._parts.done)
+            self._progress(done, self._n_files)
+
+    def _files(self, part: int) -> range:
         return range(
             part * self._files_per_part, min((part + 1) * self._files_per_part, self._n_files)
         )
 
-    def run(
-        self, mine: Sequence[int], missing: Sequence[int], progress: Callable | None = None
-    ) -> None:
-        """Makes the missing parts; those that others are at work on are waited for at the end."""
-        total = sum(len(self.files(part)) for part in mine)
-        done = total - sum(len(self.files(part)) for part in missing)
-        files = [i for part in missing for i in self.files(part)]
-        ahead = 2 * self._files_per_part
-        sliced = map_in_order(self._source.piece, files, workers=self._workers, ahead=ahead)
-        claimed_elsewhere = []
-        if progress is not None:
-            progress(done, total)
-        for part in missing:
-            pieces = list(islice(sliced, len(self.files(part))))
-            with self._parts.claimed(part, wait=False) as got:
-                if not got:
-                    claimed_elsewhere.append(part)
-                    continue
-                if not self._parts.has(part):
-                    self._make(part, pieces)
-            done += len(pieces)
-            if progress is not None:
-                progress(done, total)
-        for part in claimed_elsewhere:
-            with self._parts.claimed(part, wait=True):
-                if not self._parts.has(part):  # whoever claimed it was killed
-                    self._make(part, [self._source.piece(i) for i in self.files(part)])
+    def _make_free_parts(self) -> None:
+        """Claims parts while their files are read ahead, and makes them in this order."""
+        pieces: list[Piece | Rejection] = []
+        for piece in map_in_order(
+            self._source.piece,
+            self._claimed_files(),
+            workers=self._workers,
+            ahead=2 * self._files_per_part,
+        ):
+            pieces.append(piece)
+            if len(pieces) == len(self._files(self._claimed[0])):
+                self._make(self._claimed.popleft(), pieces)
+                pieces = []
+
+    def _claimed_files(self) -> Iterator[int]:
+        while (part := self._parts.claim()) is not None:
+            self._claimed.append(part)
+            yield from self._files(part)
 
     def _make(self, part: int, pieces: Sequence[Piece | Rejection]) -> None:
         good = [piece for piece in pieces if isinstance(piece, Piece)]
@@ -196,6 +270,8 @@ class _Work:
             self.n_embedded += len(good) - n_kept
         rejected = [piece for piece in pieces if isinstance(piece, Rejection)]
         self._parts.write(part, table, rejected)
+        self._parts.look()
+        self._tell()
 
 
 def embed_pieces(
@@ -245,156 +321,67 @@ def _embed(
     return table, len(pieces) - len(new)
 
 
-class _Parts:
-    """The parts of one export on disk; used by several processes at once."""
-
-    def __init__(self, out: Path, identity: Identity, origin: str, n_parts: int):
-        self._out, self._identity, self._origin, self._n_parts = out, identity, origin, n_parts
-        self._folder = out.with_name(out.name + ".parts")
-        self._rejected = out.with_name(out.name + ".rejected.jsonl")
-
-    def finished(self) -> bool:
-        """Whether OUT is there."""
-        return read_identity(self._out) == self._identity
-
-    def open(self, overwrite: bool) -> KnownVectors | None:
-        """Makes the folder, or takes up the one a run before has left; None where OUT is finished.
-
-        Returns:
-            What is known already of the files' vectors.
-        """
-        if self._out.is_dir():
-            raise UserError(f"{self._out} is a folder; name a file for the embeddings")
-        with _locked(self._out.parent):
-            storage.fetch(self._folder)
-            storage.fetch(self._rejected)
-            finished, unfinished = read_identity(self._out), self._unfinished()
-            if finished == self._identity:
-                # Killed between joining and tidying up, of which the identity may be gone already.
-                if unfinished in (None, self._identity):
-                    self._drop()
-                self._send()
-                return None
-            if finished is None and self._out.exists() and not overwrite:
-                raise UserError(
-                    f"{self._out}: there is a file that does not say what it was made of; choose "
-                    "another output, or --overwrite to replace it"
-                )
-            update = finished is not None and self._same_work(finished)
-            there = look(
-                self._out,
-                self._identity,
-                finished=None if update else finished,
-                unfinished=unfinished,
-                overwrite=overwrite,
-                details=lambda _: {"files": "other files", "labels": "other labels"},
-            )
-            if there is There.FRESH:
-                self._drop()
-            self._folder.mkdir(exist_ok=True)
-            write_atomically(self._folder / "identity.json", json.dumps(self._identity.to_json()))
-            storage.upload(self._folder / "identity.json")
-            return KnownVectors(self._out if update else None)
-
-    def _unfinished(self) -> Identity | None:
-        try:
-            return Identity.from_json(json.loads((self._folder / "identity.json").read_text()))
-        except FileNotFoundError:
-            return None
-
-    def _same_work(self, other: Identity) -> bool:
-        """Whether vectors of unchanged files are still good: the same model and settings."""
-        return (other.kind, other.version, other.settings) == (
-            self._identity.kind, self._identity.version, self._identity.settings
-        ) and not {
-            name
-            for name in other.inputs.keys() | self._identity.inputs.keys()
-            if other.inputs.get(name) != self._identity.inputs.get(name)
-        } - {"files", "labels"}  # fmt: skip
-
-    @contextmanager
-    def claimed(self, part: int, wait: bool) -> Iterator[bool]:
-        """Whether this process is the one at work on a part; the claim goes with the process."""
-        handle = os.open(self._path(part, "claim"), os.O_RDWR | os.O_CREAT)
-        got = True
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                got = False
-            except OSError:
-                pass  # a disk without locks
-            yield got
-        finally:
-            os.close(handle)
-
-    def has(self, part: int) -> bool:
-        return self._path(part, "jsonl").is_file()
-
-    def write(self, part: int, table: Embeddings | None, rejected: Sequence[Rejection]) -> None:
-        """Writes a part; its list of rejected files comes last and marks it done."""
-        if table is not None:
-            write_embeddings(table, self._path(part, "parquet"))
-            storage.upload(self._path(part, "parquet"))
-        rows = [
-            {"path": r.path, "stage": "embed", "reason": r.reason, "value": r.message}
-            for r in rejected
-        ]
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        write_atomically(self._path(part, "jsonl"), text)
-        storage.upload(self._path(part, "jsonl"))
-
-    def join(self) -> bool:
-        """Makes OUT if all parts are there; False while other hosts are at work."""
-        with _locked(self._out.parent):
-            storage.fetch(self._folder)  # of other hosts too
-            storage.fetch(self._out)
-            if self.finished():
-                return True  # another process was faster
-            if not all(map(self.has, range(self._n_parts))):
-                return False
-            rejected = "".join(self._path(p, "jsonl").read_text() for p in range(self._n_parts))
-            tables = [self._path(p, "parquet") for p in range(self._n_parts)]
-            tables = [path for path in tables if path.is_file()]
-            if rejected:
-                write_atomically(self._rejected, rejected, beside=self._folder)
-            else:
-                storage.remove(self._rejected)
-            if tables:
-                join_embeddings(tables, self._out, self._identity, self._origin)
-            self._send()
-            self._drop()
-            if not tables:
-                raise UserError(f"nothing to embed: every file was rejected, see {self._rejected}")
-            return True
-
-    def _send(self) -> None:
-        storage.upload(self._rejected)
-        storage.upload(self._out)
-
-    def _drop(self) -> None:
-        if storage.is_remote(self._folder):
-            storage.remove(self._folder)
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def count(self) -> tuple[int, int]:
-        """Rows and rejected files of a finished export."""
-        n_rejected = 0
-        if self._rejected.is_file():
-            n_rejected = len(self._rejected.read_text().splitlines())
-        return open_parquet(self._out).metadata.num_rows, n_rejected
-
-    def _path(self, part: int, suffix: str) -> Path:
-        return self._folder / f"part-{part:05d}.{suffix}"
-
-
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time; the lock goes with the process. Nothing where the disk has none."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+def ray_helpers(
+    prepare: Callable[[], Callable[[int, int], object]],
+) -> Iterator[Callable[[], None]]:
+    """Starts a helper on each GPU of a Ray cluster, or else on each node; see `export`.
+
+    One whose node dies is started again where there is room, and the others make its parts. All
+    nodes must see source, model and output under the same names.
+
+    Args:
+        prepare: loads a model, once on each; what it returns is told number and count of helpers.
+
+    Yields:
+        What looks after them; it raises what one of them ended with.
+    """
+    with ray_cluster(os.cpu_count() or 1) as ray:
+        n_gpus = int(ray.cluster_resources().get("GPU", 0))
+        n = n_gpus or sum(node["Alive"] for node in ray.nodes())
+        taken: dict[str, Any] = {"num_cpus": 1, "scheduling_strategy": "SPREAD"}
+        actor = ray.remote(**({"num_gpus": 1} if n_gpus else taken))(_Helper)
+        at_work: dict[Any, tuple[int, Any]] = {}
+        deaths: list[int] = []
+
+        def start(number: int) -> None:
+            helper = actor.remote(prepare)
+            at_work[helper.help.remote(number, n)] = number, helper
+
+        def look_after() -> None:
+            ended, _ = ray.wait(list(at_work), timeout=0) if at_work else ([], [])
+            for reference in ended:
+                number, _ = at_work.pop(reference)
+                try:
+                    ray.get(reference)
+                except ray.exceptions.RayTaskError as error:
+                    if isinstance(error.cause, UserError):
+                        raise UserError(str(error.cause)) from error
+                    raise
+                except ray.exceptions.RayError as error:
+                    deaths.append(number)
+                    if len(deaths) > MAX_RAY_RETRIES:
+                        raise UserError(
+                            f"{len(deaths)} processes of the Ray cluster died "
+                            f"({type(error).__name__}); look at the cluster, then run the same "
+                            "command again"
+                        ) from error
+                    start(number)
+
+        for number in range(n):
+            start(number)
+        try:
+            yield look_after
+        finally:
+            for _, helper in at_work.values():
+                ray.kill(helper)
+
+
+class _Helper:
+    """A process of a Ray cluster that holds a model."""
+
+    def __init__(self, prepare: Callable[[], Callable[[int, int], object]]):
+        self._help = prepare()
+
+    def help(self, number: int, count: int) -> None:
+        self._help(number, count)

@@ -1,28 +1,19 @@
-"""The rows of an embeddings file nearest to a query (exact, streaming, whatever its size), and
-whether embeddings find what belongs together: reciprocal rank and hits of exact cosine search.
-
-For many searches in one large file a vector index lies beside it (extra `search`). It is flat:
-exact, the unit vectors themselves, mapped into memory instead of decoded. It is EMB.faiss, and is
-made again where EMB is newer.
+"""The rows of an embeddings file nearest to a query, exact and streaming whatever its size, or by
+an index beside it; and whether embeddings find what belongs together: reciprocal rank and hits of
+exact cosine search.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Literal
 
 import numpy as np
 
-from aria_jax.embed.table import open_parquet
-from data_pipeline.artifact import atomic
-from data_pipeline.errors import UserError, check_file
+from aria_jax.embed.index import open_index, unit_rows
+from aria_jax.embed.table import Rows, find_embeddings
+from data_pipeline.errors import UserError
 
-if TYPE_CHECKING:
-    from pyarrow.parquet import ParquetFile
-
-ROWS = 65_536
-"""Rows compared at a time: 128 MiB at 512 numbers each."""
 GROUPS = 32
 """Row groups of which random pairs are drawn."""
 
@@ -42,30 +33,80 @@ class Hit:
     labels: dict[str, str]
 
 
+class Searcher:
+    """Searches one embeddings file or data set many times; see `search`."""
+
+    def __init__(self, embeddings: str | Path, index: Literal["exact", "ivf"] | None = None):
+        self._rows, self._name = _open(embeddings), embeddings
+        self._ends = np.cumsum(self._rows.sizes)
+        self._index = None
+        if index is not None:
+            self._index = open_index(index, find_embeddings(embeddings), self._rows)
+
+    @property
+    def about_index(self) -> str:
+        """What the index is, and how good; "" without one."""
+        return "" if self._index is None else self._index.about
+
+    def __call__(self, query_E: np.ndarray, k: int = 10) -> list[Hit]:
+        """The k nearest rows, best first.
+
+        Raises:
+            UserError: rows of another width.
+        """
+        query = np.asarray(query_E, np.float32)
+        query = query / max(float(np.linalg.norm(query)), 1e-12)
+        if self._index is None:
+            rows, scores = nearest(query, self._blocks(len(query)), k)
+        else:
+            self._check_width(self._index.width, len(query))
+            rows, scores = self._index.nearest(query, min(k, int(self._ends[-1])))
+        return self._hits(rows, scores)
+
+    def _blocks(self, width: int) -> Iterator[np.ndarray]:
+        for block_NxE in self._rows.blocks():
+            self._check_width(block_NxE.shape[1], width)
+            yield block_NxE
+
+    def _check_width(self, found: int, wanted: int) -> None:
+        if found != wanted:
+            raise UserError(f"{self._name}: rows of {found} numbers, the query has {wanted}")
+
+    def _hits(self, rows: np.ndarray, scores: np.ndarray) -> list[Hit]:
+        """Reads only the row groups that hold a winner."""
+        group_of = np.searchsorted(self._ends, rows, side="right")
+        found: dict[int, dict] = {}
+        for group in np.unique(group_of).tolist():
+            table = self._rows.group(group, ["path", "sha256", "labels"])
+            mine = rows[group_of == group]
+            picked = table.take(mine - (self._ends[group] - self._rows.sizes[group])).to_pylist()
+            found.update(zip(mine.tolist(), picked, strict=True))
+        return [
+            Hit(float(score), row["path"], row["sha256"], dict(row["labels"] or ()))
+            for row, score in ((found[int(r)], s) for r, s in zip(rows, scores, strict=True))
+        ]
+
+
 def search(
-    query_E: np.ndarray, embeddings: str | Path, k: int = 10, *, index: bool = False
+    query_E: np.ndarray,
+    embeddings: str | Path,
+    k: int = 10,
+    *,
+    index: Literal["exact", "ivf"] | None = None,
 ) -> list[Hit]:
     """The k nearest rows by cosine similarity, best first; equal scores in the file's order.
 
     Memory: one block of rows. A million rows of 512 numbers are read and compared in seconds.
 
     Args:
-        index: search in EMB.faiss, made once: no row is decoded again.
+        index: searches in EMB.index, made once, of which no row is decoded again. "exact" finds the
+            same; "ivf" most of it, where there are too many rows to look at each.
 
     Raises:
-        UserError: not an embeddings file of `aria-jax embed`, or of another width; an index is
-            wanted and faiss is not installed.
+        UserError: not embeddings of `aria-jax embed`, or of another width; "ivf" is wanted and
+            faiss is not installed.
     """
-    file = _open(embeddings)
-    query = np.asarray(query_E, np.float32)
-    query = query / max(float(np.linalg.norm(query)), 1e-12)
-    blocks = partial(_blocks, file, len(query), embeddings)
-    if index:
-        made = current_index(Path(embeddings), file.metadata.num_rows, len(query), blocks)
-        rows, scores = nearest_in(made, query, k)
-    else:
-        rows, scores = nearest(query, blocks(), k)
-    return _hits(file, rows, scores)
+    return Searcher(embeddings, index)(query_E, k)
 
 
 def random_similarities(embeddings: str | Path, n: int = 10_000, seed: int = 0) -> np.ndarray:
@@ -74,34 +115,32 @@ def random_similarities(embeddings: str | Path, n: int = 10_000, seed: int = 0) 
     Rows are drawn from at most `GROUPS` row groups, so that a large file is not read whole. Empty
     where there are fewer than two rows.
     """
-    file, rng = _open(embeddings), np.random.default_rng(seed)
-    groups = rng.permutation(file.num_row_groups)[:GROUPS].tolist()
-    column = file.read_row_groups(sorted(groups), columns=["embedding"]).column(0).combine_chunks()
-    if len(column) < 2:
+    rows, rng = _open(embeddings), np.random.default_rng(seed)
+    groups = sorted(rng.permutation(len(rows.sizes))[:GROUPS].tolist())
+    vectors = np.concatenate([rows.vectors(group) for group in groups])
+    if len(vectors) < 2:
         return np.zeros(0, np.float32)
-    one = rng.integers(0, len(column), n)
-    other = (one + rng.integers(1, len(column), n)) % len(column)
-    rows, at = np.unique(np.stack([one, other]), return_inverse=True)
-    x_NxE = np.stack(column.take(rows).to_numpy(zero_copy_only=False)).astype(np.float32)
-    x_NxE /= np.maximum(np.linalg.norm(x_NxE, axis=1, keepdims=True), 1e-12)
+    one = rng.integers(0, len(vectors), n)
+    other = (one + rng.integers(1, len(vectors), n)) % len(vectors)
+    drawn, at = np.unique(np.stack([one, other]), return_inverse=True)
+    x_NxE = unit_rows(vectors[drawn])
     first, second = at.reshape(2, -1)
     return np.sort(np.einsum("ne,ne->n", x_NxE[first], x_NxE[second]))
 
 
-def _open(embeddings: str | Path) -> "ParquetFile":
-    """The Parquet file, whose columns are checked."""
+def _open(embeddings: str | Path) -> Rows:
+    """The rows, whose columns are checked."""
     import pyarrow as pa
 
-    check_file(embeddings, "an embeddings file of `aria-jax embed`")
     try:
-        file = open_parquet(embeddings)
+        rows = Rows(find_embeddings(embeddings))
     except pa.ArrowInvalid as error:
         raise UserError(f"{embeddings}: not a Parquet file ({error})") from None
-    if missing := {"embedding", "path", "sha256", "labels"} - set(file.schema_arrow.names):
+    if missing := {"embedding", "path", "sha256", "labels"} - set(rows.schema.names):
         raise UserError(
             f"{embeddings}: not made by `aria-jax embed` (no column {', '.join(sorted(missing))})"
         )
-    return file
+    return rows
 
 
 def nearest(
@@ -123,86 +162,6 @@ def nearest(
         best_rows, best = rows[order], scores[order]
         offset += len(block_NxE)
     return best_rows, best
-
-
-def _blocks(file: "ParquetFile", width: int, name: str | Path) -> Iterator[np.ndarray]:
-    for batch in file.iter_batches(ROWS, columns=["embedding"]):
-        column = batch.column(0)
-        found = getattr(column.type, "list_size", None)
-        if found != width:
-            raise UserError(f"{name}: rows of {found} numbers, the query has {width}")
-        yield column.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
-
-
-def _hits(file: "ParquetFile", rows: np.ndarray, scores: np.ndarray) -> list[Hit]:
-    """Reads only the row groups that hold a winner."""
-    sizes = [file.metadata.row_group(g).num_rows for g in range(file.num_row_groups)]
-    ends = np.cumsum(sizes)
-    group_of = np.searchsorted(ends, rows, side="right")
-    found: dict[int, dict] = {}
-    for group in np.unique(group_of):
-        table = file.read_row_group(int(group), columns=["path", "sha256", "labels"])
-        mine = rows[group_of == group]
-        picked = table.take(mine - (ends[group] - sizes[group])).to_pylist()
-        found.update(zip(mine.tolist(), picked, strict=True))
-    return [
-        Hit(float(score), row["path"], row["sha256"], dict(row["labels"] or ()))
-        for row, score in ((found[int(r)], s) for r, s in zip(rows, scores, strict=True))
-    ]
-
-
-def index_path(embeddings: Path) -> Path:
-    """Where the index of an embeddings file lies."""
-    return embeddings.with_name(embeddings.name + ".faiss")
-
-
-def current_index(
-    embeddings: Path, n_rows: int, width: int, blocks: Callable[[], Iterator[np.ndarray]]
-) -> Any:
-    """The index of `embeddings`, made first where there is none or an older one.
-
-    Args:
-        blocks: yields all rows, float32 [n, width] at a time.
-
-    Raises:
-        UserError: faiss is not installed, or cannot open a file of such a name.
-    """
-    faiss = _faiss()
-    path = index_path(embeddings)
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise UserError(
-            f"{embeddings}: faiss opens only names that are UTF-8; search without --index"
-        ) from None
-    if path.is_file() and path.stat().st_mtime_ns >= embeddings.stat().st_mtime_ns:
-        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-        if (index.ntotal, index.d) == (n_rows, width):
-            return index
-    index = faiss.IndexFlatIP(width)
-    for block_NxE in blocks():
-        norms = np.linalg.norm(block_NxE, axis=1, keepdims=True)
-        index.add(np.ascontiguousarray(block_NxE / np.maximum(norms, 1e-12), np.float32))
-    with atomic(path) as partial:
-        faiss.write_index(index, str(partial))
-    return index
-
-
-def nearest_in(index: Any, query_E: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers and cosine similarities of the k rows nearest to a unit vector, best first."""
-    scores, rows = index.search(np.asarray(query_E, np.float32)[None], min(k, index.ntotal))
-    order = np.lexsort((rows[0], -scores[0]))
-    return rows[0][order], scores[0][order]
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError:
-        raise UserError(
-            "an index needs faiss: pip install 'aria-jax[search]', or search without --index"
-        ) from None
-    return faiss
 
 
 CHUNK = 1024
@@ -257,8 +216,8 @@ def retrieval(
         UserError: no query has a relevant row.
     """
     one_set = candidates_NxE is None
-    queries = _unit(queries_QxE)
-    candidates = queries if candidates_NxE is None else _unit(candidates_NxE)
+    queries = unit_rows(queries_QxE)
+    candidates = queries if candidates_NxE is None else unit_rows(candidates_NxE)
     key_q, key_n = _codes(keys, keys if one_set else candidate_keys or ())
     apart_q = apart_n = None
     if apart is not None:
@@ -316,8 +275,3 @@ def _codes(
     number: dict[str | None, int] = {key: i for i, key in enumerate(known)}
     one, other = (np.array([number.get(key, -1) for key in side], int) for side in (keys, others))
     return one, other
-
-
-def _unit(x_NxE: np.ndarray) -> np.ndarray:
-    x_NxE = np.asarray(x_NxE, np.float32)
-    return x_NxE / np.maximum(np.linalg.norm(x_NxE, axis=1, keepdims=True), 1e-12)

@@ -1,5 +1,9 @@
 """Embeddings on disk: one Parquet row per file, readable by anything that reads Parquet.
 
+    emb.parquet                     one file, a row group a part of the export
+    emb/part-00003-1a2b3c4d.parquet or a data set: a file a part
+    emb/_metadata                   names the parts that count; written last
+
 Other models' embeddings are read too: Parquet with a column "embedding" of lists and any other
 columns, or NPZ with an array "embedding" [N, E] and any arrays of N. Columns of text are labels.
 """
@@ -8,7 +12,7 @@ import json
 import mmap
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -17,11 +21,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_pipeline.artifact import Identity, atomic
+from data_pipeline import storage
+from data_pipeline.artifact import Identity, atomic, write_atomically
 from data_pipeline.errors import UserError, check_file
 from data_pipeline.shards import READING_BEFORE
 
 if TYPE_CHECKING:
+    from pyarrow import Schema, Table
     from pyarrow.parquet import ParquetFile
 
 _COLUMNS = ("path", "sha256", "embedding", "n_slices", "n_notes", "duration_ms", "labels")
@@ -29,6 +35,10 @@ _SETTINGS = b"export_settings"
 _IDENTITY = b"identity"
 _ORIGIN = b"origin"
 _FINGERPRINT = b"model_fingerprint"
+SUMMARY = "_metadata"
+"""Parquet's own name for the schema and the row groups of all parts of a data set."""
+BLOCK_ROWS = 65_536
+"""Rows read at a time: 128 MiB at 512 numbers each."""
 _SLICE = re.compile(r"#\d+$")
 
 
@@ -89,13 +99,25 @@ def pool_slices(slices_SxE: np.ndarray, how: str = "mean") -> np.ndarray:
     return np.concatenate([mean_E, slices_SxE.std(axis=0)])
 
 
-def write_embeddings(table: Embeddings, out: str | Path) -> None:
-    """Writes the file whole or not at all."""
+def write_embeddings(table: Embeddings, out: str | Path, *, float16: bool = False) -> None:
+    """Writes the file whole or not at all.
+
+    Args:
+        float16: numbers of two bytes, of three digits; half the file.
+
+    Raises:
+        UserError: a number is too large for float16.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     width = table.embedding.shape[1]
-    flat = pa.array(np.ascontiguousarray(table.embedding, np.float32).reshape(-1))
+    kind = np.float16 if float16 else np.float32
+    with np.errstate(over="ignore"):
+        numbers = np.ascontiguousarray(table.embedding, kind)
+    if not np.array_equal(np.isfinite(numbers), np.isfinite(table.embedding)):
+        raise UserError(f"{out}: numbers beyond 65,504 are none of float16; write float32")
+    flat = pa.array(numbers.reshape(-1))
     columns = {
         "path": pa.array(table.path, pa.string()),
         "sha256": pa.array(table.sha256, pa.string()),
@@ -129,8 +151,89 @@ def open_parquet(path: str | Path) -> "ParquetFile":
     return pq.ParquetFile(pa.BufferReader(pa.py_buffer(content)))
 
 
+def _summary(parts: Sequence[Path], schema: "Schema") -> bytes:
+    """Parquet without rows that has the row groups of other files."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    empty, made = pa.BufferOutputStream(), pa.BufferOutputStream()
+    pq.ParquetWriter(empty, schema).close()
+    summary = pq.read_metadata(pa.BufferReader(empty.getvalue()))
+    for part in parts:
+        (groups := open_parquet(part).metadata).set_file_path(part.name)
+        summary.append_row_groups(groups)
+    summary.write_metadata_file(made)
+    return made.getvalue().to_pybytes()
+
+
+class Rows:
+    """The rows of a Parquet file, or of a data set's parts one after the other; a few are open.
+
+    Attributes:
+        schema: with the metadata of the whole.
+        sizes: rows of each group.
+
+    Raises:
+        ArrowInvalid: it is not Parquet.
+    """
+
+    def __init__(self, path: Path):
+        whole = open_parquet(path / SUMMARY if path.is_dir() else path)
+        self.schema = whole.schema_arrow
+        groups = [whole.metadata.row_group(g) for g in range(whole.num_row_groups)]
+        self.sizes = [group.num_rows for group in groups]
+        names = [group.column(0).file_path for group in groups]  # "" of the file itself
+        self._at = [(path / name, i) for name, own in groupby(names) for i, _ in enumerate(own)]
+        self._opened: Callable[[Path], ParquetFile] = lambda _: whole
+        if path.is_dir():
+            self._opened = lru_cache(64)(open_parquet)
+
+    def group(self, number: int, columns: Sequence[str] | None = None) -> "Table":
+        """The columns of a row group."""
+        file, own = self._at[number]
+        return self._opened(file).read_row_group(own, columns=columns)
+
+    def files(self) -> Iterator[tuple[str, str, int, int, int]]:
+        """Of each file its path, sha256, row group, and its rows in it: from, to."""
+        for number in range(len(self.sizes)):
+            names = self.group(number, ["path", "sha256"]).to_pydict()
+            rows, start = zip(names["path"], names["sha256"], strict=True), 0
+            for (path, sha256), own in groupby((_SLICE.sub("", path), sha) for path, sha in rows):
+                stop = start + len(list(own))
+                yield path, sha256, number, start, stop
+                start = stop
+
+    def vectors(self, first: int, last: int | None = None) -> np.ndarray:
+        """float32 [rows, E] of one row group, or of several of a file.
+
+        Raises:
+            UserError: they are not lists of one length.
+        """
+        file, own = self._at[first]
+        groups = range(own, own + (first if last is None else last) - first + 1)
+        column = self._opened(file).read_row_groups(groups, columns=["embedding"])["embedding"]
+        return _as_matrix(column.combine_chunks(), file).astype(np.float32, copy=False)
+
+    def blocks(self) -> Iterator[np.ndarray]:
+        """All vectors, float32 [n, E] at a time, n at most `BLOCK_ROWS` but for large groups."""
+        start, n_groups = 0, len(self.sizes)
+        for stop in range(1, n_groups + 1):
+            if (
+                stop == n_groups
+                or self._at[stop][0] != self._at[start][0]
+                or sum(self.sizes[start : stop + 1]) > BLOCK_ROWS
+            ):
+                yield self.vectors(start, stop - 1)
+                start = stop
+
+
 def join_embeddings(parts: Sequence[Path], out: Path, identity: Identity, origin: str) -> None:
-    """One file of several, a row group each, holding one of them in memory at a time."""
+    """One of several files. Holds one of them in memory at a time.
+
+    Args:
+        parts: in order; where they lie in `out` it is a data set, and their summary is written.
+            Else `out` becomes one file of all, a row group each.
+    """
     import pyarrow.parquet as pq
 
     metadata = {
@@ -140,6 +243,9 @@ def join_embeddings(parts: Sequence[Path], out: Path, identity: Identity, origin
         _ORIGIN: os.fsencode(origin),
     }
     schema = open_parquet(parts[0]).schema_arrow.with_metadata(metadata)
+    if parts[0].parent == out:
+        write_atomically(out / SUMMARY, _summary(parts, schema))
+        return
     with (
         atomic(out, beside=parts[0].parent) as partial,
         open(partial, "wb") as stream,
@@ -147,46 +253,6 @@ def join_embeddings(parts: Sequence[Path], out: Path, identity: Identity, origin
     ):
         for part in parts:
             writer.write_table(open_parquet(part).read().replace_schema_metadata(metadata))
-
-
-class KnownVectors:
-    """Rows of a finished embeddings file by the sha256 of the MIDI file they are of.
-
-    Holds the digests and a few row groups in memory.
-
-    Args:
-        path: None knows nothing.
-    """
-
-    def __init__(self, path: Path | None):
-        self._spans: dict[str, tuple[int, int, int]] = {}
-        self._group: Callable[[int], np.ndarray] = lambda _: np.empty((0, 0), np.float32)
-        if path is None:
-            return
-        file = open_parquet(path)
-        for group in range(file.num_row_groups):
-            names = file.read_row_group(group, columns=["sha256", "path"]).to_pydict()
-            files = [_SLICE.sub("", row) for row in names["path"]]
-            start = 0
-            for (_, sha256), rows in groupby(zip(files, names["sha256"], strict=True)):
-                stop = start + len(list(rows))
-                if sha256:
-                    self._spans.setdefault(sha256, (group, start, stop))
-                start = stop
-
-        @lru_cache(maxsize=4)
-        def read_group(group: int) -> np.ndarray:
-            column = file.read_row_group(group, columns=["embedding"])["embedding"].combine_chunks()
-            return _as_matrix(column, path)
-
-        self._group = read_group
-
-    def rows(self, sha256: str) -> np.ndarray | None:
-        """float32 [rows of the file, E]; None where they are not known."""
-        if sha256 not in self._spans:
-            return None
-        group, start, stop = self._spans[sha256]
-        return self._group(group)[start:stop]
 
 
 def read_identity(path: Path) -> Identity | None:
@@ -200,7 +266,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: no such file, or none of `aria-jax embed`.
     """
-    kept = _metadata(check_file(path, "an embeddings file of `aria-jax embed`")).get(_SETTINGS)
+    kept = _metadata(find_embeddings(path)).get(_SETTINGS)
     settings = {} if kept is None else {"reading": READING_BEFORE, **json.loads(kept)}
     if "slice_notes" not in settings:
         raise UserError(f"{path}: not made by `aria-jax embed`")
@@ -215,6 +281,7 @@ def read_origin(path: Path) -> str:
 def _metadata(path: Path) -> dict[bytes, bytes]:
     import pyarrow as pa
 
+    path = path / SUMMARY if path.is_dir() else path
     if not path.is_file():
         return {}
     try:
@@ -223,13 +290,24 @@ def _metadata(path: Path) -> dict[bytes, bytes]:
         return {}
 
 
+def find_embeddings(path: str | Path) -> Path:
+    """Where embeddings lie on this disk, brought there from a bucket: a file, or a data set.
+
+    Raises:
+        UserError: neither is there.
+    """
+    if isinstance(path, str | Path) and ((place := storage.local(path)) / SUMMARY).is_file():
+        return place
+    return check_file(path, "an embeddings file of `aria-jax embed`")
+
+
 def read_embeddings(path: str | Path) -> Embeddings:
-    """Reads an embeddings file, of `aria-jax embed` or another program's.
+    """Reads an embeddings file or data set, of `aria-jax embed` or another program's.
 
     Raises:
         UserError: no such file, neither Parquet nor NPZ, or no embeddings in it.
     """
-    path = check_file(path, "an embeddings file of `aria-jax embed`")
+    path = find_embeddings(path)
     columns, fingerprint = _read_npz(path) if path.suffix == ".npz" else _read_parquet(path)
     if "embedding" not in columns:
         raise UserError(
@@ -284,7 +362,9 @@ def _read_parquet(path: Path) -> tuple[dict[str, Any], str]:
     import pyarrow as pa
 
     try:
-        content = open_parquet(path).read()
+        rows = Rows(path)
+        groups = [rows.group(number) for number in range(len(rows.sizes))]
+        content = pa.concat_tables(groups or [rows.schema.empty_table()])
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: not a Parquet file ({error})") from None
     columns: dict[str, Any] = {}
@@ -296,7 +376,7 @@ def _read_parquet(path: Path) -> tuple[dict[str, Any], str]:
             columns[name] = column.to_numpy(zero_copy_only=False)
         else:
             columns[name] = column.to_pylist()
-    metadata = content.schema.metadata or {}
+    metadata = rows.schema.metadata or {}
     return columns, metadata.get(_FINGERPRINT, b"").decode()
 
 

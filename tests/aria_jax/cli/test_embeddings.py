@@ -18,6 +18,7 @@ from aria_jax.cli.main import main
 from aria_jax.config import ComputeConfig, ModelConfig
 from aria_jax.embed.encode import class_encoder
 from aria_jax.embed.export import export
+from aria_jax.embed.parts import Parts
 from aria_jax.embed.pieces import Slicing, midi_slices
 from aria_jax.embed.table import read_embeddings
 from aria_jax.models.heads import build_model
@@ -73,17 +74,19 @@ def test_embedding_again_does_nothing_and_says_the_same(midi_corpus, checkpoint,
     assert out.stat().st_mtime_ns == before
 
 
-def test_launched_processes_embed_a_share_each(midi_corpus, capsys, tmp_path, monkeypatch):
+def test_launched_processes_begin_apart(midi_corpus, capsys, tmp_path, monkeypatch):
     out = str(tmp_path / "e.parquet")
     command = ["embed", str(midi_corpus), out, "--baseline", "pitch-class", *SMALL]
     monkeypatch.setattr("aria_jax.embed.export.export.__kwdefaults__", {
         **export.__kwdefaults__, "files_per_part": 4})  # fmt: skip
     monkeypatch.setenv("ARIA_JAX_PROCESS_COUNT", "2")
-    done = []
+    began = []
+    monkeypatch.setattr("aria_jax.embed.export.Parts", lambda *args, **kwargs: (
+        began.append(kwargs["begin"]), Parts(*args, **kwargs))[1])  # fmt: skip
     for index in ("1", "0"):
         monkeypatch.setenv("ARIA_JAX_PROCESS_INDEX", index)
-        done.append(result_of(capsys, *command)["complete"])
-    assert done == [False, True] and len(read_embeddings(out).path) == 10
+        assert result_of(capsys, *command)["complete"]
+    assert began == [1, 0] and len(read_embeddings(out).path) == 10
     assert main([*command, "--host-index", "2", "--host-count", "2"]) == 2
 
 

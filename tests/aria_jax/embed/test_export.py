@@ -275,14 +275,20 @@ def test_stopped_and_run_again_gives_the_same_file(whole, midis, tmp_path):
     assert export(opened(midis, tmp_path), never, out, **options).n_rows == 10
 
 
-def test_hosts_share_the_work_and_the_last_joins_it(whole, midis, tmp_path):
-    out = tmp_path / "e.parquet"
+def test_a_host_makes_what_no_other_has_made(whole, midis, tmp_path):
+    out, seen = tmp_path / "e.parquet", []
     options = {"settings": SETTINGS, "files_per_part": 3, "host_count": 3}
-    done = [
-        export(opened(midis, tmp_path), counting(), out, host_index=host, **options).complete
-        for host in (2, 0, 1)
-    ]
-    assert done == [False, False, True] and same(out, whole)
+
+    def embed(host):
+        def noting(slices):
+            seen.append(host)
+            return counting()(slices)
+
+        return export(opened(midis, tmp_path), noting, out, host_index=host, **options)
+
+    done = [embed(host) for host in (2, 0, 1)]
+    assert seen == [2] * 4 and same(out, whole)
+    assert [one.done_before for one in done] == [False, True, True]
 
 
 def test_worker_processes_give_the_same_file(whole, midis, tmp_path):
@@ -299,7 +305,7 @@ def test_worker_processes_do_not_load_jax():
 
 def test_parts_of_another_export_are_refused(midis, tmp_path):
     out = tmp_path / "e.parquet"
-    export(opened(midis, tmp_path), counting(), out, settings=SETTINGS, host_count=2,
+    export(opened(midis, tmp_path), counting(), out, settings=SETTINGS, helper=True,
            files_per_part=3)  # fmt: skip
     with pytest.raises(UserError, match=r"the beginning of embeddings .*model: f → g.*--overwrite"):
         export(opened(midis, tmp_path), counting(), out, settings={"fingerprint": "g"})
