@@ -227,9 +227,11 @@ def train(
     """
     from typing import get_args
 
+    import jax
+
     from aria_jax.presets import for_task
     from aria_jax.train.loop import run, send_workdir
-    from aria_jax.train.trackers import JsonlSink
+    from aria_jax.train.trackers import open_sinks
 
     if not isinstance(task, RunConfig) and task not in get_args(Task):
         raise UserError(
@@ -238,12 +240,13 @@ def train(
     config = task if isinstance(task, RunConfig) else for_task(preset, task)
     config = with_settings(config, settings.items()).validate()
     folder = storage.local(workdir)
-    sink = JsonlSink(folder / "metrics.jsonl")
+    sinks = open_sinks(config, folder) if jax.process_index() == 0 else []
     try:
         with new_folder(folder, make=False):
-            return run(config, data, folder, init_from=init_from, sinks=[sink])
+            return run(config, data, folder, init_from=init_from, sinks=sinks)
     finally:
-        sink.close()
+        for sink in sinks:
+            sink.close()
         if folder.exists():
             send_workdir(folder)
 

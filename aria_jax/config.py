@@ -21,6 +21,7 @@ SLICE_TOKENS = 2048
 """Where a slice is truncated, and the longest that slices are trained with (same reference)."""
 CORPUS = ("corpus",)  # ModelConfig.vocabulary before the data was looked at
 Head = Literal["lm", "embedding", "class", "none"]
+Tracker = Literal["jsonl", "tensorboard", "wandb", "mlflow"]
 Task = Literal["pretrain", "continue", "contrastive", "classify"]
 LoraTarget = Literal["qkv", "out", "gate", "up", "down", "head", "embedding"]
 
@@ -175,6 +176,11 @@ class TrainConfig:
     """Batches of an evaluation."""
     log_every: Count = 10
     """Steps between lines of metrics."""
+    trackers: tuple[Tracker, ...] = ("jsonl", "tensorboard")
+    """Where metrics go; wandb and mlflow are extras, and are told where by their own variables
+    (WANDB_MODE, WANDB_PROJECT, MLFLOW_TRACKING_URI, …)."""
+    stall_minutes: Positive | None = 10.0
+    """Minutes without a step after which a process says where it is; none never does."""
     checkpoint_every: Count = 500
     """Steps between checkpoints."""
     checkpoint_every_minutes: Positive | None = 15.0
@@ -313,24 +319,6 @@ def out_of_range(config: RunConfig) -> dict[str, str]:
 def to_dict(config: Any) -> dict[str, Any]:
     """A config as plain JSON types."""
     return dataclasses.asdict(config)
-
-
-def from_dict(cls: type, values: dict[str, Any]) -> Any:
-    """The inverse of `to_dict`; unknown keys raise `UserError` (a newer version wrote them)."""
-    hints = typing.get_type_hints(cls)
-    if unknown := set(values) - set(hints):
-        raise UserError(
-            f"{cls.__name__} has no {', '.join(sorted(unknown))}: "
-            "was this file written by a newer aria_jax?"
-        )
-    made = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = from_dict(typing.cast(type, hints[name]), value)
-        elif isinstance(value, list):
-            value = tuple(value)
-        made[name] = value
-    return cls(**made)
 
 
 def full_name(key: str) -> str:

@@ -129,6 +129,24 @@ def problems_of(config: Any, prefix: str = "") -> dict[str, str]:
     return found
 
 
+def from_dict(cls: type, values: dict[str, Any]) -> Any:
+    """The inverse of `to_dict`; unknown keys raise `UserError` (a newer version wrote them)."""
+    hints = typing.get_type_hints(cls)
+    if unknown := set(values) - set(hints):
+        raise UserError(
+            f"{cls.__name__} has no {', '.join(sorted(unknown))}: "
+            "was this file written by a newer aria_jax?"
+        )
+    made = {}
+    for name, value in values.items():
+        if dataclasses.is_dataclass(hints[name]):
+            value = from_dict(typing.cast(type, hints[name]), value)
+        elif isinstance(value, list):
+            value = tuple(value)
+        made[name] = value
+    return cls(**made)
+
+
 def _without_range(hint: Any) -> tuple[Any, Range | None]:
     """The bare type, and the range of its numbers, which may stand inside a union with None."""
     if typing.get_origin(hint) is Annotated:

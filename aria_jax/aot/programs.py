@@ -103,7 +103,7 @@ def _on(mesh: Mesh, shape: jax.ShapeDtypeStruct, spec: NamedSharding) -> jax.Sha
 
 
 def _training(config: RunConfig, mesh: Mesh) -> Program:
-    check_batch(config, mesh)
+    check_batch(config, mesh.shape)
     network = Network.of(config)
     state = abstract_state(config, network, mesh)
     shapes = batch_shapes(config)

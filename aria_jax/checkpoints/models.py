@@ -20,7 +20,6 @@ from aria_jax.config import (
     SLICE_TOKENS,
     ComputeConfig,
     ModelConfig,
-    from_dict,
     to_dict,
 )
 from aria_jax.models import Parameters, Specs, abstract_parameters, parameter_shardings
@@ -36,6 +35,7 @@ from aria_jax.sharding import replicated
 from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.midi import STANDARD
+from data_pipeline.settings import from_dict
 from data_pipeline.shards import READING_BEFORE
 from data_pipeline.tokenizers import Tokenizer
 

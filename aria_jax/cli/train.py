@@ -57,7 +57,8 @@ Settings are given as key=value, e.g. steps=2000 peak_lr=1e-4 data.global_batch=
 mesh.fsdp=4, or in a YAML or JSON file of the same keys (--config), over which the command line
 wins; `aria-jax train --settings` lists them all, with type, default and meaning. A run writes its
 resolved settings to WORKDIR/config.yaml, for --config to read; --status WORKDIR tells how it does,
-and what share of its time was productive (goodput). With several --data, rows of all are mixed by
+and what share of its time was productive (goodput); --profile-next 5 WORKDIR asks it for a trace of
+its next steps (trackers=… names where metrics go). With several --data, rows of all are mixed by
 their weights, and losses told apart. With lora_rank=8 any task trains low-rank
 adapters of the weights of --init-from (`aria-jax convert merge` makes them whole).
 
@@ -71,6 +72,7 @@ examples:
   aria-jax train contrastive --settings
   aria-jax train pretrain --data giant:0.8 --data asap:0.2 --workdir run7
   aria-jax train --status run1
+  aria-jax train --profile-next 5 run1
 
 On TPUs and GPUs a run computes in bfloat16 (dtype=float32 does not), and mesh, remat and gradient
 accumulation are chosen by chip and their number (docs/tpu.md, docs/gpu.md); settings of yours go
@@ -80,7 +82,7 @@ TASKS = ("pretrain", "continue", "contrastive", "classify")
 
 
 def parse(parser: "Parser", argv: Sequence[str]) -> argparse.Namespace:
-    """Settings may stand between the options, too; --settings and --status need nothing else."""
+    """Settings may stand between the options, too; questions about a run need no task."""
     if "--settings" in argv:
         parser = type(parser)(prog=parser.prog)
         parser.add_argument("task", choices=TASKS, nargs="?")
@@ -88,9 +90,14 @@ def parse(parser: "Parser", argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument("--preset", default="tiny")
         parser.add_argument("--json", action="store_true")
         return parser.parse_args(argv)
-    if any(word.partition("=")[0] == "--status" for word in argv):
+    options = {word.partition("=")[0] for word in argv}
+    if options & {"--status", "--profile-next"}:
         parser = type(parser)(prog=parser.prog)
-        parser.add_argument("--status", metavar="WORKDIR")
+        if "--status" in options:
+            parser.add_argument("--status", metavar="WORKDIR")
+        else:
+            parser.add_argument("--profile-next", metavar="N", type=int)
+            parser.add_argument("workdir", metavar="WORKDIR")
         parser.add_argument("--json", action="store_true")
         return parser.parse_args(argv)
     return parse_with_settings(parser, argv)
@@ -120,10 +127,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--status", metavar="WORKDIR", help="say how the run there is doing, and stop"
     )
     parser.add_argument(
-        "--init-from",
-        metavar="C",
-        help="what to start from: workdir, published .safetensors, or hf://OWNER/NAME[@REVISION]",
+        "--profile-next",
+        metavar="N WORKDIR",
+        help="ask the run there, as it goes on, for a trace of its next N steps, and stop",
     )
+    parser.add_argument("--init-from", metavar="C", help="workdir, .safetensors or hf://OWNER/NAME")
     parser.add_argument(
         "--allow-change",
         default="",
@@ -152,19 +160,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the training; 0 when done, 130 after Ctrl-C, 1 after SIGTERM."""
     from aria_jax.presets import for_task
+    from aria_jax.train.trackers import check_trackers
     from data_pipeline.errors import UserError
     from data_pipeline.loaders.mixture import common_manifest, sources_of
 
-    if "status" in args and args.status is not None:
+    if getattr(args, "status", None) is not None:
         return _status(args)
+    if getattr(args, "profile_next", None) is not None:
+        return _profile_next(args)
     if args.list_settings:
         return _list_settings(args)
     preset = for_task(args.preset, args.task)
     # All that can be wrong is found before the seconds that importing jax takes.
-    named = _as_asked(preset, args).data.sources
-    if not (args.data or named):
+    asked = _as_asked(preset, args)
+    if not (args.data or asked.data.sources):
         raise UserError("train: name the token shards with --data FOLDER (or data.sources)")
-    args.data = sources_of(args.data or named)
+    args.data = sources_of(args.data or asked.data.sources)
+    check_trackers(asked.train.trackers)
     name_without_effect(args.task, args.settings)
     common_manifest(args.data)
     check_folder_name(args.workdir)
@@ -222,6 +234,15 @@ def _status(args: argparse.Namespace) -> int:
     return 0
 
 
+def _profile_next(args: argparse.Namespace) -> int:
+    from aria_jax.cli.console import print_result
+    from aria_jax.train.goodput import request_profile
+
+    text = request_profile(Path(args.workdir), args.profile_next)
+    print_result({"steps": args.profile_next, "workdir": args.workdir}, args.json, text)
+    return 0
+
+
 def _list_settings(args: argparse.Namespace) -> int:
     """Prints every setting; with a task also what its preset makes of it."""
     from aria_jax.cli.console import print_result
@@ -259,7 +280,7 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     from aria_jax.train import loop
     from aria_jax.train.processes import join_processes, leave_at_once, lost_contact
     from aria_jax.train.tasks import resolve
-    from aria_jax.train.trackers import JsonlSink, MetricSink, TensorBoardSink
+    from aria_jax.train.trackers import MetricSink, open_sinks
 
     console.stage("looking for devices")
     first = join_processes() == 0
@@ -291,7 +312,7 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
                 f"note: a warm-up of {warmup} steps is as long as the whole run of {steps}; "
                 f"the learning rate stays low (warmup_steps={max(steps // 10, 1)} would not)"
             )
-        sinks = [JsonlSink(workdir / "metrics.jsonl"), TensorBoardSink(workdir / "tensorboard")]
+        sinks = open_sinks(resolved, workdir)
     console.stage("preparing the weights")
     console.answer_interrupt("saving; Ctrl-C again to stop now")
     try:

@@ -1,4 +1,5 @@
-"""Which share of a run's time was productive, over all its restarts: WORKDIR/goodput.jsonl.
+"""A run as it is seen and asked from outside: how its time was spent, over all its restarts, in
+WORKDIR/goodput.jsonl; which process stalls, in WORKDIR/stalls; a request for a trace.
 
 Each start of the run appends to the record, so that it survives kills. Times are seconds; the words
 are those of ml-goodput-measurement: goodput is the share of the wall time, from the first start on,
@@ -14,18 +15,27 @@ without those.
 """
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_pipeline import storage
+from data_pipeline.artifact import write_atomically
 from data_pipeline.errors import UserError
 
 FILE = "goodput.jsonl"
+STALLS = "stalls"
+"""Folder of a workdir: one file a process, a line for each stall and each end of one."""
+REQUEST = "profile-next"
+"""File of a workdir: of how many of the next steps a trace is wanted."""
+LOOK_EVERY_S = 10.0
+"""How often a run looks for such a request."""
 PARTS = ("compile_s", "data_s", "evaluation_s", "checkpoint_s")
 PERCENTILES = (50, 90, 99)
 
@@ -135,6 +145,7 @@ class Status:
         badput_s: the rest of `wall_s` by its reason; "startup" is from a start to its first step,
             "recovery" between a start's last line and the next start, "redone" steps done again.
         step_s: of the steps of the last line: p50, p90, p99, max; None before the first.
+        stalls: one sentence about each process that stalls since the last start.
     """
 
     step: int
@@ -146,6 +157,7 @@ class Status:
     goodput: float
     badput_s: dict[str, float]
     step_s: dict[str, float] | None
+    stalls: list[str]
 
 
 SILENT_S = 600.0
@@ -194,7 +206,18 @@ def read_status(workdir: Path, now: float | None = None) -> Status:
         goodput=productive / wall if wall else 0.0,
         badput_s={**badput, "other": max(wall - productive - sum(badput.values()), 0.0)},
         step_s=windows[-1]["step_s"] if windows else None,
+        stalls=_stalls(workdir, max(e["time"] for e in events if e["event"] == "start")),
     )
+
+
+def _stalls(workdir: Path, since: float) -> list[str]:
+    """What was said last of each process that stalled after that time and did not go on."""
+    found = []
+    for file in sorted((workdir / STALLS).glob("*.jsonl")):
+        last = (_events(file) or [{}])[-1]
+        if last.get("event") == "stall" and last["time"] >= since:
+            found.append(last["message"])
+    return found
 
 
 def _cut(spans: list[list[float]], step: int) -> float:
@@ -237,7 +260,70 @@ def status_text(workdir: str, status: Status) -> str:
     if status.step_s is not None:
         shown = ", ".join(f"{name} {seconds:.3g} s" for name, seconds in status.step_s.items())
         lines.append(f"a step, of late: {shown}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *status.stalls])
+
+
+def request_profile(workdir: Path, steps: int) -> str:
+    """Asks the run of a workdir, which is under way, for a trace of so many of its next steps.
+
+    Returns:
+        What was asked, and where the answer will be.
+
+    Raises:
+        UserError: no step is asked for, or no run is under way there.
+    """
+    if steps < 1:
+        raise UserError(f"--profile-next {steps}: expected a number of steps, at least 1")
+    status = read_status(workdir)
+    if not status.running:
+        raise UserError(
+            f"{workdir}: no run is under way there (last heard of {_span(status.silent_s)} ago); "
+            "profile_steps=FIRST-LAST traces steps of one that is about to start"
+        )
+    write_atomically(workdir / REQUEST, f"{steps}\n")
+    storage.upload(workdir / REQUEST)
+    return (
+        f"{storage.url(workdir)}: asked for a trace of the next {steps} steps; the run looks every "
+        f"{LOOK_EVERY_S:.0f} s, and writes it to {storage.url(workdir / 'profile')}"
+    )
+
+
+class ProfileRequests:
+    """Looks for a request in a workdir, from a thread of its own, and takes it away.
+
+    Args:
+        look: False finds none (all processes but the first).
+    """
+
+    def __init__(self, workdir: Path, *, look: bool = True):
+        self._file, self._steps = workdir / REQUEST, 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="requests", daemon=True)
+        if look:
+            self._thread.start()
+
+    def take(self) -> int:
+        """How many steps were asked for since the last call; asks nobody."""
+        steps, self._steps = self._steps, 0
+        return steps
+
+    def close(self) -> None:
+        """Looks no more."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            # What a bucket does not tell now it tells later; what is no number asks for nothing.
+            with suppress(UserError, OSError, ValueError):
+                storage.fetch(self._file)
+                if self._file.is_file():
+                    text = self._file.read_text()
+                    storage.remove(self._file)
+                    self._steps = max(int(text), 0)
+            if self._ended.wait(LOOK_EVERY_S):
+                return
 
 
 def _times(n: int) -> str:

@@ -3,10 +3,11 @@
 A hook is told of every step once it is dispatched, and acts on those that are its own.
 """
 
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,16 +15,17 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from aria_jax.checkpoints import DIRECTORY
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.models.heads import Parameters
 from aria_jax.sharding import iterate_rows
 from aria_jax.train.objectives import file_metrics
+from aria_jax.train.processes import process_0_says
 from aria_jax.train.step import EvalStep, Metrics, TrainState
 from aria_jax.train.tasks import Task
 from aria_jax.train.trackers import Log
+from data_pipeline import storage
 from data_pipeline.errors import UserError
 from data_pipeline.loaders import BatchStream
 
@@ -283,14 +285,14 @@ class SaveCheckpoints:
         every_minutes: float | None,
         ask_every: int,
         clock: Clock = time.perf_counter,
-        agree: Callable[[bool], bool] | None = None,
+        agree: Callable[[int], int] = process_0_says,
         before: Callable[[], None] = lambda: None,
     ):
         self._before = before
         self.saving: SpentOn = nullcontext
         self._checkpointer, self._record, self._every = checkpointer, record, every
         self._seconds = None if every_minutes is None else 60 * every_minutes
-        self._ask_every, self._clock, self._agree = ask_every, clock, agree or process_0_says
+        self._ask_every, self._clock, self._agree = ask_every, clock, agree
         self._saved_at = clock()
 
     def on_step(self, step: int, state: TrainState, metrics: Metrics) -> None:
@@ -314,54 +316,79 @@ class SaveCheckpoints:
     def _minutes_have_passed(self, step: int) -> bool:
         if self._seconds is None or step % self._ask_every:
             return False
-        return self._agree(self._clock() - self._saved_at >= self._seconds)
-
-
-def process_0_says(answer: bool) -> bool:
-    """The answer of process 0, whose clock counts; all processes must ask."""
-    if jax.process_count() == 1:
-        return answer
-    return bool(multihost_utils.broadcast_one_to_all(np.array(answer)))
+        return bool(self._agree(self._clock() - self._saved_at >= self._seconds))
 
 
 class Profile:
-    """Traces steps `first` to `last` into a folder, for XProf or TensorBoard's profile tab.
+    """Traces steps into a folder, for XProf or TensorBoard's profile tab.
 
     Args:
+        steps: first and last that were named before the run began; None where none were.
         done: steps that the run has behind it already.
+        asked: how many of the next steps somebody asks for now; of process 0, whose answer counts.
+        ask_every: steps between two such questions, which all processes must take together.
+        agree: the answer of process 0, in every process.
     """
 
-    def __init__(self, folder: Path, steps: tuple[int, int], done: int):
-        self._folder, (self._first, self._last) = folder, steps
-        self._tracing = self._traced = False
-        if done + 1 == self._first:
-            self._start()
+    def __init__(
+        self,
+        folder: Path,
+        steps: tuple[int, int] | None,
+        done: int,
+        *,
+        asked: Callable[[], int] = lambda: 0,
+        ask_every: int = 1,
+        agree: Callable[[int], int] = process_0_says,
+    ):
+        self._folder, self._steps, self._missed = folder, steps, steps is not None
+        self._asked, self._ask_every, self._agree = asked, ask_every, agree
+        self._until: int | None = None
+        self._sending: threading.Thread | None = None
+        if steps is not None and done + 1 == steps[0]:
+            self._start(steps[1])
 
     def on_step(self, step: int, state: TrainState, metrics: Metrics) -> None:
         """Starts before the first step and stops after the last, waiting for whole steps."""
-        if step + 1 == self._first:
+        if self._until is not None:
+            if step >= self._until:
+                jax.block_until_ready(metrics)
+                self.close()
+            return
+        n = self._agree(self._asked()) if step % self._ask_every == 0 else 0
+        last = step + n
+        if self._steps is not None and step + 1 == self._steps[0]:
+            last = max(last, self._steps[1])
+        if last > step:
             jax.block_until_ready(metrics)
-            self._start()
-        elif self._tracing and step >= self._last:
-            jax.block_until_ready(metrics)
-            self.close()
+            self._start(last)
 
     def finish(self) -> None:
-        """Warns where none of the steps was done."""
+        """Warns where none of the steps that were named was done."""
         self.close()
-        if not self._traced:
+        if self._sending is not None:
+            self._sending.join()
+        if self._steps is not None and self._missed:
+            first, last = self._steps
             warnings.warn(
-                f"train.profile_steps={self._first}-{self._last}: this run did not pass through "
-                "them; nothing was traced",
+                f"train.profile_steps={first}-{last}: this run did not pass through them; nothing "
+                "was traced",
                 stacklevel=2,
             )
 
     def close(self) -> None:
-        """Stops tracing, if it is under way."""
-        if self._tracing:
+        """Stops tracing, if it is under way, and sends the trace to its bucket, if it has one."""
+        if self._until is not None:
             jax.profiler.stop_trace()
-            self._tracing = False
+            self._until = None
+            self._sending = threading.Thread(target=self._send, daemon=True)
+            self._sending.start()
 
-    def _start(self) -> None:
+    def _send(self) -> None:
+        with suppress(UserError):  # metrics go the same way, and tell of it
+            storage.upload(self._folder)
+
+    def _start(self, last: int) -> None:
         jax.profiler.start_trace(str(self._folder))
-        self._tracing = self._traced = True
+        self._until = last
+        if self._steps is not None and last >= self._steps[0]:
+            self._missed = False

@@ -14,11 +14,12 @@ from aria_jax.checkpoints import (
     newest_record,
     newest_step,
 )
-from aria_jax.config import RunConfig, from_dict, to_dict
+from aria_jax.config import RunConfig, to_dict
 from data_pipeline import storage
 from data_pipeline.artifact import MAX_DIFFERENCES, Identity, json_digest
 from data_pipeline.errors import UserError
 from data_pipeline.loaders.mixture import Data, sources_of, written
+from data_pipeline.settings import from_dict
 from data_pipeline.shards import load_manifest
 
 if TYPE_CHECKING:  # the command line decides before it imports jax
@@ -37,6 +38,8 @@ FREE = {
     "train.eval_every",
     "train.eval_batches",
     "train.log_every",
+    "train.trackers",
+    "train.stall_minutes",
     "train.checkpoint_every",
     "train.checkpoint_every_minutes",
     "train.keep_checkpoints",

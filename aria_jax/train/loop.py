@@ -4,8 +4,8 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from aria_jax.checkpoints.sending import Sender
 from aria_jax.config import RunConfig, to_dict, with_overrides
 from aria_jax.presets import chip_of
 from aria_jax.sharding import batch_sharding, iterate_rows, make_mesh
-from aria_jax.train.goodput import FILE, GoodputRecorder
+from aria_jax.train.goodput import FILE, GoodputRecorder, ProfileRequests
 from aria_jax.train.hooks import (
     Clock,
     Evaluate,
@@ -32,7 +32,7 @@ from aria_jax.train.hooks import (
 )
 from aria_jax.train.init import InitFrom, check_allow_change, corpus_record, resolve_init
 from aria_jax.train.plan import Plan, tokens_per_step, train_flops_per_token
-from aria_jax.train.processes import lost_contact, stop_requests
+from aria_jax.train.processes import Watchdog, lost_contact, stop_requests
 from aria_jax.train.state import Network, first_state, random_state, shardings_of
 from aria_jax.train.step import TrainState, TrainStep, make_eval_step, make_train_step
 from aria_jax.train.tasks import Task, build_task, resolve
@@ -82,7 +82,8 @@ def run(
     SIGTERM and SIGINT end the run after the step under way, with a checkpoint. Stopped and run
     again, a run computes bit for bit what it would have computed without the stop (one process).
     The weights of the lowest validation loss are kept in `workdir/best`, a trace of
-    `config.train.profile_steps` in `workdir/profile`.
+    `config.train.profile_steps`, or of steps that are asked for meanwhile, in `workdir/profile`.
+    A process without a step for `config.train.stall_minutes` says where it is.
 
     Args:
         data: folder of token shards, or several with their weights ("FOLDER:0.7"), whose rows
@@ -104,7 +105,7 @@ def run(
     refuse_occupied(workdir, "a training run")
     config = resolve(config.validate(), sources, workdir)
     mesh, settings = make_mesh(config.mesh), config.train
-    check_batch(config, mesh)
+    check_batch(config, mesh.shape)
     task = build_task(config, sources, mesh=mesh)
     for note in (*task.notes, *replicated_work(config, mesh)):
         warnings.warn(note, stacklevel=2)
@@ -112,12 +113,17 @@ def run(
     tokenizer, reading = manifest["tokenizer"]["preset"], reading_of(manifest)
     record = {**model_record(config.model, tokenizer, reading), "config": to_dict(config)}
     record["corpus"] = corpus_record(sources)
-    with _checkpoints(workdir, settings.keep_checkpoints) as checkpointer, _sent(workdir) as send:
+    with (
+        closing(Watchdog(workdir, settings.stall_minutes)) as watchdog,
+        _checkpoints(workdir, settings.keep_checkpoints) as checkpointer,
+        _sent(workdir) as send,
+    ):
         init = resolve_init(workdir, init_from, checkpointer)
         network, state, step = first_state(config, mesh, init, checkpointer, record, allow_change)
         if on_start is not None:
             on_start(init)
-        log, sharding = Log(sinks), batch_sharding(mesh)
+        log = Log(sinks if jax.process_index() == 0 else ())
+        sharding = batch_sharding(mesh)
         goodput = _goodput(config, workdir, step)
         monitor = _monitor(config, task, mesh, log, checkpointer, clock)
         monitor.pausing = goodput.spent_on
@@ -132,7 +138,7 @@ def run(
                 (state, step),
                 goodput=goodput,
                 last_step=settings.steps,
-                hooks=(monitor, *profile, evaluate, save),
+                hooks=(watchdog, monitor, profile, evaluate, save),
                 mesh=mesh,
                 should_stop=should_stop,
             )
@@ -183,7 +189,7 @@ def time_step(config: RunConfig, corpus: Data) -> tuple[float, int]:
         config: resolved against the data.
     """
     data, mesh = config.data, make_mesh(config.mesh)
-    check_batch(config, mesh)
+    check_batch(config, mesh.shape)
     timed = config
     if tokens_per_step(config) * train_flops_per_token(config) > TIMED_FLOPS:
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
@@ -222,9 +228,13 @@ def position(config: RunConfig, stream: BatchStream, step: int) -> dict[str, int
     return {"seed": config.train.seed, "epoch": rows // stream.n_examples, "step": step}
 
 
-def check_batch(config: RunConfig, mesh: jax.sharding.Mesh) -> None:
-    """Raises `UserError` unless every device gets as many rows as every other."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+def check_batch(config: RunConfig, sizes: Mapping[str, int]) -> None:
+    """Raises `UserError` unless every device gets as many rows as every other.
+
+    Args:
+        sizes: of the mesh, devices per axis.
+    """
+    ways = sizes["data"] * sizes["fsdp"]
     rows = config.data.global_batch // config.train.grad_accumulation
     if rows % ways:
         raise UserError(
@@ -363,13 +373,17 @@ def _evaluate(
 
 
 @contextmanager
-def _profile(config: RunConfig, workdir: Path, step: int) -> Iterator[Sequence[Profile]]:
-    """The hook that traces, if steps to trace were named."""
-    if (steps := config.train.profile_range) is None:
-        yield ()
-        return
-    profile = Profile(workdir / "profile", steps, step)
-    try:
-        yield (profile,)
-    finally:
-        profile.close()
+def _profile(config: RunConfig, workdir: Path, step: int) -> Iterator[Profile]:
+    """The hook that traces the steps that were named, or are asked for while the run goes on."""
+    index, several = jax.process_index(), jax.process_count() > 1
+    with closing(ProfileRequests(workdir, look=index == 0)) as requests:
+        profile = Profile(
+            # Processes of one host would write files of the same name.
+            workdir / "profile" / (f"process-{index}" if several else ""),
+            config.train.profile_range,
+            step,
+            asked=requests.take,
+            ask_every=config.train.log_every if several else 1,
+        )
+        with closing(profile):
+            yield profile

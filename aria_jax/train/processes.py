@@ -1,16 +1,29 @@
-"""The processes of one run: how they join, stop together, and find that one is gone."""
+"""The processes of one run: how they join, agree, stop together, and find that one is gone or
+stalls.
+"""
 
+import faulthandler
+import json
 import os
 import re
 import signal
+import socket
+import sys
 import threading
+import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NoReturn
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
+from aria_jax.train.goodput import STALLS
+from data_pipeline import storage
 from data_pipeline.errors import UserError
 
 # What a launcher sets for each process; see launch/local.py and launch/cluster.py.
@@ -109,6 +122,107 @@ def _interrupt_as_termination() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def process_0_says(answer: int) -> int:
+    """The answer of process 0, which counts; all processes must ask."""
+    if jax.process_count() == 1:
+        return answer
+    return int(multihost_utils.broadcast_one_to_all(np.array(answer)))
+
+
+class Watchdog:
+    """Says that this process has done no step for long, and where it is; a hook.
+
+    It looks from a thread of its own and disturbs no step. What it finds it warns of, and writes
+    to WORKDIR/stalls/process-INDEX.jsonl with the stacks of all threads, where `--status` finds it.
+    Where the thread cannot look either, since compiled code does not let the interpreter go,
+    faulthandler, which needs none, prints the stacks to stderr.
+
+    Args:
+        minutes: without a step; None looks at nothing.
+        clock: seconds since whenever.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        minutes: float | None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        index, count = jax.process_index(), jax.process_count()
+        self._file = workdir / STALLS / f"process-{index}.jsonl"
+        self._who = f"process {index} of {count} on {socket.gethostname()}"
+        self._clock, self._watched = clock, threading.get_ident()
+        self._step: int | None = None
+        self._since = clock()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+        if minutes is not None:
+            self._limit_s = 60 * minutes
+            self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
+            self._thread.start()
+
+    def on_step(self, step: int, state: Any, metrics: Any) -> None:
+        """A step was dispatched."""
+        self._step, self._since = step, self._clock()
+
+    def finish(self) -> None:
+        """The last checkpoint may still stall."""
+        self._since = self._clock()
+
+    def close(self) -> None:
+        """Looks no more."""
+        self._ended.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        told: float | None = None
+        tick_s = min(self._limit_s / 10, 5.0)
+        while True:
+            with suppress(ValueError, RuntimeError):  # no stderr
+                faulthandler.dump_traceback_later(self._limit_s + tick_s, file=2)
+            if self._ended.wait(tick_s):
+                faulthandler.cancel_dump_traceback_later()
+                if told is not None:
+                    self._write("goes on", f"{self._who} has come to its end")
+                return
+            since = self._since
+            silent_s = self._clock() - since
+            if told is None and silent_s >= self._limit_s:
+                told = since
+                self._tell(silent_s)
+            elif told is not None and since != told:
+                told = None
+                self._write("goes on", f"{self._who} goes on with step {self._step}")
+
+    def _tell(self, silent_s: float) -> None:
+        stacks = {
+            thread.name: traceback.extract_stack(frame)
+            for thread in threading.enumerate()
+            if (frame := sys._current_frames().get(thread.ident or 0)) is not None
+            and thread is not self._thread
+        }
+        main = traceback.extract_stack(sys._current_frames()[self._watched])
+        behind = "before its first" if self._step is None else f"behind step {self._step}"
+        own = [f for f in main[:-1] if {"aria_jax", "data_pipeline"} & {*Path(f.filename).parts}]
+        places = [f"{f.name} ({Path(f.filename).name}:{f.lineno})" for f in [*own[-3:], main[-1]]]
+        message = (
+            f"{self._who} stalls {behind}: no step for {silent_s / 60:.3g} minutes "
+            f"(train.stall_minutes); it is in {', called by '.join(reversed(places))}"
+        )
+        threads = {name: "".join(stack.format()) for name, stack in stacks.items()}
+        self._write("stall", message, step=self._step, silent_s=silent_s, threads=threads)
+        warnings.warn(f"{message}; all threads: {storage.url(self._file)}", stacklevel=2)
+
+    def _write(self, event: str, message: str, **more: Any) -> None:
+        line = {"event": event, "time": time.time(), "message": message, **more}
+        with suppress(OSError, UserError):  # a full disk, or a bucket that is gone, may be why
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            storage.upload(self._file)
 
 
 def lost_contact(error: BaseException) -> str | None:

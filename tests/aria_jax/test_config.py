@@ -11,7 +11,6 @@ from aria_jax.config import (
     SECTIONS,
     SETTINGS,
     RunConfig,
-    from_dict,
     to_dict,
     with_overrides,
 )
@@ -19,7 +18,7 @@ from aria_jax.models import parameter_count
 from aria_jax.models.heads import parameter_specs
 from aria_jax.presets import for_task
 from data_pipeline.errors import UserError
-from data_pipeline.settings import Setting, field_docs, settings_of
+from data_pipeline.settings import Setting, field_docs, from_dict, settings_of
 
 
 def test_medium_is_the_papers_model():

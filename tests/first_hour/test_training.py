@@ -20,6 +20,8 @@ TRAIN = [
     wrong("train --status {empty}", ("empty: no record of a run here", "--workdir")),
     wrong("train --status {empty} steps=3", "unknown argument steps=3"),
     wrong("train --status", "--status: expected one argument"),
+    wrong("train --profile-next 3 {empty}", "empty: no record of a run here"),
+    wrong("train --profile-next 3", "required: WORKDIR"),
     wrong("train pretrain --data {data} --workdir {midi}", "holds MIDI files"),
     wrong("train pretrain --data {data} --workdir mine", "holds a corpus",
           before=(("mine/manifest.json", "{}"),)),

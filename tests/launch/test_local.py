@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,9 +51,16 @@ def agree(found, expected):
     return found == {step: pytest.approx(expected[step], rel=1e-4) for step in found}
 
 
-def started(corpus, workdir):
+def wait_for(condition, seconds=60):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def started(corpus, workdir, *settings):
     """A launcher whose two processes have done a few of very many steps, and saved some."""
-    endless = ["steps=100000", "checkpoint_every=2"]
+    endless = ["steps=100000", "checkpoint_every=2", *settings]
     launcher = subprocess.Popen(
         command(corpus, workdir, *TWO, settings=endless),
         env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
@@ -120,6 +128,34 @@ def test_ctrl_c_saves_a_step_that_all_agree_on(corpus, tmp_path):
     assert launcher.returncode == 1, told[-2000:]
     assert "interrupted; run the same command again to go on" in out
     assert max(saved_steps(tmp_path)) == max(losses(tmp_path)), "the last step done is saved"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find a process")
+def test_both_trace_steps_asked_for_and_name_the_one_that_stalls(corpus, tmp_path):
+    """One process is stopped: the other, which waits for it, says where it waits."""
+    launcher = started(corpus, tmp_path, "stall_minutes=0.05")
+    asked = subprocess.run(
+        [sys.executable, "-m", "aria_jax.cli.main", "train", "--profile-next", "2", str(tmp_path)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert asked.returncode == 0, asked.stderr
+    folders = [tmp_path / "profile" / f"process-{i}" for i in (0, 1)]
+    wait_for(lambda: all(list(folder.rglob("*.xplane.pb")) for folder in folders))
+    second = children(launcher.pid)[1]
+    os.kill(second, signal.SIGSTOP)
+    stalls = tmp_path / "stalls" / "process-0.jsonl"
+    wait_for(lambda: stalls.is_file() and '"stall"' in stalls.read_text().splitlines()[-1])
+    status = subprocess.run(
+        [sys.executable, "-m", "aria_jax.cli.main", "train", "--status", str(tmp_path)],
+        env=ENVIRONMENT, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert f"process 0 of 2 on {socket.gethostname()} stalls behind step" in status.stdout
+    os.kill(second, signal.SIGCONT)
+    wait_for(lambda: '"goes on"' in stalls.read_text().splitlines()[-1])
+    launcher.send_signal(signal.SIGINT)
+    _, told = launcher.communicate(timeout=90)
+    assert "process 0 of 2" in told and "stalls" in told
 
 
 def test_a_process_that_fails_ends_the_run(tmp_path):

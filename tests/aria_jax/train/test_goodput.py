@@ -1,11 +1,21 @@
 """The record of a run's time, and what it says after kills and restarts."""
 
 import json
+import time
+from contextlib import closing
 
 import pytest
 
 from aria_jax.cli.main import main
-from aria_jax.train.goodput import FILE, GoodputRecorder, read_status
+from aria_jax.train.goodput import (
+    FILE,
+    REQUEST,
+    STALLS,
+    GoodputRecorder,
+    ProfileRequests,
+    read_status,
+    status_text,
+)
 from data_pipeline.errors import UserError
 
 
@@ -21,6 +31,10 @@ class Time:
 def run(workdir, clock, begin, end, *, step_s=2.0, every=2, ends=True):
     """Steps `begin` + 1 … `end` after 10 s of start-up and 30 s of compiling."""
     recorder = GoodputRecorder(workdir / FILE, begin, every=every, hosts=1, devices=8, clock=clock)
+    if end == begin:
+        if ends:
+            recorder.end()
+        return
     clock.now += 10
     recorder._begin()
     for step in range(begin + 1, end + 1):
@@ -35,6 +49,14 @@ def run(workdir, clock, begin, end, *, step_s=2.0, every=2, ends=True):
         recorder.on_step(step)
     if ends:
         recorder.end()
+
+
+def until(condition, seconds=10):
+    """Waits for another thread."""
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert condition()
 
 
 def test_an_undisturbed_run(tmp_path):
@@ -95,3 +117,49 @@ def test_status_is_told_of_a_real_run(corpus, tmp_path, capsys):
     assert found["lost_steps"] == [0] and 0 < found["goodput"] < 1
     assert found["badput_s"]["compile"] > 0 and found["badput_s"]["checkpoint"] > 0
     assert main(["train", "--status", str(corpus)]) == 2
+
+
+def stall(workdir, process, event, at):
+    (workdir / STALLS).mkdir(exist_ok=True)
+    with (workdir / STALLS / f"process-{process}.jsonl").open("a") as file:
+        file.write(json.dumps({"event": event, "time": at, "message": f"process {process}"}) + "\n")
+
+
+def test_status_names_who_stalls_and_nobody_else(tmp_path):
+    clock = Time()
+    run(tmp_path, clock, 0, 2, ends=False)
+    stall(tmp_path, 0, "stall", clock.now - 1e4)  # of a start before this one
+    stall(tmp_path, 1, "stall", clock.now)
+    stall(tmp_path, 2, "stall", clock.now)
+    stall(tmp_path, 2, "goes on", clock.now)
+    status = read_status(tmp_path, clock.now)
+    assert status.stalls == ["process 1"]
+    assert status_text("run", status).splitlines()[-1] == "process 1"
+
+
+def test_a_run_under_way_finds_what_it_is_asked_for(tmp_path, capsys):
+    run(tmp_path, time.time, 0, 0, ends=False)
+    assert main(["train", "--profile-next", "3", str(tmp_path)]) == 0
+    assert "trace of the next 3 steps" in capsys.readouterr().out
+    with closing(ProfileRequests(tmp_path, look=False)) as deaf:
+        assert deaf.take() == 0
+    with closing(ProfileRequests(tmp_path)) as requests:
+        until(lambda: requests._steps)
+        assert requests.take() == 3
+        assert requests.take() == 0 and not (tmp_path / REQUEST).exists()
+
+
+def test_what_is_no_request_is_none(tmp_path):
+    (tmp_path / REQUEST).write_text("soon")
+    with closing(ProfileRequests(tmp_path)) as requests:
+        until(lambda: not (tmp_path / REQUEST).exists())
+        assert requests.take() == 0
+
+
+@pytest.mark.parametrize(
+    "steps, ends, says", [("0", False, "at least 1"), ("3", True, "no run is under way there")]
+)
+def test_requests_that_nobody_would_answer(steps, ends, says, tmp_path, capsys):
+    run(tmp_path, time.time, 0, 0, ends=ends)
+    assert main(["train", "--profile-next", steps, str(tmp_path)]) == 2
+    assert says in capsys.readouterr().err and not (tmp_path / REQUEST).exists()

@@ -216,6 +216,39 @@ def test_the_steps_named_are_traced(steps, done, expected, traces, tmp_path):
     assert traces == expected
 
 
+def profiled(profile, asked, n_steps, traces):
+    """Steps 1 … n_steps, where `asked` says how many to trace behind which."""
+    for number in range(1, n_steps + 1):
+        traces.append(number)
+        asked[0] = asked.get(number, 0)
+        profile.on_step(number, None, step())
+    profile.finish()
+    return traces
+
+
+@pytest.mark.parametrize(
+    "steps, requests, every, expected",
+    [
+        (None, {2: 2}, 1, [1, 2, "start", 3, 4, "stop", 5, 6]),
+        (None, {5: 9}, 1, [1, 2, 3, 4, 5, "start", 6, "stop"]),
+        (None, {1: 1, 3: 1}, 2, [1, 2, 3, 4, 5, 6]),  # all processes ask together
+        ((5, 5), {1: 1}, 1, [1, "start", 2, "stop", 3, 4, "start", 5, "stop", 6]),
+        ((3, 3), {2: 2}, 1, [1, 2, "start", 3, 4, "stop", 5, 6]),
+    ],
+)
+def test_steps_asked_for_meanwhile_are_traced(steps, requests, every, expected, traces, tmp_path):
+    asked = dict(requests)
+    profile = Profile(tmp_path, steps, 0, asked=lambda: asked[0], ask_every=every)
+    assert profiled(profile, asked, 6, traces) == expected
+
+
+def test_the_answer_of_another_process_starts_the_trace(traces, tmp_path):
+    profile = Profile(tmp_path, None, 0, agree=lambda n: 1)  # process 0 was asked for one step
+    profile.on_step(1, None, step())
+    profile.on_step(2, None, step())
+    assert traces == ["start", "stop"]
+
+
 def test_steps_that_never_come_are_named(traces, tmp_path):
     profile = Profile(tmp_path, (7, 9), 0)
     profile.on_step(1, None, step())

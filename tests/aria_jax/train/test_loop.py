@@ -10,6 +10,7 @@ import pytest
 from aria_jax.checkpoints.models import load_model
 from aria_jax.config import MeshConfig
 from aria_jax.sharding import batch_sharding, iterate_rows, make_mesh
+from aria_jax.train.goodput import REQUEST, read_status
 from aria_jax.train.init import InitFrom
 from aria_jax.train.loop import replicated_work, run
 from aria_jax.train.state import first_state, random_state, shardings_of
@@ -197,6 +198,10 @@ def test_work_that_is_not_shared_is_named(config, eight_devices):
     assert replicated_work(config("pretrain", "n_heads=4"), mesh) == []
 
 
-def test_a_profile_is_a_trace_on_disk(config, corpus, tmp_path):
-    run(config("pretrain", "steps=3", "profile_steps=2-3"), corpus, tmp_path)
-    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+def test_a_run_answers_what_it_is_asked_and_says_where_it_stalls(config, corpus, tmp_path):
+    """A trace of steps that were asked for; compiling is longer than a step may take here."""
+    (tmp_path / REQUEST).write_text("2\n")
+    with pytest.warns(UserWarning, match=r"process 0 of 1 on .* stalls before its first"):
+        run(config("pretrain", "steps=3", "stall_minutes=0.002"), corpus, tmp_path)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb")) and not (tmp_path / REQUEST).exists()
+    assert read_status(tmp_path).stalls == []  # it went on, and to its end
