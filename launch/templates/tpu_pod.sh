@@ -8,6 +8,7 @@ set -euo pipefail
 name='@{name}'
 zone='@{zone}'
 wheel='@{wheel}'
+pins='@{pins}' # every start of the run gets the same versions
 flags=(--zone "$zone" --quiet)
 slices=(@{node_names})
 log="$(mktemp)"
@@ -57,8 +58,8 @@ on_all_slices() {
 # shellcheck disable=SC2016 # the hosts expand what is between single quotes
 # The slices' own Python may be too old; the environment has the one that the wheel was made for.
 install() {
-  on_all_slices scp "$wheel" '{}:' && on_all_slices ssh '{}' --command \
-    'python3 -m pip install -q --user uv && "$HOME/.local/bin/uv" venv -q --clear --python 3.11 aria-jax-env && "$HOME/.local/bin/uv" pip install -q --python aria-jax-env "./@{wheel_name}[tpu,gcs]"'
+  on_all_slices scp "$wheel" ${pins:+"$pins"} '{}:' && on_all_slices ssh '{}' --command \
+    'python3 -m pip install -q --user uv && "$HOME/.local/bin/uv" venv -q --clear --python 3.11 aria-jax-env && "$HOME/.local/bin/uv" pip install -q --python aria-jax-env @{constraint} "./@{wheel_name}[@{extras}]"'
 }
 
 # shellcheck disable=SC2016

@@ -1,7 +1,9 @@
 """Filled templates are valid shell and YAML, and start the same command everywhere."""
 
+import configparser
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -10,15 +12,22 @@ from pathlib import Path
 
 import pytest
 
-from launch.cluster import main, tpu_slice
+from aria_jax.aot import accelerator_run
+from aria_jax.config import with_overrides
+from aria_jax.presets import CHIPS as CHIP_SHEETS
+from aria_jax.train.plan import plan
+from data_pipeline.errors import UserError
+from launch.cluster import PINS, extras, main, tpu_slice
 
-COMMAND = ["train", "pretrain", "--data", "/mnt/it's here", "--workdir", "/mnt/run", "mesh.fsdp=64"]
+COMMAND = ["train", "pretrain", "--data", "gs://b/it's here", "--workdir", "gs://b/run",
+           "--preset", "medium", "steps=2000"]  # fmt: skip
 KINDS = {
     "tpu-pod": ["--zone", "us-east5-a", "--accelerator", "v5p-128", "--spot"],
     "gke": ["--image", "registry/aria-jax:1", "--accelerator", "v6e-64", "--slices", "2"],
-    "slurm": ["--nodes", "2", "--gpus", "4", "--sbatch=--partition=a100"],
+    "slurm": ["--nodes", "2", "--gpus", "4", "--chip", "a100", "--sbatch=--partition=a100"],
 }
 PROCESSES = {"tpu-pod": 16, "gke": 32, "slurm": 8}
+CHIPS = {"tpu-pod": "64 v5p on 16", "gke": "128 v6e on 32", "slurm": "8 a100 on 2"}
 
 
 def written(kind, capsys, *options):
@@ -43,12 +52,87 @@ def test_scripts_are_valid_shell(kind, capsys, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dry_run_lists_every_process(kind, capsys):
-    lines = written(kind, capsys, "--dry-run").splitlines()
+    said = written(kind, capsys, "--dry-run").splitlines()
+    lines = said[said.index("") + 1 :]
     assert len(lines) == PROCESSES[kind] == len(set(lines))
     for line in lines:
         assert "ARIA_JAX_COORDINATOR=" in line
         words = shlex.split(line.partition(": ")[2])
         assert words[words.index("aria-jax") + 1 :] == COMMAND
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dry_run_says_what_the_price_depends_on(kind, capsys):
+    facts = written(kind, capsys, "--dry-run").partition("\n\n")[0].splitlines()
+    said = {line.split()[0]: line for line in facts}
+    assert said["chips"] == f"chips    {CHIPS[kind]} hosts"
+    hours, chip_hours = (
+        float(found.replace(",", ""))
+        for found in re.search(r"([\d.,]+) by plan, ([\d,]+) chip-hours", said["hours"]).groups()
+    )
+    chips = int(CHIPS[kind].split()[0])
+    assert "2,000 steps" in said["hours"] and "40% MFU" in said["hours"]
+    assert chip_hours == pytest.approx(hours * chips, abs=chips * 0.05 + 0.5) and hours > 0
+    assert "fits" in said["memory"] and "15 minutes" in said["lost"]
+
+
+def test_hours_are_those_of_the_plan(capsys):
+    """As `aria-jax train … --dry-run --on v5p:64` has them for the same settings."""
+    config = accelerator_run("medium", "pretrain", "v5p:4x4x4")
+    config = with_overrides(config, ["steps=2000"])
+    hours = plan(config, n_examples=1, n_devices=64, chip=CHIP_SHEETS["v5p"]).hours
+    assert f"{hours:,.1f} by plan" in written("tpu-pod", capsys, "--dry-run")
+
+
+@pytest.mark.parametrize(
+    "command, says",
+    [
+        (["embed", "gs://b/midi", "gs://b/emb.parquet"], "only training is planned"),
+        (["train", "pretrain", "--data", "gs://b/d", "epochs=2"], "epochs=2 of data that cannot"),
+    ],
+)
+def test_hours_that_are_not_known_are_said_to_be(command, says, capsys, monkeypatch):
+    def nowhere(*_, **__):
+        raise UserError("no answer")
+
+    monkeypatch.setattr("aria_jax.train.tasks.resolve", nowhere)
+    assert main(["tpu-pod", *KINDS["tpu-pod"], "--dry-run", "--", *command]) == 0
+    assert says in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [(["mesh.fsdp=48"], "multiply to 64 devices"), (["global_batch=8"], "does not divide over")],
+)
+def test_a_dry_run_finds_what_would_fail_on_machines_that_cost(settings, says, capsys):
+    assert main(["tpu-pod", *KINDS["tpu-pod"], "--dry-run", "--", *COMMAND, *settings]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["tpu-pod", "gke"])
+@pytest.mark.parametrize("at", ["--data", "--workdir"])
+def test_a_place_on_one_machines_disk_is_refused(kind, at, capsys):
+    command = [*COMMAND]
+    command[command.index(at) + 1] = "/mnt/here"
+    assert main([kind, *KINDS[kind], "--", *command]) == 2
+    said = capsys.readouterr()
+    assert f"{at} /mnt/here: these machines share no disk" in said.err and not said.out
+    assert main(["slurm", *KINDS["slurm"], "--", *command]) == 0  # nodes may share one
+
+
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ([], "tpu"),
+        (["--data", "gs://b/d", "--init-from", "hf://some/one"], "tpu,gcs,hub"),
+        (["--workdir=s3://b/r", "trackers=jsonl,wandb"], "tpu,s3,wandb"),
+    ],
+)
+def test_the_wheel_brings_what_the_command_needs(words, expected):
+    assert extras(words, "tpu") == expected
+    declared = configparser.ConfigParser()
+    declared.read(Path(__file__).parents[2] / "setup.cfg")
+    assert set(expected.split(",")) <= set(declared["options.extras_require"])
 
 
 def stand_ins(folder, **bodies):
@@ -82,7 +166,7 @@ def test_slurm_runs_the_command_with_its_index(tmp_path, capsys, wheel):
              "SLURM_JOB_ID": "12345", "SLURM_NTASKS": "8", "SLURM_NNODES": "2"},
     )  # fmt: skip
     *installed, first = result.stdout.splitlines()[:4]
-    assert installed == ["install", "-q", f"{wheel}[gpu]"]
+    assert installed == ["install", "-q", f"{wheel}[gpu,gcs]"]
     assert first == "node7:32345 8 5"
     assert result.stdout.splitlines()[4:] == COMMAND
 
@@ -119,8 +203,9 @@ def test_tpu_pod_goes_on_after_a_preemption(tmp_path, capsys, wheel):
     assert calls.count(" create ") == 2 and calls.count(" delete ") == 2 and not left
     assert "--spot" in calls and "--accelerator-type v5p-128" in calls
     assert calls.count("ARIA_JAX_COORDINATOR=auto aria-jax train pretrain") == 2
-    assert calls.count(f"scp {wheel} aria-jax:") == 2
-    assert calls.count('"./aria_jax-0.1.0-py3-none-any.whl[tpu,gcs]"') == 2
+    assert calls.count(f"scp {wheel} {PINS} aria-jax:") == 2
+    installed = '-c constraints.txt "./aria_jax-0.1.0-py3-none-any.whl[tpu,gcs]"'
+    assert calls.count(installed) == 2
 
 
 def test_tpu_pod_does_not_repeat_a_command_that_is_wrong(tmp_path, capsys):
@@ -155,6 +240,25 @@ def test_the_image_is_well_made():
     assert linted.returncode == 0, linted.stdout
 
 
+def test_images_are_for_tpus_and_gpus_and_run_as_nobody_special():
+    """Each ends in a stage without pip's leftovers, as user 1000, from images with a version."""
+    stages = {}
+    for line in (Path(__file__).parents[2] / "launch" / "Dockerfile").read_text().splitlines():
+        if line.startswith("FROM"):
+            _, source, _, name = line.split()
+            stages[name] = (source, [])
+        elif line and not line.startswith("#"):
+            stages[name][1].append(line)
+    for target, extra in (("tpu", "tpu"), ("cuda", "gpu")):
+        source, lines = stages[target]
+        assert source == "user" and "USER 1000" in stages["user"][1]
+        assert any(line.startswith(f"COPY --from={target}-environment") for line in lines)
+        made = "\n".join(stages[f"{target}-environment"][1])
+        assert f"[{extra},${{EXTRAS}}]" in made and "--constraint" in made
+    outside = {source for source, _ in stages.values()} - set(stages)
+    assert all(re.fullmatch(r"python:\d+\.\d+\.\d+-slim-\w+", each) for each in outside)
+
+
 def test_the_jobset_is_valid_and_whole(capsys):
     yaml = pytest.importorskip("yaml")
     manifest = yaml.safe_load(written("gke", capsys))
@@ -168,7 +272,9 @@ def test_the_jobset_is_valid_and_whole(capsys):
         "cloud.google.com/gke-tpu-accelerator": "tpu-v6e-slice",
         "cloud.google.com/gke-tpu-topology": "8x8",
     }
+    assert "volumes" not in pod and pod["automountServiceAccountToken"] is False
     (container,) = pod["containers"]
+    assert "volumeMounts" not in container
     assert shlex.split(container["command"][2]) == ["exec", "aria-jax", *COMMAND]
     assert container["env"] == [{"name": "ARIA_JAX_COORDINATOR", "value": "auto"}]
     assert container["resources"]["limits"]["google.com/tpu"] == 4

@@ -30,6 +30,9 @@ def check(words):
     if "--status" in rest:
         assert verb == "train" and len(rest) == 2
         return
+    if "--profile-next" in rest:
+        assert verb == "train" and len(rest) == 3 and rest[1].isdigit()
+        return
     settings = [word for word in rest if "=" in word]
     preset = rest[rest.index("--preset") + 1]
     if verb == "compile":
@@ -48,10 +51,11 @@ def test_commands_of_the_docs(words, capsys):
     module, arguments = words[2], words[3:]
     split = arguments.index("--")
     check(arguments[split + 1 :])
-    # An option of the launcher: list the processes instead of starting them.
+    # An option of the launcher: what it takes, and the processes, instead of starting them.
     dry = [*arguments[:split], "--dry-run", *arguments[split:]]
     assert {"launch.cluster": cluster, "launch.local": local}[module].main(dry) == 0
     lines = capsys.readouterr().out.splitlines()
+    lines = lines[lines.index("") + 1 :] if "" in lines else lines
     assert lines and all("aria-jax train pretrain" in line for line in lines)
 
 
