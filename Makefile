@@ -12,7 +12,7 @@ CHECKPOINT ?= mini
 PINS := $(shell $(PYTHON) -c 'import sys; print("-c constraints.txt" if sys.version_info[:2] == (3, 11) else "")')
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet $(PINS)
 
-.PHONY: help setup demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-storage bench-dedup bench-duet bench-generate bench-probe bench-train bench-contrastive bench-embed bench-export train-mini scaling-study compile-check compile-check-gpu compile-table compile-table-gpu calibrate smoke-gpu eval-mini wheel clean
+.PHONY: help setup boolean-networks demo test test-slow test-all fuzz lint api-docs bench bench-data bench-loaders bench-storage bench-dedup bench-duet bench-generate bench-probe bench-train bench-contrastive bench-embed bench-export train-mini scaling-study compile-check compile-check-gpu compile-table compile-table-gpu calibrate smoke-gpu eval-mini wheel clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) -e '.[demo,test,lint]'
 	@touch $@
+
+boolean-networks: setup ## trajectories of gene networks through the same commands (minutes, no GPU)
+	$(BIN)/python -m examples.boolean_networks boolean-networks-out
 
 demo: setup ## sample corpus, training, embeddings, probe, continuation, report (minutes, no GPU)
 	$(BIN)/aria-jax demo $(DEMO_OUT)
