@@ -96,8 +96,13 @@ def _score(args: argparse.Namespace) -> int:
             "n_tokens": len(score.nll),
             "nll": score.nll.tolist(),
             "notes": score.notes,
+            "by_instrument": score.by_instrument,
         }
         text = f"{score.mean_nll:7.4f} nats/token  {len(score.nll):6d} tokens  {path}"
+        if len(score.by_instrument) > 1:
+            rows = score.by_instrument.items()
+            each = (f"{name} {one['nats_per_note']:.2f} ({one['n_notes']:,})" for name, one in rows)
+            text += f"\n        nats/note (notes): {', '.join(each)}"
         print_result(result, args.json, text)
     if left_out:
         note(f"{len(left_out)} of {n_named} files left out")

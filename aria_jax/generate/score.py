@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from aria_jax.models.heads import Model, check_known
 from aria_jax.models.transformer import token_rows
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizers import Tokenizer
-from data_pipeline.vocabulary import PARTS, Kind
+from data_pipeline.vocabulary import INSTRUMENTS, PARTS, Kind
 
 BUCKET = 128
 """Windows are padded to multiples of this: few compilations, little waste."""
@@ -41,8 +42,10 @@ class Score:
         return float(self.nll.mean(dtype=np.float64))
 
     @cached_property
-    def notes(self) -> list[dict[str, float]]:
-        """Per note or drum hit: onset_ms, pitch, nll (summed over the tokens that are its own)."""
+    def notes(self) -> list[dict[str, Any]]:
+        """Per note or drum hit: onset_ms, pitch, instrument ("drum"; "" where the scheme's token
+        does not say it), nll (summed over the tokens that are its own).
+        """
         at, onset_ms = self.tokenizer.events(self.ids)
         all_kinds = self.tokenizer.kind[self.ids]
         kind = all_kinds[at]
@@ -51,14 +54,27 @@ class Score:
         ends = others[np.searchsorted(others, at, side="right")]
         found = []
         for begin, end, onset in zip(at[chosen], ends[chosen], onset_ms[chosen], strict=True):
+            token = self.tokenizer.tokens[self.ids[begin]]
             found.append(
                 {
                     "onset_ms": int(onset),
                     "pitch": int(self.tokenizer.pitch[self.ids[begin]]),
+                    "instrument": token[0] if token[0] in (*INSTRUMENTS, "drum") else "",
                     "nll": float(self.nll[begin - 1 : end - 1].sum()),
                 }
             )
         return found
+
+    @cached_property
+    def by_instrument(self) -> dict[str, dict[str, float]]:
+        """Number of notes and nats per note of each instrument."""
+        nll: dict[str, list[float]] = {}
+        for note in self.notes:
+            nll.setdefault(note["instrument"], []).append(note["nll"])
+        return {
+            name: {"n_notes": len(own), "nats_per_note": float(np.mean(own))}
+            for name, own in sorted(nll.items())
+        }
 
 
 @dataclass(frozen=True)

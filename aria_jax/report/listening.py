@@ -5,14 +5,20 @@ import importlib.util
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import relpath
 from pathlib import Path
 
 import numpy as np
 
 from aria_jax.report import Provenance, Section, link, paragraph, save_chart, table, write_page
-from aria_jax.report.piano_roll import PLAYER_SCRIPT, Part, piano_roll, player
+from aria_jax.report.piano_roll import (
+    PLAYER_SCRIPT,
+    Part,
+    parts_by_instrument,
+    piano_roll,
+    player,
+)  # fmt: skip
 from data_pipeline.errors import UserError, check_file
 from data_pipeline.midi import Performance, write_midi
 
@@ -38,7 +44,9 @@ class Result:
 
     @property
     def parts(self) -> list[Part]:
-        """Prompt and continuation as the two colours of a roll."""
+        """Prompt and continuation as the two colours of a roll; of several instruments, those."""
+        if len(instruments := parts_by_instrument(self.full)) > 1:
+            return instruments
         prompt = [Part.of(self.prompt, "prompt")] if len(self.prompt.notes) else []
         return [*prompt, Part.of(self.continuation, "continuation")]
 
@@ -210,18 +218,20 @@ def write_search_page(
 
 def _listen(performance: Performance, file: Path, folder: Path) -> str:
     """A player of the first `SHOWN_SECONDS` from the first note on, and a link to the file."""
-    part = Part.of(performance, "")
-    begin = part.start_ms.min() if len(part.start_ms) else 0
-    early = part.start_ms < begin + SHOWN_SECONDS * 1000
-    shown = Part(
-        label="",
-        pitch=part.pitch[early],
-        velocity=part.velocity[early],
-        start_ms=part.start_ms[early] - begin,
-        end_ms=np.minimum(part.end_ms[early] - begin, SHOWN_SECONDS * 1000),
-    )
+    shown, begin = [], performance.ms(performance.notes["start"]).min(initial=np.inf)
+    for part in parts_by_instrument(performance):
+        early = part.start_ms < begin + SHOWN_SECONDS * 1000
+        shown.append(
+            replace(
+                part,
+                pitch=part.pitch[early],
+                velocity=part.velocity[early],
+                start_ms=part.start_ms[early] - begin,
+                end_ms=np.minimum(part.end_ms[early] - begin, SHOWN_SECONDS * 1000),
+            )
+        )
     target = relpath(file.resolve(), folder)
-    return f"{player([shown])}<p>{link(target, file.name)}</p>"
+    return f"{player(shown)}<p>{link(target, file.name)}</p>"
 
 
 def _name(hit: Found) -> str:
@@ -289,11 +299,15 @@ def _clip_html(
     clip: Clip, trial_id: str, side: str, out_dir: Path, seconds: float, prompt_seconds: float
 ) -> str:
     if clip.performance is not None:
-        # One colour, and the same mark on either side: whose the rest is, is not to be seen.
+        # Colours of instruments, and the same mark on either side: whose the rest is, is not seen.
         shown = up_to(clip.performance, seconds)
         start_ms = shown.ms(shown.notes["start"])
-        part = Part.of(shown, "clip", offset_ms=-start_ms.min() if len(start_ms) else 0)
-        return player([part], marks=[(prompt_seconds, "the prompt ends")])
+        first = start_ms.min(initial=np.inf) if len(start_ms) else 0
+        parts = [
+            replace(part, start_ms=part.start_ms - first, end_ms=part.end_ms - first)
+            for part in parts_by_instrument(shown)
+        ]
+        return player(parts, marks=[(prompt_seconds, "the prompt ends")])
     if clip.sound is None:
         raise ValueError(f"trial {trial_id}: a clip needs notes or a sound file")
     # A copy under the trial's name: the original's name could tell.

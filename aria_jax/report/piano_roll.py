@@ -1,23 +1,30 @@
 """Piano rolls: pitch over time, loudness as opacity, one colour per part; as pictures, and as
-players for HTML pages (Web Audio, nothing downloaded, seek by clicking).
+players for HTML pages (Web Audio, nothing downloaded, seek by clicking), where each family of
+General MIDI's instruments has a sound of its own, and so have drums.
 """
 
 import html
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipeline.midi import Performance
+from data_pipeline.midi import DRUM_CHANNEL, Performance, note_programs
+from data_pipeline.vocabulary import FAMILIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#3b5b92", "#d1622b", "#3d8a5f", "#8c4a86")
+COLOURS = (
+    *("#3b5b92", "#d1622b", "#3d8a5f", "#8c4a86", "#b58a1c", "#2f8fa3"),
+    *("#a8394a", "#6d6d6d", "#7a9a2c", "#5f57b8", "#c06a9e"),
+)
+"""As many as tokens have instruments; the first two tell a prompt from what follows it."""
+DRUMS = "drums"
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class Part:
         label: what the legend says.
         pitch, velocity: int arrays [N].
         start_ms, end_ms: float or int arrays [N].
+        sound: of `FAMILIES`, or "drums".
     """
 
     label: str
@@ -35,6 +43,7 @@ class Part:
     velocity: np.ndarray
     start_ms: np.ndarray
     end_ms: np.ndarray
+    sound: str = "piano"
 
     @classmethod
     def of(cls, performance: Performance, label: str, offset_ms: float = 0) -> "Part":
@@ -47,6 +56,18 @@ class Part:
             start_ms=performance.ms(notes["start"]) + offset_ms,
             end_ms=performance.ms(notes["end"]) + offset_ms,
         )
+
+
+def parts_by_instrument(performance: Performance) -> list[Part]:
+    """A part for each family of instruments that plays, in General MIDI's order, drums last."""
+    family = note_programs(performance).astype(int) // 8
+    family[performance.notes["channel"] == DRUM_CHANNEL] = len(FAMILIES)
+    found = []
+    for number in np.unique(family).tolist():
+        name = (*FAMILIES, DRUMS)[number]
+        own = replace(performance, notes=performance.notes[family == number])
+        found.append(replace(Part.of(own, name.replace("_", " ")), sound=name))
+    return found
 
 
 def draw_piano_roll(axes: "Axes", parts: Sequence[Part]) -> None:
@@ -124,22 +145,65 @@ PLAYER_SCRIPT = """
     playing.button.textContent = "\\u25b6 play";
     playing = null;
   };
-  function tone(when, seconds, pitch, velocity, out) {
-    // A struck string: three decaying partials, lower notes ring longer.
+  // Of each family: partials (multiple, share, shape), seconds to full loudness, and how long it
+  // rings (at C4; 0: as long as it is held). A struck string is the first of them.
+  const VOICES = {
+    piano: [[[1, 1, 'triangle'], [2, .3, 'sine'], [3, .12, 'sine']], .006, 4],
+    chromatic: [[[1, 1, 'sine'], [4, .3, 'sine']], .003, 2],
+    organ: [[[1, .5, 'sine'], [2, .35, 'sine'], [4, .2, 'sine']], .02, 0],
+    guitar: [[[1, .6, 'sawtooth'], [2, .2, 'triangle']], .004, 1.2],
+    bass: [[[1, 1.2, 'triangle'], [2, .25, 'sine']], .008, 2.5],
+    strings: [[[1, .3, 'sawtooth'], [1.005, .3, 'sawtooth']], .08, 0],
+    ensemble: [[[.997, .3, 'sawtooth'], [1.004, .3, 'triangle']], .12, 0],
+    brass: [[[1, .4, 'sawtooth'], [2, .15, 'square']], .04, 0],
+    reed: [[[1, .35, 'square'], [3, .1, 'sine']], .03, 0],
+    pipe: [[[1, .8, 'sine'], [2, .12, 'sine']], .05, 0],
+    synth_lead: [[[1, .3, 'square'], [1.006, .3, 'sawtooth']], .01, 0],
+  };
+  function tone(when, seconds, pitch, velocity, out, sound) {
+    if (sound === 'drums') return hit(when, pitch, velocity, out);
     const loudness = Math.pow(velocity / 127, 1.6) * 0.22, end = when + Math.max(seconds, 0.08);
-    const ring = 4 * Math.pow(2, (60 - pitch) / 24);
-    [[1, 1, 'triangle'], [2, 0.3, 'sine'], [3, 0.12, 'sine']].forEach(([n, share, shape]) => {
+    const [partials, attack, rings] = VOICES[sound] || VOICES.piano;
+    const ring = rings * Math.pow(2, (60 - pitch) / 24);  // lower notes ring longer
+    partials.forEach(([n, share, shape]) => {
       const oscillator = context.createOscillator(), gain = context.createGain();
       oscillator.type = shape;
       oscillator.frequency.value = n * 440 * Math.pow(2, (pitch - 69) / 12);
       gain.gain.setValueAtTime(0, when);
-      gain.gain.linearRampToValueAtTime(loudness * share, when + 0.006);
-      gain.gain.setTargetAtTime(0, when + 0.006, ring / (n * 3));
-      gain.gain.setTargetAtTime(0, end, 0.06);
+      gain.gain.linearRampToValueAtTime(loudness * share, when + attack);
+      if (ring) gain.gain.setTargetAtTime(0, when + attack, ring / (n * 3));
+      gain.gain.setTargetAtTime(0, Math.max(end, when + attack), 0.06);
       oscillator.connect(gain).connect(out);
       oscillator.start(when);
-      oscillator.stop(end + 0.4);
+      oscillator.stop(end + attack + 0.4);
     });
+  }
+  let noise;
+  // A drum: a falling tone, filtered noise, or both, by General MIDI's keys for percussion.
+  function hit(when, key, velocity, out) {
+    const loudness = Math.pow(velocity / 127, 1.6) * 0.4, shell = context.createGain();
+    const isKick = key <= 36, isTom = [41, 43, 45, 47, 48, 50].includes(key), isSnare = [37, 38, 39, 40].includes(key);
+    const isLong = [46, 49, 51, 52, 53, 55, 57, 59].includes(key), last = isLong ? .5 : isKick || isTom ? .18 : .07;
+    shell.gain.setValueAtTime(loudness, when);
+    shell.gain.setTargetAtTime(0, when, last / 2);
+    shell.connect(out);
+    if (isKick || isTom || isSnare) {
+      const drum = context.createOscillator(), from = isKick ? 120 : isSnare ? 190 : 90 + 8 * (key - 41);
+      drum.frequency.setValueAtTime(from, when);
+      drum.frequency.exponentialRampToValueAtTime(from / 2.5, when + .12);
+      drum.connect(shell);
+      drum.start(when); drum.stop(when + 4 * last);
+    }
+    if (isKick || isTom) return;
+    if (!noise) {
+      noise = context.createBuffer(1, context.sampleRate, context.sampleRate);
+      noise.getChannelData(0).forEach((_, i, samples) => { samples[i] = Math.random() * 2 - 1; });
+    }
+    const source = context.createBufferSource(), filter = context.createBiquadFilter();
+    source.buffer = noise;
+    filter.type = 'highpass'; filter.frequency.value = isSnare ? 1200 : 6500;
+    source.connect(filter).connect(shell);
+    source.start(when, Math.random() / 4, 4 * last);
   }
   function setUp(root) {
     const data = JSON.parse(root.querySelector('script').textContent), canvas = root.querySelector('canvas');
@@ -199,8 +263,8 @@ PLAYER_SCRIPT = """
       const follow = () => {
         position = context.currentTime - origin;
         while (waiting.length && waiting[0][0] < position + 1) {  // a second ahead of the clock
-          const [at, seconds, pitch, velocity] = waiting.shift();
-          tone(Math.max(origin + at, context.currentTime), seconds, pitch, velocity, master);
+          const [at, seconds, pitch, velocity, part] = waiting.shift();
+          tone(Math.max(origin + at, context.currentTime), seconds, pitch, velocity, master, data.sounds[part]);
         }
         draw();
         if (position > length) { stop(); position = 0; draw(); return; }
@@ -246,7 +310,8 @@ def player(parts: Sequence[Part], *, marks: Sequence[tuple[float, str]] = ()) ->
         )
     ]
     notes.sort()
-    content = {"notes": notes, "colours": list(COLOURS), "marks": [list(mark) for mark in marks]}
+    content = {"notes": notes, "colours": list(COLOURS), "marks": [list(mark) for mark in marks],
+               "sounds": [part.sound for part in parts]}  # fmt: skip
     # No text in it may close the script element.
     data = json.dumps(content, separators=(",", ":")).replace("</", "<\\/")
     named = [

@@ -54,10 +54,14 @@ def test_notes_add_up_their_tokens(tiny_model, piano_prompt):
     piece = np.concatenate([piano_prompt, [ARIA.time_id], drum, [ARIA.eos_id]])
     (score,) = score_pieces(tiny_model, ARIA, [piece])
     assert [(n["onset_ms"], n["pitch"]) for n in score.notes] == [(0, 60), (480, 64), (5600, 40)]
+    assert [n["instrument"] for n in score.notes] == ["piano", "piano", "drum"]
     parts = (slice(1, 4), slice(4, 7), slice(8, 10))
     np.testing.assert_allclose(
         [n["nll"] for n in score.notes], [score.nll[part].sum() for part in parts], rtol=1e-6
     )
+    piano, drum = (score.by_instrument[name] for name in ("piano", "drum"))
+    assert (piano["n_notes"], drum["n_notes"]) == (2, 1)
+    np.testing.assert_allclose(piano["nats_per_note"], score.nll[1:7].sum() / 2, rtol=1e-6)
 
 
 def test_mistakes(tiny_model):
