@@ -410,9 +410,7 @@ def test_a_ray_node_that_dies_changes_nothing(tiny_models, midis, tmp_path, monk
 
 def module_prepare(log, victim_id):
     """`_prepare` whose actors note each of their batches; on the victim's node they stay in it."""
-    from aria_jax.cli import embed
-
-    original, pause = embed._prepare, time.sleep
+    pause = time.sleep
 
     def prepare(args):  # a closure: Ray's workers cannot import this file
         import ray
@@ -437,6 +435,6 @@ def module_prepare(log, victim_id):
             return noted, settings
 
         embed._encoder = noting
-        return original(args)
+        return embed._prepare(args)
 
     return prepare
