@@ -136,8 +136,10 @@ class Watchdog:
 
     It looks from a thread of its own and disturbs no step. What it finds it warns of, and writes
     to WORKDIR/stalls/process-INDEX.jsonl with the stacks of all threads, where `--status` finds it.
-    Where the thread cannot look either, since compiled code does not let the interpreter go,
-    faulthandler, which needs none, prints the stacks to stderr.
+    Where the thread cannot look either, since compiled code does not let the interpreter go, a
+    timer of the system runs out after twice the time, and faulthandler prints the stack of the main
+    thread to stderr from within the signal. (Its own timer reads all threads while they run, which
+    can crash a process that does not stall.)
 
     Args:
         minutes: without a step; None looks at nothing.
@@ -180,11 +182,12 @@ class Watchdog:
     def _run(self) -> None:
         told: float | None = None
         tick_s = min(self._limit_s / 10, 5.0)
+        faulthandler.register(signal.SIGALRM, file=2, all_threads=False)
         while True:
-            with suppress(ValueError, RuntimeError):  # no stderr
-                faulthandler.dump_traceback_later(self._limit_s + tick_s, file=2)
+            signal.setitimer(signal.ITIMER_REAL, 2 * self._limit_s)
             if self._ended.wait(tick_s):
-                faulthandler.cancel_dump_traceback_later()
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                faulthandler.unregister(signal.SIGALRM)
                 if told is not None:
                     self._write("goes on", f"{self._who} has come to its end")
                 return

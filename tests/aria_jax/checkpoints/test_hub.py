@@ -1,8 +1,11 @@
 """Weights by name, through the hub's own client and a hub on loopback."""
 
+import argparse
+import importlib
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +17,7 @@ import pytest
 from aria_jax.checkpoints import check_model, hub, model_digest, model_path
 from aria_jax.checkpoints.models import load_model
 from aria_jax.checkpoints.safetensors import export_model, import_model
-from aria_jax.cli.main import main
+from aria_jax.cli.main import MODELS, VERBS, main
 from aria_jax.models.heads import split_model
 from data_pipeline.errors import UserError
 
@@ -165,6 +168,28 @@ def test_names_that_lead_nowhere(model_hub, name, says, capsys):
     assert main(["score", "some.mid", "--checkpoint", name]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert said.startswith(f"aria-jax: error: {name}") and says in said
+
+
+def test_every_option_that_takes_a_model_takes_a_name():
+    """`bring` knows them by their names: whatever verb has one, asks the hub before it begins."""
+
+    def options(parser):
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for sub in set(action.choices.values()):
+                    yield from options(sub)
+            yield action.dest
+
+    found = set()
+    for name, (module, _) in VERBS.items():
+        verb = getattr(
+            importlib.import_module(f"aria_jax.cli.{module}"), name.replace("-", "_").upper()
+        )
+        verb.add_arguments(parser := argparse.ArgumentParser())
+        found |= {
+            dest for dest in options(parser) if re.search("checkpoint|init_from|^base$", dest)
+        }
+    assert found == set(MODELS)
 
 
 def test_weights_are_no_data(model_hub, capsys):

@@ -1,6 +1,7 @@
 """The record of a run's time, and what it says after kills and restarts."""
 
 import json
+import shutil
 import time
 from contextlib import closing
 
@@ -16,6 +17,8 @@ from aria_jax.train.goodput import (
     read_status,
     status_text,
 )
+from aria_jax.train.processes import Watchdog
+from data_pipeline import storage
 from data_pipeline.errors import UserError
 
 
@@ -163,3 +166,19 @@ def test_requests_that_nobody_would_answer(steps, ends, says, tmp_path, capsys):
     run(tmp_path, time.time, 0, 0, ends=ends)
     assert main(["train", "--profile-next", steps, str(tmp_path)]) == 2
     assert says in capsys.readouterr().err and not (tmp_path / REQUEST).exists()
+
+
+def test_a_run_in_a_bucket_is_asked_and_watched_there(bucket, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    run(tmp_path / "run", time.time, 0, 0, ends=False)
+    workdir = bucket.put("run", tmp_path / "run")
+    assert main(["train", "--profile-next", "2", workdir]) == 0
+    assert f"writes it to {workdir}/profile" in capsys.readouterr().out
+    shutil.rmtree(storage.mirror())  # the run is on another machine
+    place = storage.place(workdir)
+    with closing(ProfileRequests(place)) as requests:
+        until(lambda: requests._steps == 2)
+    assert "run/profile-next" not in bucket.names()
+    said = pytest.warns(UserWarning, match=f"all threads: {workdir}/stalls/process-0.jsonl")
+    with said, closing(Watchdog(place, 0.002)):
+        until(lambda: "run/stalls/process-0.jsonl" in bucket.names())
