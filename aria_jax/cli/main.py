@@ -230,6 +230,8 @@ def run_verb(name: str, argv: Sequence[str]) -> int:
     # What libraries say about themselves is no news to a user; errors still are.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+    if name != "compile":  # which reads what the compiler writes meanwhile
+        _keep_compiled()
     logging.getLogger("absl").setLevel(logging.ERROR)
     # Told to the processes that start from here: what a Ctrl-C leaves behind is tidied up silently.
     sys.warnoptions.append("ignore:resource_tracker")
@@ -252,6 +254,18 @@ def run_verb(name: str, argv: Sequence[str]) -> int:
 
             check_model(path)
     return run_once(name, verb, args)
+
+
+def _keep_compiled() -> None:
+    """Programs that take a second or more to compile are kept on this disk for the next command."""
+    from data_pipeline.storage import mirror
+
+    folder = mirror() / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # a home that cannot be written: every command compiles for itself
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(folder))
 
 
 MODELS = ("checkpoint", "embedding_checkpoint", "base", "init_from")

@@ -235,7 +235,7 @@ def state_after(tokenizer: Tokenizer, prompt: np.ndarray, batch: int) -> Grammar
     dim_seen = bool((prompt == tokenizer.dim_id).any())
     key, last_onset_K = _last_onsets(tokenizer, segment)
     return GrammarState(
-        expect_B=jnp.full(batch, expect, jnp.int32),
+        expect_B=jnp.full(batch, int(expect), jnp.int32),  # of an enum it would be weakly typed
         onset_B=jnp.full(batch, onset_ms, jnp.int32),
         silence_B=jnp.full(batch, silence, jnp.int32),
         dim_seen_B=jnp.full(batch, dim_seen),

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from aria_jax.cli.main import VERBS, main
+from aria_jax.cli.main import VERBS, _keep_compiled, main
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -147,3 +147,21 @@ def test_whatever_the_disk_says_is_one_line(code, tmp_path, monkeypatch, capsys)
     assert main(["tokenize", str(file)]) == 2
     shown = capsys.readouterr().err.splitlines()
     assert shown[-1].startswith("aria-jax: error: ") and str(file) in shown[-1], shown
+
+
+def test_what_was_compiled_is_kept_where_the_user_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("ARIA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    _keep_compiled()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == str(tmp_path / "cache/compiled")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    _keep_compiled()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "elsewhere"
+
+
+def test_a_home_that_cannot_be_written_keeps_nothing(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("ARIA_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    _keep_compiled()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ

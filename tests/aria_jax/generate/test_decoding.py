@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 
 from aria_jax.config import MeshConfig
 from aria_jax.generate.cache import decode_step, empty_cache, prefill
-from aria_jax.generate.decoding import Decoding, decode
+from aria_jax.generate.decoding import Decoding, _advance_chunk, decode
 from aria_jax.generate.sampler import Greedy, MinP, RepetitionPenalty, Temperature
 from aria_jax.generate.weights import DecodingMatrix, decoder_weights, quantize
 from aria_jax.kernels import narrow_cpu
@@ -120,6 +120,13 @@ def test_chunks_grow_and_do_not_change_the_result(tiny_model, piano_prompt):
     np.testing.assert_array_equal(seen[2][:, :16], seen[0])
     whole = generate(tiny_model, piano_prompt, n=2, sampler=MinP(), chunk=40)
     np.testing.assert_array_equal(seen[2], whole)
+
+
+def test_all_chunks_are_one_program(tiny_model, piano_prompt):
+    """Compiling takes most of the time of a short continuation."""
+    programs = _advance_chunk._cache_size()
+    generate(tiny_model, piano_prompt, max_tokens=37, chunk=9)
+    assert _advance_chunk._cache_size() == programs + 1
 
 
 def test_stops_at_the_end_of_each_sequence(tiny_model, piano_prompt):
