@@ -216,7 +216,8 @@ def train(
     """Trains, or goes on training, as `aria-jax train` does: `train("pretrain", D, W, steps=200)`.
 
     Args:
-        task: "pretrain", "continue", "contrastive" or "classify" of a preset, or a whole run.
+        task: "pretrain", "continue", "contrastive", "classify" or "render" of a preset, or a whole
+            run.
         data: folder of token shards, or a list of several with weights, ["A:0.7", "B:0.3"];
             workdir: of the run, made if needed.
         init_from: checkpoint whose weights a new run starts from.

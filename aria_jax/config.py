@@ -22,7 +22,7 @@ SLICE_TOKENS = 2048
 CORPUS = ("corpus",)  # ModelConfig.vocabulary before the data was looked at
 Head = Literal["lm", "embedding", "class", "none"]
 Tracker = Literal["jsonl", "tensorboard", "wandb", "mlflow"]
-Task = Literal["pretrain", "continue", "contrastive", "classify"]
+Task = Literal["pretrain", "continue", "contrastive", "classify", "render"]
 LoraTarget = Literal["qkv", "out", "gate", "up", "down", "head", "embedding"]
 
 Count = Annotated[int, Range(1)]
@@ -145,9 +145,9 @@ class DataConfig:
     max_piece_tokens: Count | None = None
     """Longer pieces are left out (pretrain, continue)."""
     min_slice_notes: Count = 100
-    """Notes of the shortest random slice (contrastive, classify)."""
+    """Notes of the shortest random slice (contrastive, classify, render)."""
     max_slice_notes: Count = 650
-    """Notes of the longest random slice (contrastive, classify)."""
+    """Notes of the longest random slice (contrastive, classify, render)."""
     label: str | None = None
     """Which label `classify` learns."""
     sources: tuple[str, ...] = ()

@@ -131,16 +131,20 @@ def _as_the_reference(preset: str, task: Task) -> RunConfig:
     model = MODELS[preset]
     small_batch = preset in ("tiny", "mini", "small")
     run = RunConfig(task=task, model=model)
-    if task in ("pretrain", "continue"):
+    if task in ("pretrain", "continue", "render"):
         seq_len = {"tiny": 256, "small": 1024}.get(preset, model.max_seq_len)
         # As in the paper: one epoch of pieces short enough to be seen with their end.
         finetuned = task == "continue"
+        # About seven tokens for a note of a score and of its performance.
+        notes = (seq_len // 16, seq_len // 8) if task == "render" else (100, 650)
         return dataclasses.replace(
             run,
             data=DataConfig(
                 seq_len=seq_len,
                 global_batch=8 if small_batch else 512,
                 max_piece_tokens=model.max_seq_len if finetuned else None,
+                min_slice_notes=notes[0],
+                max_slice_notes=notes[1],
             ),
             optimizer=OptimizerConfig(peak_lr=1e-3 if preset == "tiny" else 3e-4),
             train=TrainConfig(epochs=1.0 if finetuned else None),

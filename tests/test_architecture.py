@@ -201,9 +201,10 @@ ADDITIONS = (
     "aria_jax.train.goodput", "aria_jax.train.trackers", "aria_jax.checkpoints.hub",
     "aria_jax.generate.live", "aria_jax.serve", "aria_jax.cli.serve", "aria_jax.cli.tokenizers",
     "data_pipeline.build.series", "aria_jax.embed.parts", "aria_jax.embed.index",
+    "data_pipeline.loaders.scores",
 )  # fmt: skip
 """What the house gained after its rooms were counted: storage, tokenizers, the duet, series,
-weights by name, exports that hosts share, indexes to search in.
+weights by name, exports that hosts share, indexes to search in, scores before performances.
 """
 
 
@@ -211,7 +212,7 @@ def test_the_product_is_not_confetti():
     """A file is one idea, and an idea is one file."""
     added = [path for path in modules() if dotted(path).startswith(ADDITIONS)]
     assert len(modules()) - len(added) <= 110
-    assert len(added) <= 31
+    assert len(added) <= 33
 
 
 def test_no_module_is_a_crowded_room():

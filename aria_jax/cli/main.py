@@ -128,12 +128,13 @@ def parse_with_settings(parser: Parser, argv: Sequence[str]) -> argparse.Namespa
 
 
 _NEXT_TOKEN, _POOLED = ("pretrain", "continue"), ("contrastive", "classify")
+_SLICED = (*_POOLED, "render")
 _READ_BY = {
     "data.packing": _NEXT_TOKEN,
     "data.max_piece_tokens": _NEXT_TOKEN,
-    "train.z_loss": _NEXT_TOKEN,
-    "data.min_slice_notes": _POOLED,
-    "data.max_slice_notes": _POOLED,
+    "train.z_loss": (*_NEXT_TOKEN, "render"),
+    "data.min_slice_notes": _SLICED,
+    "data.max_slice_notes": _SLICED,
     "train.pooling": _POOLED,
     "train.temperature": ("contrastive",),
 }

@@ -78,7 +78,7 @@ On TPUs and GPUs a run computes in bfloat16 (dtype=float32 does not), and mesh, 
 accumulation are chosen by chip and their number (docs/tpu.md, docs/gpu.md); settings of yours go
 before. A run that is resumed keeps the number type it began with."""
 
-TASKS = ("pretrain", "continue", "contrastive", "classify")
+TASKS = ("pretrain", "continue", "contrastive", "classify", "render")
 
 
 def parse(parser: "Parser", argv: Sequence[str]) -> argparse.Namespace:

@@ -391,7 +391,7 @@ def _check(
     if prompt.min() < 0 or prompt.max() >= tokenizer.vocab_size:
         raise UserError(f"prompt ids must lie in 0..{tokenizer.vocab_size - 1}")
     check_known(weights.config, prompt, tokenizer.tokens, "the prompt")
-    if (prompt == tokenizer.eos_id).any():
+    if tokenizer.eos_id in prompt[np.flatnonzero(prompt == tokenizer.bos_id)[-1:].sum() :]:
         raise UserError("the prompt holds <E>: nothing can follow the end of a piece; leave it out")
     if condition_E is not None and weights.adapter_ExD is None:
         raise UserError(

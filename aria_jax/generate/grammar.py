@@ -215,6 +215,8 @@ def _last_onsets(tokenizer: AriaTokenizer, segment: np.ndarray) -> tuple[int, np
 def state_after(tokenizer: Tokenizer, prompt: np.ndarray, batch: int) -> GrammarState:
     """The state in which `batch` continuations of a prompt begin, even inside an event."""
     tokenizer = of_aria(tokenizer, "the grammar of onsets")
+    ends = np.flatnonzero(prompt[:-1] == tokenizer.eos_id)
+    prompt = prompt[ends[-1] + 1 :] if len(ends) else prompt  # another piece stands before it
     kind = tokenizer.kind[prompt]
     last, before = (kind[-1:].tolist() or [None])[0], (kind[-2:-1].tolist() or [None])[0]
     expect = Expect.EVENT

@@ -1,4 +1,4 @@
-"""One loop, four tasks."""
+"""One loop, five tasks."""
 
 from aria_jax import make_callable
 

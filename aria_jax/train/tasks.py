@@ -1,4 +1,4 @@
-"""The four tasks as small plug-ins of the one loop: which batches, of one corpus or several, and
+"""The five tasks as small plug-ins of the one loop: which batches, of one corpus or several, and
 which loss on them.
 """
 
@@ -22,6 +22,7 @@ from data_pipeline.artifact import json_digest
 from data_pipeline.errors import UserError
 from data_pipeline.loaders import BatchStream
 from data_pipeline.loaders.mixture import Data, Source, common_manifest, mixed, sources_of, written
+from data_pipeline.loaders.scores import score_windows
 from data_pipeline.loaders.slice_batches import (
     composition_numbers,
     contrastive_pairs,
@@ -144,6 +145,7 @@ def build_task(config: RunConfig, data: Data, *, mesh: jax.sharding.Mesh | None 
     loaders_by_task: dict[str, tuple[Callable[..., BatchStream], dict[str, Any]]] = {
         "pretrain": (lm_windows, windows),
         "continue": (lm_windows, {**windows, "add_dim": tokenizer.dim_id >= 0}),
+        "render": (score_windows, _slice_notes(config)),
         "contrastive": (
             contrastive_pairs,
             {

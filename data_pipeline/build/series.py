@@ -1,5 +1,5 @@
-"""Event series as a source: Parquet files of (series, time, channel, value), and the vocabulary
-that is learnt of them.
+"""Parquet files that hold no MIDI as a source: scores with their performances, and event series,
+(series, time, channel, value), with the vocabulary that is learnt of them.
 
     series    text or a whole number: which series an event belongs to
     time      a number, or a date (then in seconds): rows may stand in any order
@@ -25,6 +25,7 @@ from data_pipeline.build.sources import Row, is_parquet, parquet_files, walk_fol
 from data_pipeline.errors import UserError, check_file
 from data_pipeline.settings import Range, problems_of
 from data_pipeline.shards import MANIFEST, load_manifest
+from data_pipeline.tokenizers import render
 from data_pipeline.tokenizers.events import (
     MAX_IDS,
     SCHEME,
@@ -34,22 +35,51 @@ from data_pipeline.tokenizers.events import (
     read_series,
     series_bytes,
 )
+from data_pipeline.tokenizers.render import pair_bytes
 
 COLUMNS = ("series", "time", "channel", "value")
+PAIRS = render.COLUMNS
+TABLES = {SCHEME: COLUMNS, render.SCHEME: PAIRS}
+"""Columns of Parquet files that are no MIDI, by the tokenizer that they are for."""
+_CALLED = {SCHEME: "event series", render.SCHEME: "scores with performances"}
 _DIGITS = 9  # of a wait: what arithmetic adds to a regular clock is no wait of its own
 _NAMED_ROWS = 5
 
 
-def is_series(file: Path) -> bool:
-    """Whether a file is Parquet with the columns of event series."""
+def table_scheme(file: Path) -> str:
+    """The tokenizer that a Parquet file's columns are for: "events", "render" or, of any other
+    file, "".
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with file.open("rb") as stream:
-            return set(COLUMNS) <= set(pq.read_schema(stream).names)
+            names = set(pq.read_schema(stream).names)
     except (pa.ArrowException, OSError):
-        return False
+        return ""
+    return next((scheme for scheme, columns in TABLES.items() if names >= set(columns)), "")
+
+
+def read_pairs(file: Path) -> Iterator[Row]:
+    """Scores with their performances, a row each; see `tokenizers.render`. Raises UserError."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with file.open("rb") as stream:
+            table = pq.ParquetFile(stream)
+            labels = [f.name for f in table.schema_arrow if pa.types.is_string(f.type)]
+            for batch in table.iter_batches(batch_size=32):
+                for row in batch.to_pylist():
+                    known = {name: row[name] for name in labels if name != "path"}
+                    missing = [name for name in PAIRS if row[name] is None or None in row[name]]
+                    data = None if missing else pair_bytes(row)
+                    why = f"no number in {', '.join(missing)}" if missing else ""
+                    yield Row(str(row.get("path") or ""), data, known, "bad-pairs", why)
+    except (pa.ArrowException, OSError, ValueError, TypeError) as error:
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{file}: not readable as score and performance ({text})") from error
 
 
 def read_rows(file: Path) -> Iterator[Row]:
@@ -176,52 +206,56 @@ def settle(
     """What a build of `source` takes for its preset: that of event series with its vocabulary.
 
     Args:
-        preset: a scheme of music, "events", "events:FILE.json" (see `declared`) or "events:DATA",
-            the vocabulary of another corpus.
+        preset: a scheme of music, "render", "events", "events:FILE.json" (see `declared`) or
+            "events:DATA", the vocabulary of another corpus.
         filters: as asked for; series have none.
-        others: what was asked for of performances only, by name of the option.
+        others: what was asked for of MIDI files only, by name of the option.
 
     Returns:
         preset, filters, and of series what a round trip loses, see `learn`.
 
     Raises:
         UserError: the scheme is not for what is there, or something was asked for that is not for
-            series; those of `learn`.
+            it; those of `learn`.
     """
-    files = _series_files(source)
-    if preset.partition(":")[0] != SCHEME:
-        if files:
-            raise UserError(f"{source}: event series are here; add --tokenizer {SCHEME}")
+    scheme, (found, files) = preset.partition(":")[0], _tables(source)
+    if scheme not in TABLES:
+        if found:
+            raise UserError(f"{source}: {_CALLED[found]} are here; add --tokenizer {found}")
         return preset, filters, None
-    if not files:
+    if scheme != found:
         raise UserError(
-            f"{source}: --tokenizer {SCHEME} takes a Parquet file, or a folder of them, with "
-            f"columns {', '.join(COLUMNS)}"
+            f"{source}: --tokenizer {scheme} takes a Parquet file, or a folder of them, with "
+            f"columns {', '.join(TABLES[scheme])}"
         )
-    asked = {"filters": str(filters) not in ("light", "none"), **others}
+    asked = {**others}
+    if scheme == SCHEME:
+        asked["filters"] = str(filters) not in ("light", "none")
     if unused := [name for name, given in asked.items() if given]:
-        raise UserError(f"cannot build: {', '.join(unused)} is for music, not for event series")
+        raise UserError(f"cannot build: {', '.join(unused)} is not for {_CALLED[scheme]}")
+    if scheme != SCHEME:
+        return preset, filters, None
     rows = (row for file in files for row in read_rows(file))
     tokenizer, loss = learn((row.data for row in rows if row.data is not None), preset)
     return tokenizer.preset_name, "none", loss
 
 
 def check_source(preset: str, source: Path) -> None:
-    """Raises `UserError` where a source is of event series and a model of music, or the reverse."""
-    if (preset.partition(":")[0] == SCHEME) != bool(_series_files(source)):
-        here, wanted = (
-            ("event series", "music") if _series_files(source) else ("no event series", SCHEME)
-        )
+    """Raises `UserError` where a source is not of what a model's tokens are of."""
+    scheme, found = preset.partition(":")[0], _tables(source)[0]
+    if found != (scheme if scheme in TABLES else ""):
+        here, wanted = (_CALLED.get(name, "music") for name in (found, scheme))
         raise UserError(f"{source}: {here} here, and the model's tokens are of {wanted}")
 
 
-def _series_files(source: Path) -> list[Path]:
-    """The Parquet files of event series that a source is or holds."""
+def _tables(source: Path) -> tuple[str, list[Path]]:
+    """Which of `TABLES` a source is or holds, and its files; "" where it is none."""
     if source.is_dir():
         files = parquet_files(source) if next(walk_folder(source), None) is None else []
     else:
         files = [source] if source.is_file() and is_parquet(source) else []
-    return files if files and all(map(is_series, files)) else []
+    schemes = {table_scheme(file) for file in files}
+    return (schemes.pop(), files) if len(schemes) == 1 else ("", [])
 
 
 def learn(

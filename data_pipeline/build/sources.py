@@ -3,7 +3,7 @@
     folder                        searched recursively, linked folders too
     .zip, .tar                    read in place
     .tar.gz, .tar.bz2, .tar.xz    unpacked into one file for as long as the build takes
-    .parquet, or a folder of it   rows with MIDI bytes, or event series (`build.series`); unpacked
+    .parquet, or a folder of it   rows with MIDI bytes, or what `build.series` reads; unpacked
                                   likewise
     .mid, .midi, .kar, .rmi       one file; with .gz after it also in all of the above
 
@@ -164,9 +164,10 @@ def parquet_files(folder: Path) -> list[Path]:
 
 def _list_members(source: Path, files: list[Path], spool: Path, tables: Path) -> Iterator[Entry]:
     """Lists the archive, or the Parquet files, that `source` is or holds."""
-    from data_pipeline.build.series import is_series
+    from data_pipeline.build.series import SCHEME, table_scheme
 
-    tree = MemberTree(spool.with_name("members"), any_name=all(map(is_series, files)))
+    any_name = all(table_scheme(file) == SCHEME for file in files)
+    tree = MemberTree(spool.with_name("members"), any_name=any_name)
     try:
         if source.is_dir() or is_parquet(source):
             root = source if source.is_dir() else source.parent
@@ -219,15 +220,16 @@ def add_parquet(
     Raises:
         UserError: not Parquet, or without a column of MIDI bytes.
     """
-    from data_pipeline.build.series import is_series, read_rows
+    from data_pipeline.build.series import SCHEME, read_pairs, read_rows, table_scheme
 
     tables.mkdir(parents=True, exist_ok=True)
     with synced(spool) as out, synced(tables / LABELS, "w", encoding="ascii") as labels:
         for file in files:
             stem = file.relative_to(root).with_suffix("").as_posix()
-            events = is_series(file)
-            rows = read_rows(file) if events else _rows(file, stem)
-            suffix, named = (".series", _plain_path) if events else (".mid", _midi_path)
+            scheme = table_scheme(file)
+            rows = read_rows(file) if scheme == SCHEME else read_pairs(file)
+            rows = rows if scheme else _rows(file, stem)
+            suffix, named = (".mid", _midi_path) if scheme != SCHEME else (".series", _plain_path)
             for number, (name, data, values, fault, detail) in enumerate(rows):
                 numbered = f"{number:06d}{suffix}"
                 numbered = numbered if len(files) == 1 else f"{stem}/{numbered}"

@@ -107,7 +107,7 @@ class _Corpus:
 
 
 @dataclass(frozen=True)
-class _EpochOrder:
+class EpochOrder:
     """The order of an epoch's pieces and windows; the last few epochs are remembered."""
 
     seed: int
@@ -143,7 +143,7 @@ class _Windows:
         augment: AugmentConfig | None,
     ):
         self._corpus, self._seq_len, self._seed = corpus, seq_len, seed
-        self._order, self._config = _EpochOrder(seed, shuffle), augment
+        self._order, self._config = EpochOrder(seed, shuffle), augment
 
 
 class ConcatWindows(_Windows):

@@ -106,15 +106,17 @@ class Tokenizer(ABC):
         Raises:
             UserError: no such preset, or a package it needs is missing.
         """
-        from data_pipeline.tokenizers import SCHEMES, load_scheme
+        from data_pipeline.tokenizers import SCHEMES, load_scheme, render
         from data_pipeline.tokenizers.events import SCHEME, EventTokenizer
 
         if name.partition(":")[0] == SCHEME:
             return EventTokenizer.from_preset(name)
+        if name == render.SCHEME:
+            return render.RenderTokenizer()
         if name not in SCHEMES:
             *names, last = SCHEMES
-            known = f"{', '.join(names)} and {last}, and {SCHEME} for event series"
-            hint = did_you_mean(name, [*SCHEMES, SCHEME])
+            known = f"{', '.join(names)} and {last}; {SCHEME} and {render.SCHEME} are for Parquet"
+            hint = did_you_mean(name, [*SCHEMES, SCHEME, render.SCHEME])
             raise UserError(f"no tokenizer preset {name!r}{hint}; the presets are {known}")
         return load_scheme(name)
 

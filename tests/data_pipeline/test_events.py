@@ -295,7 +295,7 @@ def test_scheme_and_source_must_fit(source, midi_corpus, tmp_path):
         build(source, tmp_path / "out", workers=1)
     with pytest.raises(UserError, match="takes a Parquet file, or a folder of them, with columns"):
         build(midi_corpus, tmp_path / "out", tokenizer_preset="events", workers=1)
-    with pytest.raises(UserError, match="filters, dedup near is for music"):
+    with pytest.raises(UserError, match="dedup near, filters is not for event series"):
         build(source, tmp_path / "out", tokenizer_preset="events", filters="heavy", dedup="near")
     assert not (tmp_path / "out").exists()
 

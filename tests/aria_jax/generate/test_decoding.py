@@ -286,7 +286,13 @@ def test_int8_rows_are_within_half_a_step():
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [([], "empty"), ([6, 0, 1], "<E>"), ([6, 0, 99_999], "17726"), ([0], "no instrument")],
+    [
+        ([], "empty"),
+        ([6, 0, 1], "<E>"),
+        ([6, 0, 1, 6], "<E>"),
+        ([6, 0, 99_999], "17726"),
+        ([0], "no instrument"),
+    ],
 )
 def test_impossible_prompts(tiny_model, prompt, message):
     with pytest.raises(UserError, match=message):
