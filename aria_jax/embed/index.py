@@ -33,7 +33,7 @@ RECALL, RECALL_K, N_DRAWN = 0.95, 10, 100
 """Of how many nearest of how many rows an approximate index finds which share at least."""
 ROUNDING = 1e-4
 """More than float32 sums of a few thousand products of unit vectors are wrong by."""
-_ROWS_PER_MAXIMUM = 1024
+_BLOCK = 1024  # rows that are looked at together
 _TRAINING_ROWS_PER_LIST = 64
 
 
@@ -118,11 +118,15 @@ class _Exact:
     def __init__(self, folder: Path):
         self._unit_NxE = np.load(folder / "unit.npy", mmap_mode="r")
         self._bytes_NxE = np.load(folder / "bytes.npy", mmap_mode="r")
-        self._steps_N, self._errors_N = np.load(folder / "scales.npy")
-        self.width = self._unit_NxE.shape[1]
-        self.about = f"exact, {len(self._unit_NxE):,} rows"
-        self._cpus = len(os.sched_getaffinity(0))
-        self._pool = ThreadPoolExecutor(self._cpus)
+        self._steps_N, errors_N = np.load(folder / "scales.npy")
+        self._errors_N = errors_N + np.float32(ROUNDING)
+        n_rows, self.width = self._unit_NxE.shape
+        self.about = f"exact, {n_rows:,} rows"
+        self._blocks = np.arange(0, n_rows, _BLOCK)
+        self._block_errors = np.maximum.reduceat(self._errors_N, self._blocks)
+        n_cpus = len(os.sched_getaffinity(0))
+        self._pool, self._shares = ThreadPoolExecutor(n_cpus), n_rows * np.arange(n_cpus + 1)
+        self._shares //= n_cpus
 
     def nearest(self, query_E: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """See `Index`."""
@@ -135,19 +139,20 @@ class _Exact:
         """Every row that can be one of the k nearest, and a few more, ascending."""
         from data_pipeline._kernels import byte_products
 
-        n_rows = len(self._bytes_NxE)
-        about = np.empty(n_rows, np.float32)
-        ends = np.linspace(0, n_rows, self._cpus + 1).astype(int)
+        least_N = np.empty(len(self._bytes_NxE), np.float32)  # what each row scores at least
 
-        def score(span: slice) -> None:
-            byte_products(self._bytes_NxE[span], self._steps_N[span], query_E, about[span])
+        def score(own: slice) -> None:
+            byte_products(self._bytes_NxE[own], self._steps_N[own], query_E, least_N[own])
+            least_N[own] -= self._errors_N[own]
 
-        list(self._pool.map(score, map(slice, ends[:-1], ends[1:])))
-        errors = self._errors_N + np.float32(ROUNDING)
-        least = about - errors  # what each row scores at least
-        maxima = np.maximum.reduceat(least, np.arange(0, n_rows, _ROWS_PER_MAXIMUM))
-        surely = maxima if len(maxima) >= k else least
-        return np.flatnonzero(about + errors >= np.partition(surely, -k)[-k])
+        list(self._pool.map(score, map(slice, self._shares[:-1], self._shares[1:])))
+        best = np.maximum.reduceat(least_N, self._blocks)
+        surely = best if len(best) >= k else least_N
+        bar = np.partition(surely, -k)[-k]
+        blocks = self._blocks[best + 2 * self._block_errors >= bar]
+        rows = (blocks[:, None] + np.arange(_BLOCK)).ravel()
+        rows = rows[rows < len(least_N)]
+        return rows[least_N[rows] + 2 * self._errors_N[rows] >= bar]
 
 
 # --- approximate ---------------------------------------------------------------------------------

@@ -23,6 +23,9 @@ EMBED = [
     wrong("embed {midi} e.parquet --baseline statistics --pooling mean", "--pooling has no effect"),
     wrong("embed {midi} e.parquet --baseline statistics --bf16", "--bf16 has no effect"),
     wrong("embed {midi} e.parquet --baseline statistics --host-count 0", "--host-count 0"),
+    Use("embed {midi} set --baseline statistics --workers 0 --parts --float16", "10 rows"),
+    wrong("embed {midi} e.parquet --baseline statistics --parts", "this will be a folder"),
+    wrong("embed {midi} e.parquet --baseline statistics --runner ry", "no 'ry'"),
     wrong("embed {midi} e.parquet --checkpoint {classifier}", ("classifier: ", "head 'class'")),
 ]
 
@@ -56,6 +59,10 @@ SEARCH = [
     Use("search {query} {vectors} --checkpoint {encoder}", "presto_1.mid"),
     Use("search {query} {vectors} --checkpoint {encoder} -k 2 --json", '"hits"'),
     Use("search {query} {vectors} --checkpoint {encoder} --html p.html", "p.html", made="p.html"),
+    Use("search {query} {vectors} --checkpoint {encoder} --index", "index: exact, 10 rows"),
+    wrong(
+        "search {query} {vectors} --checkpoint {encoder} --index x", "no 'x' (one of exact, ivf)"
+    ),
     wrong("search {nothing}.mid {vectors} --checkpoint {encoder}", ("nothing", "no such file")),
     wrong("search {text} {vectors} --checkpoint {encoder}", "not a MIDI file"),
     wrong("search {query} {nothing} --checkpoint {encoder}", ("nothing", "no such file")),
