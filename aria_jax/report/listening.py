@@ -218,7 +218,8 @@ def write_search_page(
 
 def _listen(performance: Performance, file: Path, folder: Path) -> str:
     """A player of the first `SHOWN_SECONDS` from the first note on, and a link to the file."""
-    shown, begin = [], performance.ms(performance.notes["start"]).min(initial=np.inf)
+    shown, start_ms = [], performance.ms(performance.notes["start"])
+    begin = start_ms.min() if len(start_ms) else 0
     for part in parts_by_instrument(performance):
         early = part.start_ms < begin + SHOWN_SECONDS * 1000
         shown.append(
@@ -302,7 +303,7 @@ def _clip_html(
         # Colours of instruments, and the same mark on either side: whose the rest is, is not seen.
         shown = up_to(clip.performance, seconds)
         start_ms = shown.ms(shown.notes["start"])
-        first = start_ms.min(initial=np.inf) if len(start_ms) else 0
+        first = start_ms.min() if len(start_ms) else 0
         parts = [
             replace(part, start_ms=part.start_ms - first, end_ms=part.end_ms - first)
             for part in parts_by_instrument(shown)
