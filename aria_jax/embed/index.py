@@ -63,23 +63,34 @@ def open_index(kind: str, embeddings: Path, rows: Rows) -> Index:
     Raises:
         UserError: faiss is wanted and not installed, or cannot open a file of such a name.
     """
-    folder = embeddings.with_name(embeddings.name + ".index")
+    folder, note, stamp, made = _found(kind, embeddings)
     if kind == "ivf":
         _check_faiss(folder)
-    of = (embeddings / SUMMARY if embeddings.is_dir() else embeddings).stat()
-    stamp = {"bytes": of.st_size, "modified_ns": of.st_mtime_ns}
-    note = folder / ("made.json" if kind == "exact" else "made-ivf.json")
-    try:
-        made = json.loads(note.read_text())
-    except (OSError, ValueError):
-        made = {}
-    if made.get("of") != stamp:
+    if made is None:
         note.unlink(missing_ok=True)
         folder.mkdir(exist_ok=True)
         make = _make_exact if kind == "exact" else _make_ivf
         made = {"of": stamp, **make(folder, rows)}
         write_atomically(note, json.dumps(made))
     return _Exact(folder) if kind == "exact" else _Ivf(folder, made)
+
+
+def has_index(kind: str, embeddings: Path) -> bool:
+    """Whether `open_index` has nothing to make."""
+    return _found(kind, embeddings)[-1] is not None
+
+
+def _found(kind: str, embeddings: Path) -> tuple[Path, Path, dict[str, int], dict[str, Any] | None]:
+    """The index's folder and note, what the note should be of, and what it says if it is that."""
+    folder = embeddings.with_name(embeddings.name + ".index")
+    note = folder / ("made.json" if kind == "exact" else "made-ivf.json")
+    of = (embeddings / SUMMARY if embeddings.is_dir() else embeddings).stat()
+    stamp = {"bytes": of.st_size, "modified_ns": of.st_mtime_ns}
+    try:
+        made = json.loads(note.read_text())
+    except (OSError, ValueError):
+        made = {}
+    return folder, note, stamp, made if made.get("of") == stamp else None
 
 
 # --- exact ---------------------------------------------------------------------------------------

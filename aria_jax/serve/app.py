@@ -17,7 +17,8 @@ from fastapi.responses import FileResponse, JSONResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from pydantic import BaseModel, Field
 
-from aria_jax.embed.search import random_similarities, search
+from aria_jax.embed.index import has_index
+from aria_jax.embed.search import Hit, Searcher, random_similarities, search
 from aria_jax.generate.live.engine import Settings
 from aria_jax.serve.guard import Guard, Rate
 from aria_jax.serve.jobs import Batcher, continuation, post
@@ -179,13 +180,20 @@ def _add_embeddings(app: FastAPI, models: Models, batcher: Batcher) -> None:
 
     if models.embeddings is None:
         return
-    embeddings = models.embeddings
+    embeddings, one_at_a_time = models.embeddings, asyncio.Lock()
     pairs = random_similarities(embeddings)
+    indexed = Searcher(embeddings, "exact") if has_index("exact", embeddings) else None
+
+    async def found(query_E: np.ndarray, k: int) -> list[Hit]:
+        if indexed is None:
+            return await asyncio.to_thread(search, query_E, embeddings, k)
+        async with one_at_a_time:  # it takes all cores, and reads rows of files that are open
+            return await asyncio.to_thread(indexed, query_E, k)
 
     @app.post("/v1/search")
     async def nearest(data: Midi, k: Annotated[int, Query(ge=1, le=100)] = 10) -> dict[str, Any]:
         """The performances nearest to a MIDI file (the request's body) by cosine similarity."""
-        hits = await asyncio.to_thread(search, await embedded(data), embeddings, k)
+        hits = await found(await embedded(data), k)
         rows = []
         for hit in hits:
             share = float(np.searchsorted(pairs, hit.score) / max(len(pairs), 1))

@@ -21,6 +21,7 @@ from websockets.sync.client import connect
 from aria_jax.embed.encode import performance_encoder
 from aria_jax.embed.export import embed_pieces
 from aria_jax.embed.pieces import Piece, open_source
+from aria_jax.embed.search import Searcher
 from aria_jax.embed.table import write_embeddings
 from aria_jax.generate.live.session import replay
 from aria_jax.serve.app import Models, make_app
@@ -326,7 +327,8 @@ def test_more_requests_than_anyone_needs_are_told_to_wait():
     assert b"too many requests" in answers[6]["body"]
 
 
-def test_search_and_token(duet_engine, models, tmp_path):
+@pytest.mark.parametrize("index", [None, "exact"])
+def test_search_and_token(duet_engine, models, tmp_path, monkeypatch, index):
     folder = tmp_path / "midis"
     folder.mkdir()
     for i in range(3):
@@ -337,6 +339,9 @@ def test_search_and_token(duet_engine, models, tmp_path):
     found = [one for i in range(3) if isinstance(one := source.piece(i), Piece)]
     table = embed_pieces(found, encoder.encode, pool="mean", fingerprint=encoder.fingerprint)
     write_embeddings(table, tmp_path / "emb.parquet")
+    if index:  # as `aria-jax search --index` leaves it
+        Searcher(tmp_path / "emb.parquet", index)
+        monkeypatch.delattr("aria_jax.serve.app.search")
     offered = Models(
         Studio(duet_engine, "standard"), "standard", models.batcher, tmp_path / "emb.parquet"
     )
