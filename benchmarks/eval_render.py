@@ -20,18 +20,20 @@ from aria_jax.generate.decoding import Decoding
 from aria_jax.generate.sampler import choose_sampler
 from aria_jax.generate.weights import decoder_weights
 from data_pipeline.errors import UserError
+from data_pipeline.midi import Performance
 from data_pipeline.slices import Pieces
+from data_pipeline.tokenizers import Tokenizer
 from data_pipeline.tokenizers.render import RenderTokenizer, rendition_errors
 
 MEASURES = ("matched", "added", "onset_ms", "onset_ms_scaled", "velocity_r", "duration_r")
 
 
 def chosen_slices(pieces: Pieces, n: int, notes: int) -> list[tuple[str, np.ndarray]]:
-    """Composition and ids of `n` slices, one of each piece in turn, from random places."""
+    """Composition and ids of `n` slices, from random places of pieces spread over the split."""
     rng = np.random.default_rng(0)
     found = []
     for i in range(n):
-        piece = i % len(pieces)
+        piece = i * len(pieces) // n
         last = max(pieces.n_notes(piece) - notes, 0)
         start = int(rng.integers(last + 1))
         labels = pieces.shards[piece].meta["labels"]
@@ -51,9 +53,6 @@ def deadpan(tokenizer: RenderTokenizer, ids: np.ndarray) -> np.ndarray:
     for name in ("start", "end"):
         notes[name] = np.rint(notes[name] * factor)
     notes["end"] = np.maximum(notes["end"], notes["start"] + 10)
-    from data_pipeline.midi import Performance
-    from data_pipeline.tokenizers import Tokenizer
-
     played = Tokenizer.preset("aria").encode(Performance(500, notes))
     return np.concatenate([score, played])
 
