@@ -164,7 +164,12 @@ def test_weights_by_name_need_nothing_of_the_hub_once_the_run_has_begun(
     jax.tree.map(
         np.testing.assert_array_equal, weights(tmp_path / "run"), weights(tmp_path / "base")
     )
+    adapters = tmp_path / "adapters"  # which need the weights that they were trained on
+    run(config("pretrain", "steps=0", "lora_rank=2"), corpus, adapters, init_from=name)
+    assert newest_record(adapters)["lora"]["base"] == f"{name}@{commit}"
     model_hub.put("some/one", {hub.FILE: b"another"})
+    hub._found.clear()  # as another process, which is told of the new commit
+    assert load_model(adapters).adapted
     model_hub.down()
     hub._found.clear()
     shutil.rmtree(tmp_path / "cache")
@@ -172,18 +177,6 @@ def test_weights_by_name_need_nothing_of_the_hub_once_the_run_has_begun(
     assert again.init.kind == "resume"
     with pytest.raises(UserError, match=r"it is not whole on this disk"):
         run(settings, corpus, tmp_path / "run", init_from=f"{name}@v2")
-
-
-def test_adapters_name_the_commit_that_they_belong_to(config, corpus, tmp_path, model_hub):
-    run(config("pretrain", "steps=0"), corpus, tmp_path / "base")
-    export_model(load_model(tmp_path / "base").model, tmp_path / hub.FILE)
-    name = "hf://some/one"
-    commit = model_hub.put("some/one", {hub.FILE: (tmp_path / hub.FILE).read_bytes()})
-    run(config("pretrain", "steps=0", "lora_rank=2"), corpus, tmp_path / "run", init_from=name)
-    assert newest_record(tmp_path / "run")["lora"]["base"] == f"{name}@{commit}"
-    model_hub.put("some/one", {hub.FILE: b"another"})
-    hub._found.clear()  # as another process, which is told of the new commit
-    assert load_model(tmp_path / "run").adapted
 
 
 def test_scratch_otherwise(config, corpus, tmp_path):
