@@ -26,6 +26,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from aria_jax.embed.table import SUMMARY, Rows
+from data_pipeline import storage
 from data_pipeline.artifact import atomic, write_atomically
 from data_pipeline.errors import UserError
 
@@ -82,7 +83,8 @@ def has_index(kind: str, embeddings: Path) -> bool:
 
 def _found(kind: str, embeddings: Path) -> tuple[Path, Path, dict[str, int], dict[str, Any] | None]:
     """The index's folder and note, what the note should be of, and what it says if it is that."""
-    folder = embeddings.with_name(embeddings.name + ".index")
+    hidden = "." if storage.is_remote(embeddings) else ""  # what begins with a dot is never sent
+    folder = embeddings.with_name(f"{hidden}{embeddings.name}.index")
     note = folder / ("made.json" if kind == "exact" else "made-ivf.json")
     of = (embeddings / SUMMARY if embeddings.is_dir() else embeddings).stat()
     stamp = {"bytes": of.st_size, "modified_ns": of.st_mtime_ns}

@@ -215,6 +215,8 @@ def test_hosts_share_an_export_in_a_bucket(bucket, midis, tmp_path, whole, monke
     assert run(midis, f"{bucket.url}/set", as_dataset=True).complete
     shutil.rmtree(storage.mirror())
     assert read_embeddings(f"{bucket.url}/set").path == whole["path"].to_pylist()
+    assert search(np.ones(3), f"{bucket.url}/set", 1, index="exact")
+    assert storage.upload(storage.place(bucket.url)) == 0, "an index stays on this disk"
 
 
 # --- what is made ---
