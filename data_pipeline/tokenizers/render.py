@@ -5,7 +5,7 @@
 The score is written as a machine would play it: a beat is 500 ms, every velocity 60, no pedal. A
 slice is some notes of the score and their notes in the performance, both from onset 0. Which are
 theirs follows from the tokens: the n-th note of a key in the score is the n-th of that key in the
-performance (of 2.09 million pairs of ASAP that is wrong for 3 in 10,000).
+performance (in 100 pieces of ASAP that was wrong for 3 notes in 10,000).
 
 Ids and vocabulary are those of "aria", so that its models can be the beginning of a run.
 """
