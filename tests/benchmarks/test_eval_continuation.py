@@ -99,6 +99,7 @@ def test_models_are_named_and_opened_by_step(tiny_models):
         opened(f"{path}@7")
 
 
+@pytest.mark.slow
 def test_a_run_from_end_to_end(tiny_models, tmp_path, capsys):
     folder, shards, rng = tmp_path / "midi", tmp_path / "data", np.random.default_rng(0)
     folder.mkdir()

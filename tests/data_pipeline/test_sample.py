@@ -11,6 +11,7 @@ from data_pipeline.sample import COMPOSERS, sample
 pytestmark = pytest.mark.skipif(find_spec("music21") is None, reason="needs the demo extra")
 
 
+@pytest.mark.slow
 def test_scores_become_labelled_midi_once(tmp_path):
     summary = sample(tmp_path, per_composer=1, workers=1)
     assert set(summary.per_composer) == set(COMPOSERS.values()) and not summary.failed

@@ -93,6 +93,7 @@ def test_two_processes_learn_what_one_learns_and_one_goes_on(corpus, tmp_path, a
     assert losses(tmp_path).keys() == alone.keys() and agree(losses(tmp_path), alone)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find a process")
 def test_one_process_is_killed_and_the_run_goes_on(corpus, tmp_path, alone):
     launcher = started(corpus, tmp_path)

@@ -150,6 +150,7 @@ def test_wav_names_its_package(folder, capsys, tmp_path, monkeypatch):
     assert status == 2 and "pip install" in err and "symusic" in err
 
 
+@pytest.mark.slow
 def test_less_room_than_asked_is_said_before(folder, capsys, tmp_path):
     """40 notes are 123 tokens of 512: 388 can follow, however many were asked for."""
     arguments = (
@@ -228,6 +229,7 @@ def test_mistakes_are_one_line(name, folder, capsys):
     assert status == 2 and message in err and "Traceback" not in err
 
 
+@pytest.mark.slow
 def test_mesh(folder, capsys):
     arguments = ("generate", "--checkpoint", folder / "lm", "--max-tokens", 12, "--json", "--n", 4)
     _, plain, _ = run(capsys, *arguments)

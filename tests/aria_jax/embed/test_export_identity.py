@@ -208,6 +208,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_four_exporters_started_at_once_fifty_times(midis, tmp_path):
     """Half of the times no process knows of the others, a third of the times one is killed."""
     work = tmp_path / "work"

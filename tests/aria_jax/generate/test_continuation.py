@@ -176,6 +176,7 @@ def whole_pieces(model, n, tokens, prompt, seed):
     return total
 
 
+@pytest.mark.slow
 def test_random_models_generate_whole_pieces(random_model, piano_prompt):
     drums = tokens(("prefix", "instrument", "drum"), *HEADER)
     assert whole_pieces(random_model(seed=3, scale=2.0, n_layers=1), 40, 60, piano_prompt, 0) > 500

@@ -64,6 +64,7 @@ def test_equals_recomputation(random_model, piano_prompt):
     assert generate(model, piano_prompt, sampler=Greedy())[0].tolist() == expected
 
 
+@pytest.mark.slow
 def test_variations_depend_on_seed_and_number_alone(random_model, piano_prompt):
     model = random_model(scale=30.0, max_seq_len=CONTEXT, n_layers=1)
     three = generate(model, piano_prompt, n=3)

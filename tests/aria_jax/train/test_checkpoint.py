@@ -40,6 +40,7 @@ def copy(source, target):
     return target
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_on_another_mesh(config, corpus, trained, tmp_path, recorder, eight_devices):
     workdir, moved, still = copy(trained, tmp_path / "run"), recorder(), recorder()
     run(config("pretrain", "steps=6", mesh=MeshConfig(1, 4, 2)), corpus, workdir, sinks=[moved])

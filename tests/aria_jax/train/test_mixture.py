@@ -90,6 +90,7 @@ def test_losses_and_tokens_of_each_corpus_are_logged(
     assert val["loss"] == pytest.approx(0.75 * val[f"loss/{a}"] + 0.25 * val[f"loss/{b}"])
 
 
+@pytest.mark.slow
 def test_validation_of_each_corpus_is_that_of_a_run_on_it(
     config, mixture, corpus, second, recorder, tmp_path
 ):
