@@ -80,7 +80,7 @@ class Checkpointer:
                 root = url
             else:
                 self._outbox = Outbox(self.directory, read_only)
-        # Processes wait for each other by name: one that still finishes a step of the run must
+        # Processes wait for each other by name: one that still finishes a checkpoint of the run must
         # not meet another that writes its best weights.
         named = ocp.options.MultiprocessingOptions(
             barrier_sync_key_prefix="-".join(self.directory.parts[-3:-1])
