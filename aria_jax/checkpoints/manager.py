@@ -80,16 +80,8 @@ class Checkpointer:
                 root = url
             else:
                 self._outbox = Outbox(self.directory, read_only)
-        # Processes wait for each other by name: one that still finishes a checkpoint of the run must
-        # not meet another that writes its best weights.
-        named = ocp.options.MultiprocessingOptions(
-            barrier_sync_key_prefix="-".join(self.directory.parts[-3:-1])
-        )
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep,
-            create=not read_only,
-            read_only=read_only,
-            multiprocessing_options=named,
+            max_to_keep=keep, create=not read_only, read_only=read_only
         )
         names = ("params", "opt_state", "ema", "record")
         self._manager = ocp.CheckpointManager(root, item_names=names, options=options)

@@ -307,14 +307,3 @@ def test_checksums_see_every_element_and_no_sharding(dtype, shape):
         sums.add(checksums(jnp.asarray(other))[0])
     assert len(sums) == 1 + x.size
     assert checksums(jnp.asarray(x[::-1]))[0] not in sums
-
-
-def test_a_run_and_its_best_weights_wait_under_other_names(tmp_path):
-    """Both may be under way at once in threads of their own, in every process."""
-    names = []
-    for workdir in (tmp_path / "run", tmp_path / "run/best"):
-        checkpointer = Checkpointer(workdir)
-        options = checkpointer._manager._options.multiprocessing_options
-        names.append(options.barrier_sync_key_prefix)
-        checkpointer.close()
-    assert None not in names and len(set(names)) == 2
