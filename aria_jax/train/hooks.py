@@ -236,10 +236,14 @@ class KeepBest:
 
     Args:
         record: what the checkpoint says of the run.
+        before: called before something is written. Processes wait for each other by names, which
+            two checkpoints under way at once would share: that of the run must be whole by then.
     """
 
-    def __init__(self, workdir: Path, record: dict[str, Any]):
-        self._folder, self._record = workdir / BEST, record
+    def __init__(
+        self, workdir: Path, record: dict[str, Any], before: Callable[[], None] = lambda: None
+    ):
+        self._folder, self._record, self._before = workdir / BEST, record, before
         # Looked up before the first step: later, one process can find what another has just
         # written, and processes that decide differently wait for each other in vain.
         self._loss = self._known() if (self._folder / DIRECTORY).is_dir() else np.inf
@@ -248,6 +252,7 @@ class KeepBest:
         """Writes the weights if no evaluation of this run was better."""
         if loss >= self._loss:
             return
+        self._before()
         checkpointer = Checkpointer(self._folder, keep=1)
         try:
             checkpointer.save(step, params, {**self._record, "val_loss": loss})

@@ -129,7 +129,7 @@ def run(
         monitor.pausing = goodput.spent_on
         save = _save(config, task, checkpointer, record, send, clock)
         save.saving = goodput.spent_on
-        best = KeepBest(workdir, record)
+        best = KeepBest(workdir, record, checkpointer.wait)
         evaluate = _evaluate(config, task, network, sharding, log, monitor, best)
         with _profile(config, workdir, step) as profile:
             state, step, interrupted = _train(

@@ -255,3 +255,15 @@ def test_steps_that_never_come_are_named(traces, tmp_path):
     with pytest.warns(UserWarning, match="profile_steps=7-9"):
         profile.finish()
     assert traces == []
+
+
+def test_the_best_weights_wait_for_the_runs_own_checkpoint(tmp_path):
+    written = []
+
+    def before():
+        written.append((tmp_path / "best").exists())
+
+    best = KeepBest(tmp_path, {}, before)
+    best.offer(1, 2.0, {"w": jnp.zeros(2)})
+    best.offer(2, 3.0, {"w": jnp.zeros(2)})
+    assert written == [False]
