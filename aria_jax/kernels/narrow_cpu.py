@@ -3,7 +3,7 @@
 XLA's CPU backend has no such product: it converts each value on its own, and float32 with two or
 four times the bytes is faster. `narrow_cpu.cc` has one that converts in vector registers, written
 against the headers that jax brings for its foreign function interface. The machine's compiler
-makes a library of it once, which is kept in the user's cache. Where that fails, a warning says
+makes a library of it once, which is kept beside what jax compiled. Where that fails, a warning says
 why, and the product is written as a sum, which XLA fuses.
 """
 
@@ -28,6 +28,7 @@ import numpy as np
 
 from aria_jax.sharding import usable_cpus
 from data_pipeline.artifact import atomic
+from data_pipeline.storage import mirror
 
 SOURCE = Path(__file__).with_suffix(".cc")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
@@ -111,7 +112,7 @@ def built() -> Path:
         NotBuilt: no compiler, or it failed, or what it made computes something else.
         OSError: the cache cannot be written.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "aria-jax"
+    cache = mirror() / "compiled"
     library = cache / f"narrow_cpu-{_key()}.so"
     if library.is_file():
         return library

@@ -106,8 +106,8 @@ def test_without_the_compiled_product_int8_is_a_sum(monkeypatch):
 def not_loaded(monkeypatch, tmp_path):
     """As in a new process of a user with an empty cache."""
     monkeypatch.setattr(narrow_cpu, "_loaded", functools.cache(narrow_cpu._loaded.__wrapped__))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "aria-jax"
+    monkeypatch.setenv("ARIA_JAX_CACHE", str(tmp_path))
+    return tmp_path / "compiled"
 
 
 def test_without_a_compiler_a_warning_says_what_to_install(not_loaded, monkeypatch):
