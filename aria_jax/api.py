@@ -125,6 +125,8 @@ def generate(
     min_p: float = 0.035,
     ending: bool = False,
     sliding: bool = False,
+    given: Sequence[str] = (),
+    play: Sequence[str] = (),
 ) -> "list[Continuation]":
     """Continuations of a performance, as `aria-jax generate` makes them.
 
@@ -137,14 +139,18 @@ def generate(
         temperature: 0 is greedy; min_p: least share of the likeliest token.
         ending: asks for an ending within `max_tokens`.
         sliding: forgets the oldest events where the context is full, and goes on.
+        given: tracks of `prompt`, or instruments, whose notes come as they are, to their end;
+            `seconds=0` begins with the first of them. play: instruments that the model plays beside
+            them; those of the other tracks by default.
 
     Returns:
         `n` continuations: `.full`, `.continuation` and `.prompt` are performances for `write_midi`.
 
     Raises:
-        UserError: no language model, no such file, a prompt without notes or too long.
+        UserError: no language model, no such file, an empty or too long prompt, no such track.
     """
     from aria_jax.generate.continuation import (
+        check_prompt_limits,
         continue_prompt,
         fitting_tokens,
         less_room,
@@ -152,12 +158,24 @@ def generate(
         unconditional_prompt,
     )
     from aria_jax.generate.decoding import Decoding
+    from aria_jax.generate.given import given_tracks
     from aria_jax.generate.sampler import choose_sampler
     from aria_jax.generate.weights import decoder_weights
 
     loaded = _model(model, "generate")
     tokenizer = Tokenizer.preset(loaded.tokenizer)
-    if prompt is None:
+    tracks = None
+    if given:
+        if prompt is None or ending:
+            raise UserError("generate: given tracks are of a prompt, and the piece ends with them")
+        check_prompt_limits(seconds=seconds, notes=None, from_nothing=True)
+        compat = None if isinstance(prompt, Performance) else compat_of(loaded.reading)
+        options: dict[str, Any] = {"play": play, "seconds": seconds, "compat": compat}
+        tracks = given_tracks(prompt, tokenizer, given, **options)
+        ids = tracks.prompt
+    elif play:
+        raise UserError("generate: play says what goes with given tracks, of which there are none")
+    elif prompt is None:
         ids = unconditional_prompt(tokenizer)
     else:
         performance = _performance(prompt, "generate", loaded.reading)
@@ -172,7 +190,7 @@ def generate(
     if (room := fitting_tokens(weights, ids, settings)) < max_tokens:
         text = less_room(len(ids), room, max_tokens, weights.max_seq_len)
         warnings.warn(f"generate: {text}", stacklevel=2)
-    return continue_prompt(weights, tokenizer, ids, n=n, seed=seed, settings=settings)
+    return continue_prompt(weights, tokenizer, ids, n=n, seed=seed, settings=settings, given=tracks)
 
 
 def score(

@@ -21,7 +21,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from aria_jax.config import MeshConfig
+from aria_jax.config import MeshConfig, RunConfig, with_overrides
 from data_pipeline.errors import UserError
 from data_pipeline.loaders import Batch, BatchStream, RowRange
 
@@ -75,6 +75,17 @@ def make_mesh(config: MeshConfig, devices: Sequence | None = None) -> Mesh:
         )
     kinds = (AxisType.Auto,) * len(MESH_AXES)
     return Mesh(_device_grid(tuple(sizes.values()), devices), MESH_AXES, axis_types=kinds)
+
+
+def mesh_of(text: str) -> Mesh:
+    """The mesh of an option --mesh, such as "data=2,tensor=4"; UserError where it is none."""
+    assignments = [f"mesh.{part}" for part in text.split(",") if part]
+    if not all("=" in part for part in assignments):
+        raise UserError(f"--mesh {text}: expected AXIS=N,… such as data=2,tensor=4")
+    try:
+        return make_mesh(with_overrides(RunConfig(), assignments).mesh)
+    except UserError as error:
+        raise UserError(f"--mesh {text}: {error}") from None
 
 
 def local_mesh() -> Mesh | None:

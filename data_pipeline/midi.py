@@ -4,6 +4,7 @@ Two readings: what the file says by the standard, and what EleutherAI's aria-uti
 (`compat="aria-utils"`), its faults included.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -118,9 +119,7 @@ class Performance:
     @cached_property
     def duration_ms(self) -> int:
         """When the last note ends, in ms from the start of the file; 0 without notes."""
-        if not len(self.notes):
-            return 0
-        return int(self.ms(np.array([self.notes["end"].max()]))[0])
+        return int(self.ms(np.array([self.notes["end"].max(initial=0)]))[0])
 
     def slice_notes(self, start: int, stop: int) -> "Performance":
         """Notes `start:stop`, all else as it is (reference: aria/embedding.py _get_chunks)."""
@@ -189,11 +188,12 @@ def resolve_pedal(performance: Performance) -> Performance:
     return resolve_overlaps(replace(performance, notes=notes, pedals=_none(PEDAL)))
 
 
-# --- reading -------------------------------------------------------------------------------------
-
-
 def read_midi(
-    source: str | Path | bytes, *, compat: str | None = None, repair: bool = False
+    source: str | Path | bytes,
+    *,
+    compat: str | None = None,
+    repair: bool = False,
+    of_tracks: Container[int] | None = None,
 ) -> Performance:
     """Reads a MIDI file, from disk or from its bytes.
 
@@ -203,6 +203,7 @@ def read_midi(
         repair: of a truncated file, read what is whole before the break; `repaired` says so.
             Notes that still sound end at the break (under `compat` they are left out, as in a
             whole file).
+        of_tracks: numbers, from 0, of the tracks whose notes are read; None for all.
 
     Raises:
         InvalidMidi: not a readable MIDI file; `reason` says why in a word.
@@ -219,6 +220,8 @@ def read_midi(
     kind, division, tracks, repaired = _smf.decoded_tracks(data, name, not compat, repair)
     if kind == 2 and len(tracks) > 1 and not compat:
         raise InvalidMidi("format-2", f"{name}: format 2, {len(tracks)} pieces in one file")
+    if of_tracks is not None:
+        tracks = [[t[0][: len(t[0]) * (i in of_tracks)], *t[1:]] for i, t in enumerate(tracks)]
     notes, pedals, tempi, programs = (
         _sorted_by_tick([track[i] for track in tracks], dtype)
         for i, dtype in enumerate((NOTE, PEDAL, TEMPO, PROGRAM))
@@ -320,9 +323,6 @@ def _without_open_notes(notes: np.ndarray) -> np.ndarray:
         return notes
     notes["end"] = np.where(never_ends, notes["start"], notes["end"])
     return notes[~never_ends | (notes["channel"] == DRUM_CHANNEL)]
-
-
-# --- writing -------------------------------------------------------------------------------------
 
 
 def write_midi(performance: Performance, path: str | Path) -> None:

@@ -201,10 +201,11 @@ ADDITIONS = (
     "aria_jax.train.goodput", "aria_jax.train.trackers", "aria_jax.checkpoints.hub",
     "aria_jax.generate.live", "aria_jax.serve", "aria_jax.cli.serve", "aria_jax.cli.tokenizers",
     "data_pipeline.build.series", "aria_jax.embed.parts", "aria_jax.embed.index",
-    "data_pipeline.loaders.scores",
+    "data_pipeline.loaders.scores", "aria_jax.generate.given",
 )  # fmt: skip
 """What the house gained after its rooms were counted: storage, tokenizers, the duet, series,
-weights by name, exports that hosts share, indexes to search in, scores before performances.
+weights by name, exports that hosts share, indexes to search in, scores before performances, tracks
+that are given.
 """
 
 

@@ -10,12 +10,11 @@ from aria_jax.cli import Verb, Writes, add_compat, add_overwrite, chosen_reading
 
 if TYPE_CHECKING:
     import numpy as np
-    from jax.sharding import Mesh
 
     from aria_jax.checkpoints.models import LoadedModel
     from aria_jax.generate.continuation import Continuation
     from aria_jax.generate.decoding import Decoding
-    from aria_jax.generate.weights import DecoderWeights
+    from aria_jax.generate.given import GivenTracks
     from data_pipeline.tokenizers import Tokenizer
 
 DESCRIPTION = """\
@@ -27,6 +26,9 @@ note, and where both do not fit, less is generated than --max-tokens: that is sa
 --sliding it goes on instead: where the context is full, the oldest half of it is forgotten, in
 whole stretches of 5 s, and the rest is read again.
 
+With --given some tracks of the prompt's file go on as they are, to their end, and the model plays
+the rest: their notes are put among its own in their time. --seconds 0 begins with their first note.
+
 What is generated can always be decoded: a grammar of notes forbids everything else
 (--no-grammar switches it off). The same --seed gives the same music, whatever --n is.
 
@@ -36,6 +38,7 @@ examples:
   aria-jax generate --checkpoint run1 --prompt nocturne.mid --seconds 20 --n 8 --end --out out
   aria-jax generate --checkpoint run1 --prompt nocturne.mid --max-tokens 6000 --sliding --out out
   aria-jax generate --checkpoint run1 --out out                        from nothing
+  aria-jax generate --checkpoint run1 --prompt song.mid --given melody --play piano bass --out out
   aria-jax generate --checkpoint run1 --prompt-ids ids.json --temperature 0 --json"""
 
 
@@ -57,6 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length = parser.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, help="length of the prompt (15)")
     length.add_argument("--notes", type=int, help="length of the prompt, in notes")
+    tracks = parser.add_argument_group("accompaniment")
+    text = "tracks of the prompt, by name or instrument, that come as they are to their end"
+    tracks.add_argument("--given", nargs="+", metavar="TRACK", help=text)
+    text = "instruments that the model plays (those of the other tracks)"
+    tracks.add_argument("--play", nargs="+", metavar="INSTRUMENT", help=text)
     add("--n", type=int, default=1, help="continuations (1)")
     add(
         "--max-tokens",
@@ -124,15 +132,16 @@ def run(args: argparse.Namespace) -> None:
     from aria_jax.checkpoints.models import load_model
     from aria_jax.generate.continuation import check_memory, fitting_tokens, less_room
     from aria_jax.generate.weights import decoder_weights
+    from aria_jax.sharding import mesh_of
     from data_pipeline.tokenizers import Tokenizer, of_music
 
     stage("loading the model")
-    mesh = _mesh(args.mesh)
+    mesh = None if args.mesh is None else mesh_of(args.mesh)
     if args.checkpoint in RELEASED_NAMES and model_path(args.checkpoint) != Path(args.checkpoint):
         note(f"model: the released {args.checkpoint} (--checkpoint takes one of yours)")
     loaded = load_model(args.checkpoint, mesh=mesh)
     tokenizer = of_music(Tokenizer.preset(loaded.tokenizer), "generate")
-    prompt = _prompt(args, tokenizer, loaded.reading, limits)
+    prompt, given = _prompt(args, tokenizer, loaded.reading, limits)
     weights = decoder_weights(loaded.model, args.precision)
     room = fitting_tokens(weights, prompt, settings)
     warnings = []
@@ -145,7 +154,8 @@ def run(args: argparse.Namespace) -> None:
         note(f"aria-jax: warning: {warning}")
     condition = _condition(args, loaded.config.emb_size)
     check_memory(weights, args.n, room, guided=condition is not None)
-    continuations = _generate(args, weights, tokenizer, prompt, settings, condition, mesh)
+    how = {"settings": settings, "given": given, "condition_E": condition, "mesh": mesh}
+    continuations = _generate(args, weights, tokenizer, prompt, **how)
     files = _save(args, loaded, prompt, continuations) if args.out else []
     result = {
         "ids": [c.ids.tolist() for c in continuations],
@@ -157,6 +167,9 @@ def run(args: argparse.Namespace) -> None:
         "files": files,
         "warnings": warnings,
     }
+    if given is not None:
+        marks = [given.is_given(tokenizer, c.ids)[len(prompt) :].tolist() for c in continuations]
+        result |= {"given": given.names, "is_given": marks}
     lines = [
         f"{paths['midi']}: {_remark(c)}" for paths, c in zip(files, continuations, strict=False)
     ]
@@ -189,6 +202,8 @@ def _checked_limits(args: argparse.Namespace) -> dict[str, Any]:
     needs = {
         "--seconds": (args.seconds, args.prompt, "--prompt X.mid, of which it is the length"),
         "--notes": (args.notes, args.prompt, "--prompt X.mid, of which it is the length"),
+        "--given": (args.given, args.prompt, "--prompt X.mid, whose tracks they are"),
+        "--play": (args.play, args.given, "--given TRACK, which it is played with"),
         "--cfg": (args.cfg, args.embedding, "--embedding E.mid, the condition that it is of"),
         "--embedding-checkpoint": (args.embedding_checkpoint, args.embedding, "--embedding E.mid"),
         "--repetition-window": (args.repetition_window, args.repetition_penalty != 1,
@@ -216,13 +231,15 @@ def _checked_limits(args: argparse.Namespace) -> dict[str, Any]:
         check_sound(args.wav)
     if args.out is not None and Path(args.out).is_file():
         raise UserError(f"--out {args.out} is a file; name a folder for the continuations")
+    if args.given and (args.end or args.no_grammar):
+        raise UserError("--end and --no-grammar cannot go with --given: the given tracks say when")
     if args.prompt is None:
         return {}
     from aria_jax.generate.continuation import check_prompt_limits
 
     unlimited = args.seconds is None and args.notes is None
     limits = {"seconds": 15.0 if unlimited else args.seconds, "notes": args.notes}
-    check_prompt_limits(**limits)
+    check_prompt_limits(**limits, from_nothing=bool(args.given))
     return limits
 
 
@@ -250,28 +267,12 @@ def _settings(args: argparse.Namespace) -> "Decoding":
     )
 
 
-def _mesh(text: str | None) -> "Mesh | None":
-    if text is None:
-        return None
-    from aria_jax.config import RunConfig, with_overrides
-    from aria_jax.sharding import make_mesh
-    from data_pipeline.errors import UserError
-
-    assignments = [f"mesh.{part}" for part in text.split(",") if part]
-    if not all("=" in part for part in assignments):
-        raise UserError(f"--mesh {text}: expected AXIS=N,… such as data=2,tensor=4")
-    try:
-        return make_mesh(with_overrides(RunConfig(), assignments).mesh)
-    except UserError as error:
-        raise UserError(f"--mesh {text}: {error}") from None
-
-
 def _prompt(
     args: argparse.Namespace,
     tokenizer: "Tokenizer",
     model_reading: str,
     limits: dict[str, Any],
-) -> "np.ndarray":
+) -> "tuple[np.ndarray, GivenTracks | None]":
     from aria_jax.cli.console import note
     from aria_jax.cli.convert import read_ids
     from aria_jax.generate.continuation import prompt_of_file, unconditional_prompt
@@ -279,6 +280,12 @@ def _prompt(
 
     if args.prompt:
         compat = compat_of(chosen_reading(args.compat, model_reading, args.checkpoint))
+        if args.given:
+            from aria_jax.generate.given import given_tracks
+
+            options = {"play": args.play or (), "compat": compat, **limits}
+            given = given_tracks(args.prompt, tokenizer, args.given, **options)
+            return given.prompt, given
         prompt = prompt_of_file(args.prompt, tokenizer, compat=compat, **limits)
         if args.seconds or args.notes:
             all_of_it = prompt_of_file(args.prompt, tokenizer, compat=compat, notes=sys.maxsize)
@@ -288,8 +295,8 @@ def _prompt(
                     f"aria-jax: warning: {args.prompt} ends before: all {n_notes} notes of it are "
                     "the prompt"
                 )
-        return prompt
-    return read_ids(args.prompt_ids) if args.prompt_ids else unconditional_prompt(tokenizer)
+        return prompt, None
+    return read_ids(args.prompt_ids) if args.prompt_ids else unconditional_prompt(tokenizer), None
 
 
 def _condition(args: argparse.Namespace, emb_size: int | None) -> "np.ndarray | None":
@@ -317,35 +324,25 @@ def _condition(args: argparse.Namespace, emb_size: int | None) -> "np.ndarray | 
     return condition
 
 
-def _generate(
-    args: argparse.Namespace,
-    weights: "DecoderWeights",
-    tokenizer: "Tokenizer",
-    prompt: "np.ndarray",
-    settings: "Decoding",
-    condition: "np.ndarray | None",
-    mesh: "Mesh | None",
-) -> "list[Continuation]":
+def _generate(args: argparse.Namespace, *inputs: Any, **how: Any) -> "list[Continuation]":
     from aria_jax.cli.console import progress_bar, stage
     from aria_jax.generate.continuation import continue_prompt
 
     stage("reading the prompt and compiling")
     with progress_bar("generate", "token") as bar:
         return continue_prompt(
-            weights,
-            tokenizer,
-            prompt,
+            *inputs,
+            **how,
             n=args.n,
             seed=args.seed,
-            settings=settings,
-            condition_E=condition,
-            mesh=mesh,
             progress=lambda now: bar(now.n_tokens, now.max_tokens, str(now)),
         )
 
 
 def _remark(continuation: "Continuation") -> str:
     ending = ", ended by the model" if continuation.ended else ""
+    if continuation.given is not None:
+        ending = f", with {' and '.join(continuation.given.names)} as given"
     return f"{continuation.n_notes} notes, {continuation.seconds:.1f} s{ending}"
 
 
@@ -365,7 +362,7 @@ def _save(
     stage("writing the files")
     name = _prompt_name(args)
     results = [
-        Result(c.full, c.prompt, c.continuation, c.continuation_from_zero, _remark(c))
+        Result(c.full, c.prompt, c.continuation, c.continuation_from_zero, _remark(c), c.by_origin)
         for c in continuations
     ]
     n_params = parameter_count(parameter_specs(loaded.config))

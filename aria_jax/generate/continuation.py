@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from aria_jax.generate.decoding import Decoding, decode, room_behind
+from aria_jax.generate.given import GivenTracks
 from aria_jax.generate.weights import DecoderWeights
 from data_pipeline.errors import InvalidMidi, UserError
 from data_pipeline.midi import Performance
@@ -30,16 +32,29 @@ class Continuation:
         prompt_ids: int [T].
         ids: generated ids, `<E>` included where it came, int [N].
         tokenizer: of both.
+        given: the tracks whose notes stand among `ids`, if any.
     """
 
     prompt_ids: np.ndarray
     ids: np.ndarray
     tokenizer: Tokenizer
+    given: GivenTracks | None = None
 
     @property
     def full(self) -> Performance:
-        """Prompt and continuation, in ms from the prompt's first note."""
+        """Prompt and continuation, in ms from the prompt's first note; given notes of an instrument
+        that the model plays too are on another channel.
+        """
+        if self.by_origin:
+            theirs, others = self.by_origin
+            notes = np.concatenate([theirs.notes, others.notes])
+            return replace(theirs, notes=notes[np.argsort(notes["start"], kind="stable")])
         return self.tokenizer.decode(np.concatenate([self.prompt_ids, self.ids]))
+
+    @cached_property
+    def by_origin(self) -> tuple[Performance, ...]:
+        """The notes of `full` that are given, and all others; nothing where no tracks are given."""
+        return () if self.given is None else self.given.performances(self.tokenizer, self.ids)
 
     @property
     def prompt(self) -> Performance:
@@ -53,7 +68,10 @@ class Continuation:
         partial_event = self.prompt_ids[self.n_complete :]
         kind = self.tokenizer.kind[prompt]
         header = prompt[~np.isin(kind, _SOUNDS)]
-        return self.tokenizer.decode(np.concatenate([header, partial_event, self.ids]))
+        ids = self.ids
+        if self.given is not None:
+            ids = ids[~self.given.is_given(self.tokenizer, ids)[len(self.prompt_ids) :]]
+        return self.tokenizer.decode(np.concatenate([header, partial_event, ids]))
 
     @property
     def continuation_from_zero(self) -> Performance:
@@ -83,8 +101,9 @@ class Continuation:
 
     @property
     def ended(self) -> bool:
-        """Whether the model ended the piece itself."""
-        return bool(len(self.ids)) and self.ids[-1] == self.tokenizer.eos_id
+        """Whether the model ended the piece itself, and not with the given tracks."""
+        by_model = len(self.ids) > 0 and self.given is None
+        return by_model and self.ids[-1] == self.tokenizer.eos_id
 
     @property
     def n_notes(self) -> int:
@@ -125,12 +144,14 @@ def unconditional_prompt(tokenizer: Tokenizer, instrument: str = "piano") -> np.
     return tokenizer.start(instrument)
 
 
-def check_prompt_limits(*, seconds: float | None, notes: int | None) -> None:
-    """Raises UserError unless exactly one limit is given, and above 0."""
+def check_prompt_limits(
+    *, seconds: float | None, notes: int | None, from_nothing: bool = False
+) -> None:
+    """Raises UserError unless exactly one limit is given, and above 0 (`from_nothing`: or 0)."""
     if (seconds is None) == (notes is None):
         raise UserError("a prompt is measured in seconds or in notes: give one of them")
     limit, unit = (seconds, "seconds") if seconds is not None else (notes, "notes")
-    if not (limit is not None and 0 < limit < float("inf")):
+    if not (limit is not None and 0 <= limit < float("inf") and (limit or from_nothing)):
         raise UserError(
             f"a prompt of {limit} {unit} holds nothing to continue; take more, or leave the prompt "
             "out to begin from nothing"
@@ -231,11 +252,15 @@ def continue_prompt(
     n: int,
     seed: int,
     settings: Decoding,
+    given: GivenTracks | None = None,
     condition_E: np.ndarray | None = None,
     mesh: Mesh | None = None,
     progress: Callable[[Throughput], None] | None = None,
 ) -> list[Continuation]:
     """`n` continuations of a prompt; variation i of a seed is the same whatever `n` is.
+
+    Args:
+        given: whose prompt this is; its notes come in their time, and the model plays the rest.
 
     Raises:
         UserError: see `decode` and `fitting_tokens`.
@@ -251,12 +276,13 @@ def continue_prompt(
         n_sequences=n,
         key=jax.random.key(seed),
         settings=settings,
+        given=given,
         condition_E=condition_E,
         mesh=mesh,
     ):
         if progress is not None:
             progress(_throughput(tokenizer, prompt, ids_SxN, room, time.monotonic() - began))
-    return [Continuation(prompt, _until_end(tokenizer, ids), tokenizer) for ids in ids_SxN]
+    return [Continuation(prompt, _until_end(tokenizer, ids), tokenizer, given) for ids in ids_SxN]
 
 
 def _until_end(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:

@@ -5,8 +5,9 @@ seen, in whole 5 s segments, which is read again as a prompt of its own (`slide`
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Any
 
 import flax.struct
 import jax
@@ -22,16 +23,15 @@ from aria_jax.generate.cache import (
     prefill,
     prefill_each,
 )
+from aria_jax.generate.given import GivenGrammar, GivenTracks, given_grammar
 from aria_jax.generate.grammar import AnyGrammar, AnyState, grammar_after
-from aria_jax.generate.sampler import MinP, RepetitionPenalty, Sampler, step_keys
+from aria_jax.generate.sampler import MinP, RepetitionPenalty, Sampler, combine_branches, step_keys
 from aria_jax.generate.weights import DecoderWeights
 from aria_jax.models.heads import check_known
 from data_pipeline.errors import UserError
 from data_pipeline.tokenizers import Tokenizer
 from data_pipeline.vocabulary import PARTS, Kind
 
-GUIDANCE_WARM_UP = 250
-"""Steps over which guidance grows to its full strength (reference: sample_batch_cfg)."""
 ENDING_TOKENS = 130
 """Where `<D>` is forced, counted from the last token that fits (reference: update_seq_ids_)."""
 SLOTS = 256
@@ -99,7 +99,7 @@ class LoopState:
     ended_S: jax.Array
     dim_seen_S: jax.Array
     recent_SxW: jax.Array
-    grammar: AnyState | None
+    grammar: AnyState
 
 
 @flax.struct.dataclass
@@ -129,18 +129,6 @@ class Vocabulary:
         )
 
 
-def _guided(
-    logits_RxV: jax.Array, step: jax.Array, settings: Decoding, n_branches: int
-) -> jax.Array:
-    """[S, V]: the branches combined, guidance growing over the first steps."""
-    if n_branches == 1:
-        return logits_RxV
-    with_condition, without = jnp.split(logits_RxV, 2)
-    warm_up = min(GUIDANCE_WARM_UP, settings.max_tokens)
-    gamma = settings.guidance * jnp.minimum(1.0, (step + 1) / warm_up)
-    return gamma * with_condition + (1 - gamma) * without
-
-
 def _choose(
     state: LoopState,
     key: jax.Array,
@@ -150,12 +138,14 @@ def _choose(
     n_branches: int,
 ) -> jax.Array:
     """The next token of every sequence, int32[S]."""
-    logits_SxV = _guided(state.logits_RxV, state.n, settings, n_branches)
+    logits_SxV = state.logits_RxV
+    if n_branches == 2:
+        logits_SxV = combine_branches(logits_SxV, state.n, settings.guidance, settings.max_tokens)
     if settings.repetition.penalty != 1:
         logits_SxV = settings.repetition.apply(logits_SxV, state.recent_SxW, vocabulary.penalised_V)
     if n_branches == 2 and vocabulary.dim_id >= 0:  # ends where it is told to, as the reference
         logits_SxV = logits_SxV.at[:, vocabulary.dim_id].set(-jnp.inf)
-    if grammar is not None and state.grammar is not None:
+    if grammar is not None:
         allowed_SxV = grammar.allowed(state.grammar, settings.max_tokens - state.n)
         logits_SxV = jnp.where(allowed_SxV, logits_SxV, -jnp.inf)
     keys_S = step_keys(key, jnp.arange(logits_SxV.shape[0]), state.n)
@@ -165,12 +155,6 @@ def _choose(
         at_event_S = ~vocabulary.inside_event_V[token_S] & ~state.dim_seen_S
         token_S = jnp.where(due & at_event_S, vocabulary.dim_id, token_S)
     return jnp.where(state.ended_S, vocabulary.pad_id, token_S)
-
-
-def _after(
-    grammar: AnyGrammar | None, state: AnyState | None, token_S: jax.Array
-) -> AnyState | None:
-    return None if grammar is None or state is None else grammar.advance(state, token_S)
 
 
 @partial(jax.jit, static_argnames=("settings", "n_branches"), donate_argnames=("state",))
@@ -191,10 +175,24 @@ def _advance_chunk(
     def unfinished(state: LoopState) -> jax.Array:
         return (state.n < stop) & ~state.ended_S.all() & state.finite
 
-    def step(state: LoopState) -> LoopState:
-        token_S = _choose(state, key, grammar, vocabulary, settings, n_branches)
+    def read(state: LoopState, token_S: jax.Array) -> tuple[jax.Array, Any, AnyState]:
         token_R = jnp.tile(token_S, n_branches)
         logits_RxV, cache = decode_step(weights, prompt, state.cache, token_R, state.filled)
+        in_grammar = None if grammar is None else grammar.advance(state.grammar, token_S)
+        return logits_RxV, cache, in_grammar
+
+    def step(state: LoopState) -> LoopState:
+        def choose_after(token_S: jax.Array) -> jax.Array:
+            logits_RxV, _, in_grammar = read(state, token_S)
+            ahead = replace(state, n=state.n + 1, logits_RxV=logits_RxV, grammar=in_grammar)
+            return _choose(ahead, key, grammar, vocabulary, settings, n_branches)
+
+        token_S = _choose(state, key, grammar, vocabulary, settings, n_branches)
+        if isinstance(grammar, GivenGrammar):
+            left = settings.max_tokens - state.n
+            token_S, in_grammar = grammar.interleave(state.grammar, token_S, choose_after, left)
+            state = replace(state, grammar=in_grammar)
+        logits_RxV, cache, in_grammar = read(state, token_S)
         return LoopState(
             n=state.n + 1,
             filled=state.filled + 1,
@@ -207,7 +205,7 @@ def _advance_chunk(
             ended_S=state.ended_S | (token_S == vocabulary.eos_id),
             dim_seen_S=state.dim_seen_S | (token_S == vocabulary.dim_id),
             recent_SxW=jnp.concatenate([state.recent_SxW[:, 1:], token_S[:, None]], axis=1),
-            grammar=_after(grammar, state.grammar, token_S),
+            grammar=in_grammar,
         )
 
     return jax.lax.while_loop(unfinished, step, state)
@@ -228,18 +226,16 @@ def _initial_state(
     n_sequences: int,
     settings: Decoding,
     cache: tuple[LayerCache, ...],
-    grammar: AnyState | None,
+    grammar: AnyState,
 ) -> LoopState:
     window = settings.repetition.window if settings.repetition.penalty != 1 else 1
-    tail = np.full(window, -1, np.int32)
+    n_slots, tail = _padded_size(settings.max_tokens), np.full(window, -1, np.int32)
     tail[max(0, window - len(prompt)) :] = prompt[-window:]
     return LoopState(
         n=jnp.int32(0),
         filled=jnp.int32(0),
         finite=jnp.isfinite(logits_PxV).all(),
-        ids_SxG=jnp.full(
-            (n_sequences, _padded_size(settings.max_tokens)), tokenizer.pad_id, jnp.int32
-        ),
+        ids_SxG=jnp.full((n_sequences, n_slots), tokenizer.pad_id, jnp.int32),
         logits_RxV=jnp.repeat(logits_PxV, n_sequences, axis=0),
         cache=cache,
         ended_S=jnp.zeros(n_sequences, bool),
@@ -292,6 +288,7 @@ def decode(
     n_sequences: int,
     key: jax.Array,
     settings: Decoding,
+    given: GivenTracks | None = None,
     condition_E: np.ndarray | None = None,
     mesh: Mesh | None = None,
 ) -> Iterator[np.ndarray]:
@@ -302,7 +299,7 @@ def decode(
 
     Args:
         weights: see `aria_jax.generate.weights.decoder_weights`.
-        prompt: ids [T], int.
+        prompt: ids [T], int; `given.prompt` where tracks are given.
         condition_E: embedding the model is conditioned on, float [E].
         mesh: spreads the cache; the mesh that the weights are spread over.
 
@@ -324,19 +321,21 @@ def decode(
     # What slides keeps at most half of the context; the first round keeps the prompt if it fits.
     half = weights.max_seq_len // 2
     later_room = room_behind(weights, half)
-    first = prompt
-    if settings.sliding and room_behind(weights, len(prompt)) < 1:
-        first = slide(tokenizer, prompt, half)
+    too_long = settings.sliding and room_behind(weights, len(prompt)) < 1
+    first = slide(tokenizer, prompt, half) if too_long else prompt
     room = room_behind(weights, len(first)) if settings.sliding else settings.max_tokens
     (padded,) = _padded([first], len(first) + guided, tokenizer.pad_id)
-    logits_PxV, prompt_cache = _prefill(
-        weights, jnp.asarray(padded), jnp.int32(len(first)), condition
-    )
+    length = jnp.int32(len(first))
+    logits_PxV, prompt_cache = _prefill(weights, jnp.asarray(padded), length, condition)
     n_branches = logits_PxV.shape[0]
     slots = _padded_size(min(settings.max_tokens, max(room, later_room)))
     cache = empty_cache(weights, n_branches * n_sequences, slots, mesh)
-    grammar, in_grammar = None, None
-    if settings.use_grammar:
+    grammar: AnyGrammar | None = None
+    in_grammar: AnyState = None
+    if given is not None:
+        check_known(weights.config, given.ids, tokenizer.tokens, "what is given")
+        grammar, in_grammar = given_grammar(tokenizer, given, n_sequences)
+    elif settings.use_grammar:
         grammar, in_grammar = grammar_after(tokenizer, prompt, n_sequences)
     state = _initial_state(logits_PxV, prompt, tokenizer, n_sequences, settings, cache, in_grammar)
     vocabulary = Vocabulary.of(tokenizer)

@@ -140,8 +140,13 @@ class Grammar:
         )
 
 
-def make_grammar(tokenizer: Tokenizer, prompt: np.ndarray) -> Grammar:
+def make_grammar(
+    tokenizer: Tokenizer, prompt: np.ndarray, silent: np.ndarray | tuple[int, ...] = ()
+) -> Grammar:
     """The automaton for what may follow `prompt`, whose prefix names the instruments.
+
+    Args:
+        silent: numbers of instruments that begin no event all the same.
 
     Raises:
         UserError: the prompt announces no instrument, so that no note could be decoded; or the
@@ -156,7 +161,7 @@ def make_grammar(tokenizer: Tokenizer, prompt: np.ndarray) -> Grammar:
             "the prompt announces no instrument before <S>: begin it with a token such as "
             '("prefix", "instrument", "piano"), or switch the grammar off'
         )
-    plays = np.isin(tokenizer.instrument, announced)
+    plays = np.isin(tokenizer.instrument, np.setdiff1d(announced, silent))
     note = (kind == Kind.NOTE) & plays & (tokenizer.velocity > 0)
     drum = (kind == Kind.DRUM) & plays
     pedal = kind == Kind.PEDAL
@@ -273,22 +278,23 @@ class AutomatonGrammar:
         return jnp.where(following_B < 0, state_B, following_B)
 
 
-class AnyGrammar(Protocol):
-    """What the sampling loop asks of a grammar; its state is a pytree that the grammar knows."""
+AnyState = Any
+"""A pytree that its grammar knows; None without a grammar."""
 
-    def allowed(self, state: Any, remaining: jax.Array | int) -> jax.Array:
+
+class AnyGrammar(Protocol):
+    """What the sampling loop asks of a grammar."""
+
+    def allowed(self, state: AnyState, remaining: jax.Array | int) -> jax.Array:
         """bool [B, V]: ids that may come next when `remaining` tokens fit, this one included."""
 
-    def advance(self, state: Any, token_B: jax.Array) -> Any:
+    def advance(self, state: AnyState, token_B: jax.Array) -> AnyState:
         """The state after each sequence's next token, int32 [B]."""
-
-
-AnyState = GrammarState | jax.Array
 
 
 def grammar_after(
     tokenizer: Tokenizer, prompt: np.ndarray, batch: int
-) -> tuple[AnyGrammar, AnyState] | tuple[None, None]:
+) -> tuple[AnyGrammar | None, AnyState]:
     """What may follow `prompt`, and the state in which `batch` continuations of it begin; None
     where the scheme has no grammar.
 

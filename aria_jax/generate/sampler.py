@@ -13,6 +13,9 @@ import jax.numpy as jnp
 
 from data_pipeline.errors import UserError
 
+GUIDANCE_WARM_UP = 250
+"""Steps over which guidance grows to its full strength (reference: sample_batch_cfg)."""
+
 
 class Sampler(Protocol):
     """A way to choose the next token; hashable, so that it can be a static jit argument."""
@@ -204,6 +207,19 @@ def draw_min_p(
     least_Bx1 = p_B[:, None] * probs_BxV.max(-1, keepdims=True)
     kept_BxV = jnp.where((probs_BxV >= least_Bx1) & (probs_BxV > 0), scaled_BxV, -jnp.inf)
     return jax.vmap(jax.random.categorical)(keys_B, kept_BxV).astype(jnp.int32)
+
+
+def combine_branches(
+    logits_RxV: jax.Array, step: jax.Array, strength: float, steps: int
+) -> jax.Array:
+    """Two branches, with a condition and without, combined: [R / 2, V].
+
+    Args:
+        steps: in all; guidance grows to `strength` over these, or the first `GUIDANCE_WARM_UP`.
+    """
+    with_condition, without = jnp.split(logits_RxV, 2)
+    gamma = strength * jnp.minimum(1.0, (step + 1) / min(GUIDANCE_WARM_UP, steps))
+    return gamma * with_condition + (1 - gamma) * without
 
 
 def step_keys(key: jax.Array, sequence_S: jax.Array, step: jax.Array | int) -> jax.Array:

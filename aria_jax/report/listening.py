@@ -34,6 +34,7 @@ class Result:
         prompt, continuation: the notes of either, on the timeline of `full`.
         continuation_from_zero: the continuation as a piece of its own.
         remark: a few words under its heading.
+        by_origin: of tracks that were given their notes, and all others; empty without such.
     """
 
     full: Performance
@@ -41,10 +42,16 @@ class Result:
     continuation: Performance
     continuation_from_zero: Performance
     remark: str = ""
+    by_origin: tuple[Performance, ...] = ()
 
     @property
     def parts(self) -> list[Part]:
-        """Prompt and continuation as the two colours of a roll; of several instruments, those."""
+        """Prompt and continuation as the two colours of a roll; of several instruments, those; what
+        is given has colours of its own.
+        """
+        if self.by_origin:
+            given, others = map(parts_by_instrument, self.by_origin)
+            return [*(replace(part, label=f"{part.label} (given)") for part in given), *others]
         if len(instruments := parts_by_instrument(self.full)) > 1:
             return instruments
         prompt = [Part.of(self.prompt, "prompt")] if len(self.prompt.notes) else []

@@ -22,7 +22,7 @@ from aria_jax.embed.search import Hit, Searcher, random_similarities, search
 from aria_jax.generate.live.engine import Settings
 from aria_jax.serve.guard import Guard, Rate
 from aria_jax.serve.jobs import Batcher, continuation, post
-from aria_jax.serve.messages import MAX_MIDI, Hello, Load, read_message
+from aria_jax.serve.seat import MAX_MIDI, Hello, Load, read_message
 from aria_jax.serve.studio import Seat, Studio
 from data_pipeline.errors import UserError
 from data_pipeline.midi import Performance, compat_of, read_midi

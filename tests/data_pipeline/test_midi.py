@@ -23,7 +23,7 @@ from data_pipeline.midi import (
     to_miditoolkit,
 )
 from tests.corpora import random_performance
-from tests.smf import midi_file, random_file, track
+from tests.smf import midi_file, note, random_file, tempo, track
 
 
 def rows(performance):
@@ -104,6 +104,17 @@ def test_a_long_tempo_map_costs_one_pass():
 def test_running_status_and_zero_velocity_end_a_note():
     data = midi_file(track(b"\x00\x90\x3c\x40", b"\x10\x3e\x40", b"\x10\x3c\x00", b"\x10\x3e\x00"))
     assert rows(read_midi(data)) == [(60, 0, 32), (62, 16, 48)]
+
+
+def test_some_tracks_are_read_with_what_holds_for_all():
+    data = midi_file(
+        track(tempo(250_000), note(60)), track(note(62, channel=1)), track(note(64, channel=2))
+    )
+    performance = read_midi(data, of_tracks=(0, 2))
+    assert performance.notes["pitch"].tolist() == [60, 64]
+    assert performance.tempi["tempo"].tolist() == [250_000]
+    assert not len(read_midi(data, of_tracks=()).notes)
+    assert read_midi(data, of_tracks=range(3)) == read_midi(data)
 
 
 def test_a_note_off_closes_every_open_note_of_its_pitch():

@@ -14,8 +14,9 @@ from aria_jax.checkpoints.models import save_model
 from aria_jax.cli.main import main
 from aria_jax.config import ComputeConfig, ModelConfig
 from aria_jax.models.heads import build_model
-from data_pipeline.midi import NOTE, Performance, read_midi, write_midi
+from data_pipeline.midi import NOTE, PROGRAM, Performance, read_midi, write_midi
 from data_pipeline.tokenizers import Tokenizer
+from data_pipeline.vocabulary import INSTRUMENTS
 
 ARIA = Tokenizer.preset("aria")
 
@@ -39,6 +40,9 @@ def folder(tmp_path_factory):
     notes["end"] = notes["start"] + 400
     notes["pitch"], notes["velocity"] = 50 + np.arange(40) % 20, 70
     write_midi(Performance(500, notes), folder / "piece.mid")
+    notes["channel"] = np.arange(40) % 2
+    programs = np.array([(0, 0, 0), (0, 32, 1)], PROGRAM)
+    write_midi(Performance(500, notes, programs=programs), folder / "duo.mid")
     return folder
 
 
@@ -76,6 +80,27 @@ def test_files_for_each_continuation(folder, capsys, tmp_path):
         "temperature 0.98, min-p 0.035",
     ):
         assert fact in page
+
+
+def test_tracks_that_are_given_stand_in_the_files(folder, capsys, tmp_path):
+    status, out, _ = run(
+        capsys, "generate", "--checkpoint", folder / "lm", "--prompt", folder / "duo.mid",
+        "--seconds", 4, "--max-tokens", 60, "--given", "bass", "--out", tmp_path, "--json",
+    )  # fmt: skip
+    found = json.loads(out)
+    (ids,), (marks,), (files,) = found["ids"], found["is_given"], found["files"]
+    assert status == 0 and found["given"] == ["bass"] and len(marks) == len(ids)
+    whole, own = (read_midi(files[kind]) for kind in ("midi", "continuation"))
+    heads = np.isin(ARIA.instrument[ids], INSTRUMENTS.index("bass"))
+    assert (heads == heads & marks).all()  # no other note of the bass
+    n_bass = 4 + heads.sum()
+    bass = read_midi(folder / "duo.mid", of_tracks=(2,)).notes[:n_bass]
+    assert sum(marks) == 3 * heads.sum() > 0
+    for name in ("pitch", "velocity", "start", "end"):
+        assert whole.notes[whole.notes["channel"] == 1][name].tolist() == bass[name].tolist()
+    assert set(own.notes["channel"].tolist()) == {0} and found["n_notes"] == [len(own.notes)]
+    page = (tmp_path / "duo.html").read_text()
+    assert "bass (given)" in page and "with bass as given" in page and "piano (given)" not in page
 
 
 def parsed_by_others(path):
@@ -188,6 +213,17 @@ MISTAKES = {
         "0 notes holds nothing"),
     "seconds of no prompt": (
         ["--checkpoint", "{f}/lm", "--json", "--seconds", "5"], "--seconds has no effect without"),
+    "tracks of nothing": (
+        ["--checkpoint", "{f}/lm", "--json", "--given", "bass"], "--given has no effect without"),
+    "played with nothing": (
+        ["--checkpoint", "{f}/lm", "--json", "--prompt", "{f}/duo.mid", "--play", "bass"],
+        "--play has no effect without --given"),
+    "an ending beside given tracks": (
+        ["--checkpoint", "{f}/lm", "--json", "--prompt", "{f}/duo.mid", "--given", "bass", "--end"],
+        "cannot go with --given"),
+    "no such track": (
+        ["--checkpoint", "{f}/lm", "--json", "--prompt", "{f}/duo.mid", "--given", "flute"],
+        "no track or instrument 'flute'; its tracks are track 2, track 3, its instruments piano"),
     "guidance by nothing": (
         ["--checkpoint", "{f}/lm", "--json", "--cfg", "2"], "--cfg has no effect without"),
     "a model that embeds nothing": (

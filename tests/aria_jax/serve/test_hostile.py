@@ -11,8 +11,7 @@ from aria_jax.generate.live.engine import Row, Settings
 from aria_jax.generate.live.session import replay
 from aria_jax.serve.app import _take
 from aria_jax.serve.guard import Rate
-from aria_jax.serve.messages import Hello, read_message
-from aria_jax.serve.seat import JUMP_MS, History, Seat
+from aria_jax.serve.seat import JUMP_MS, Hello, History, Seat, read_message
 from aria_jax.serve.studio import Studio
 from data_pipeline.errors import UserError
 from tests.aria_jax.generate.live.test_live import Metronome
