@@ -14,12 +14,14 @@ from data_pipeline.vocabulary import (
     ONSET_INDEX,
     SEGMENT_MS,
     VELOCITY_INDEX,
+    Kind,
 )
 
 _compiled = numba.njit(cache=True, nogil=True)
 Int = int | np.integer
 _DEFAULT_TEMPO = 500_000  # microseconds per beat, where a file says nothing
 _PITCHES, _VELOCITIES = 128, 13
+_NOTE, _DRUM, _DUR, _ONSET = int(Kind.NOTE), int(Kind.DRUM), int(Kind.DUR), int(Kind.ONSET)
 
 
 # --- times and pedal of a `Performance` -----------------------------------------------------------
@@ -264,6 +266,53 @@ def write_events(
         if durations[i] >= 0:
             out[at] = durations[i]
             at += 1
+    return out
+
+
+@_compiled
+def drop_notes(
+    ids: np.ndarray,
+    kind: np.ndarray,
+    instrument: np.ndarray,
+    rates: np.ndarray,
+    silent: np.ndarray,
+    draws: np.ndarray,
+    end_and_padding: tuple[Int, Int],
+) -> np.ndarray:
+    """`augment.drop_notes`, padded to the length of `ids`.
+
+    Args:
+        ids: uint16 [L]; kind, instrument: of each id of the vocabulary.
+        rates: float64 [pieces]; silent: bool [pieces, instruments]; draws: float64 [L] in [0, 1).
+        end_and_padding: ids of `<E>` and `<P>`.
+    """
+    out = np.full(len(ids), end_and_padding[1], np.uint16)
+    written = position = piece = 0
+    first = True
+    while position < len(ids):
+        token = ids[position]
+        what, player = kind[token], instrument[token]
+        length = 1
+        if what in (_NOTE, _DRUM):
+            if position + 1 < len(ids) and kind[ids[position + 1]] == _ONSET:
+                length = 2
+                if what == _NOTE and position + 2 < len(ids) and kind[ids[position + 2]] == _DUR:
+                    length = 3
+            whole = length == (3 if what == _NOTE else 2)
+            dropped = silent[piece, player]
+            if whole and not dropped:
+                dropped = not first and draws[position] < rates[piece]
+                first = False
+        else:  # an instrument's announcement, or what is of none
+            dropped = player >= 0 and silent[piece, player]
+        if not dropped:
+            for part in range(length):
+                out[written + part] = ids[position + part]
+            written += length
+        position += length
+        if token == end_and_padding[0]:
+            piece += 1
+            first = True
     return out
 
 

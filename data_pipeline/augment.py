@@ -1,4 +1,4 @@
-"""Augmentation of token ids: tempo with mix-up, rubato, pitch, velocity, sustain, note drop.
+"""Augmentation of token ids: tempo with mix-up, rubato, pitch, velocity, sustain, notes that drop.
 
 Sequences may be windows of several pieces: each part that ends in `<E>` is changed on its own, and
 the length of the whole is kept, truncated or padded with `<P>`. Tempo, mix-up, pitch and velocity
@@ -13,8 +13,9 @@ import numpy as np
 
 from data_pipeline.settings import AugmentConfig
 from data_pipeline.tokenizers.aria import AriaTokenizer
-from data_pipeline.vocabulary import SEGMENT_MS, STEP_MS, Kind
+from data_pipeline.vocabulary import INSTRUMENTS, SEGMENT_MS, STEP_MS, Kind
 
+_INSTRUMENTS = len(INSTRUMENTS) + 1  # with drums
 _RUBATO_MS, _CURVE_TOKENS = (5_000, 20_000), (100, 800)  # a token is a third of a note
 
 
@@ -42,6 +43,9 @@ def augment(
 ) -> np.ndarray:
     """`ids` with each piece changed at random as `config` allows; uint16 [L] as given."""
     n = _n_pieces(ids)
+    if config.instrument_drop:
+        silent = rng.random((n, _INSTRUMENTS)) < config.instrument_drop
+        ids = drop_notes(ids, 0, rng, tokenizer, silent=silent)
     if config.note_drop:
         rates = _mask_random(rng, config.note_drop_probability, rng.uniform(0, config.note_drop, n))
         ids = drop_notes(ids, rates, rng, tokenizer)
@@ -62,8 +66,12 @@ def augment(
     n = _n_pieces(ids)  # where `<E>` was pushed out of the window, one less
     if config.pitch:
         ids = transpose(ids, rng.integers(-config.pitch, config.pitch + 1, n))
-    if config.velocity:
-        ids = change_velocity(ids, rng.integers(-config.velocity, config.velocity + 1, n))
+    if config.velocity or config.instrument_velocity:
+        steps = rng.integers(-config.velocity, config.velocity + 1, n)[:, None]
+        if config.instrument_velocity:
+            own = rng.integers(0, 2 * config.instrument_velocity + 1, (n, _INSTRUMENTS))
+            steps = steps + own - config.instrument_velocity
+        ids = change_velocity(ids, steps)
     if config.velocity_curve:
         height = rng.uniform(0, config.velocity_curve, n)
         height = _mask_random(rng, config.velocity_curve_probability, height)
@@ -87,9 +95,13 @@ def transpose(ids: np.ndarray, semitones: int | np.ndarray) -> np.ndarray:
 
 
 def change_velocity(ids: np.ndarray, steps: int | np.ndarray) -> np.ndarray:
-    """Notes louder by `steps` of 10 (one for all, or one per piece), kept in 10..120; uint16."""
+    """Notes louder by `steps` of 10, one for all, one per piece, or [pieces, instruments], kept in
+    10..120; uint16 [L].
+    """
     ids = np.ascontiguousarray(ids, np.uint16)
-    return _compiled_change_velocity(ids, _per_piece(ids, steps, np.int64))
+    steps = steps if np.ndim(steps) == 2 else np.reshape(steps, (-1, 1))
+    steps = np.broadcast_to(steps, (_n_pieces(ids), _INSTRUMENTS))
+    return _compiled_change_velocity(ids, np.ascontiguousarray(steps, np.int64))
 
 
 def change_tempo(
@@ -130,15 +142,32 @@ def modulate_velocity(ids: np.ndarray, modulation: SineModulation) -> np.ndarray
 
 
 def drop_notes(
-    ids: np.ndarray, rate: float | np.ndarray, rng: np.random.Generator, tokenizer: AriaTokenizer
+    ids: np.ndarray,
+    rate: float | np.ndarray,
+    rng: np.random.Generator,
+    tokenizer: AriaTokenizer,
+    *,
+    silent: np.ndarray | None = None,
 ) -> np.ndarray:
     """Each whole note or drum hit left out with probability `rate`, but the first; uint16 [L].
 
     The first event of every piece stays, so that a piece keeps its beginning.
+
+    Args:
+        silent: bool [pieces, instruments], which are left out altogether, and not announced; all
+            the same the one stays that a piece begins with.
     """
+    from data_pipeline import _kernels as kernels
+
     ids = np.ascontiguousarray(ids, np.uint16)
-    rates = _per_piece(ids, rate, np.float64)
-    return _compiled_drop_notes(ids, tokenizer.kind, rates, rng.random(len(ids)))
+    n, kind, instrument = _n_pieces(ids), tokenizer.kind, tokenizer.instrument
+    silent = np.zeros((n, _INSTRUMENTS), bool) if silent is None else silent.copy()
+    piece = np.cumsum(ids == _EOS) - (ids == _EOS)
+    begins = np.flatnonzero(np.isin(kind[ids], (Kind.NOTE, Kind.DRUM)))
+    piece, first = np.unique(piece[begins], return_index=True)
+    silent[piece, instrument[ids[begins[first]]]] = False
+    rates, draws = _per_piece(ids, rate, np.float64), rng.random(len(ids))
+    return kernels.drop_notes(ids, kind, instrument, rates, silent, draws, (_EOS, _PAD))
 
 
 def _n_pieces(ids: np.ndarray) -> int:
@@ -155,9 +184,8 @@ def _per_piece(ids: np.ndarray, value: float | np.ndarray, dtype: type) -> np.nd
 # each but the last ending in `<E>`, take their own row of the settings.
 _compiled = numba.njit(cache=True, nogil=True)
 _PITCHES, _VELOCITIES = 128, 13
-_TIME, _PREFIX = int(Kind.TIME), int(Kind.PREFIX)
-_NOTE, _DRUM, _DUR = int(Kind.NOTE), int(Kind.DRUM), int(Kind.DUR)
-_ONSET, _PEDAL = int(Kind.ONSET), int(Kind.PEDAL)
+_TIME, _PREFIX, _NOTE, _DRUM = map(int, (Kind.TIME, Kind.PREFIX, Kind.NOTE, Kind.DRUM))
+_DUR, _ONSET, _PEDAL = map(int, (Kind.DUR, Kind.ONSET, Kind.PEDAL))
 _SEGMENT, _STEP, _BOS = SEGMENT_MS, STEP_MS, AriaTokenizer.bos_id
 _EOS, _PAD, _UNK = AriaTokenizer.eos_id, AriaTokenizer.pad_id, AriaTokenizer.unk_id
 _DIM, _T = AriaTokenizer.dim_id, AriaTokenizer.time_id
@@ -190,7 +218,8 @@ def _compiled_change_velocity(ids: np.ndarray, steps: np.ndarray) -> np.ndarray:
         token = int(ids[i])
         if _FIRST_NOTE <= token < _FIRST_DRUM:
             step = (token - _FIRST_NOTE) % _VELOCITIES
-            out[i] = token - step + min(max(step + steps[piece], 1), _VELOCITIES - 1)
+            louder = step + steps[piece, (token - _FIRST_NOTE) // (_PITCHES * _VELOCITIES)]
+            out[i] = token - step + min(max(louder, 1), _VELOCITIES - 1)
         elif token == _EOS:
             piece += 1
     return out
@@ -223,35 +252,6 @@ def _compiled_modulate_velocity(ids: np.ndarray, modulation: np.ndarray) -> np.n
             out[i] = token - step + min(max(louder, 1), _VELOCITIES - 1)
         elif token == _EOS:
             piece += 1
-    return out
-
-
-@_compiled
-def _compiled_drop_notes(
-    ids: np.ndarray, kind: np.ndarray, rates: np.ndarray, draws: np.ndarray
-) -> np.ndarray:
-    out = np.full(len(ids), _PAD, np.uint16)
-    written = position = piece = 0
-    first = True
-    while position < len(ids):
-        what = kind[ids[position]]
-        length = 1
-        if what in (_NOTE, _DRUM):
-            length = 3 if what == _NOTE else 2
-            whole = position + length <= len(ids) and kind[ids[position + 1]] == _ONSET
-            if not whole or (length == 3 and kind[ids[position + 2]] != _DUR):
-                length = 1
-            elif not first and draws[position] < rates[piece]:
-                position += length
-                continue
-            first = False
-        for part in range(length):
-            out[written + part] = ids[position + part]
-        if ids[position] == _EOS:
-            piece += 1
-            first = True
-        written += length
-        position += length
     return out
 
 

@@ -265,6 +265,10 @@ class AugmentConfig:
     """All durations, but not onsets, are multiplied by a factor drawn from 1 ± sustain."""
     sustain_probability: Probability = 0.5
     """How likely a piece's durations change."""
+    instrument_velocity: Annotated[int, Range(0, 12)] = 0
+    """Steps of 10, drawn from ± instrument_velocity for each instrument, besides `velocity`."""
+    instrument_drop: Share = 0.0
+    """How likely each instrument is left out, drums too, but not the one that begins."""
     jitter: Share = 0.0
     """Of event series: each wait is multiplied by a factor of its own, drawn from 1 ± jitter."""
     channel_dropout: Share = 0.0

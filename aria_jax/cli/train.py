@@ -47,8 +47,8 @@ What contrastive compares (all are settings):
 
 How pieces are changed at random while training (all tasks): tempo=0.2 as a share, pitch=5
 semitones, velocity=1 step of 10, mixup=true shuffles a chord's notes; rubato, velocity_curve,
-note_drop and sustain are off. tempo=0 velocity=0 mixup=false only transposes, which leaves touch
-and timing to learn from.
+note_drop, sustain, and by instrument instrument_velocity and instrument_drop are off. tempo=0
+velocity=0 mixup=false only transposes, which leaves touch and timing to learn from.
 
 classify reports file_accuracy and file_macro_f1 of the validation files too: a file's class
 is that of the mean of its 300-note slices' probabilities, weighted by their tokens.

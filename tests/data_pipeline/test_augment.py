@@ -182,6 +182,81 @@ def test_dropped_notes_leave_the_others_as_they_are():
     assert ARIA.n_notes(second[len(two) :]) == 2  # the first note, and one cut by the window
 
 
+def band(seed=0, n=60):
+    """A piano, a bass and drums, announced; notes of random velocities, one at a time; uint16."""
+    rng = np.random.default_rng(seed)
+    ids = [ARIA.id_of(("prefix", "instrument", name)) for name in ("piano", "bass", "drum")]
+    ids.append(ARIA.bos_id)
+    for i in range(n):
+        who = "piano" if i == 0 else ("piano", "bass", "drum")[rng.integers(3)]
+        level = () if who == "drum" else (int(rng.integers(4, 10)) * 10,)
+        ids += [ARIA.id_of((who, int(rng.integers(40, 80)), *level)), ARIA.id_of(("onset", i * 50))]
+        ids += [ARIA.id_of(("dur", 100))] if level else []
+    return np.array([*ids, ARIA.eos_id], np.uint16)
+
+
+OFF = {"tempo": 0, "pitch": 0, "velocity": 0, "mixup": False}
+
+
+def players(ids):
+    """Instruments that are announced, and those that play."""
+    before = ids[: int(np.argmax(ids == ARIA.bos_id))]
+    after = ARIA.instrument[ids[len(before) :]]
+    return set(ARIA.instrument[before].tolist()), set(after[after >= 0].tolist())
+
+
+def test_instruments_are_left_out_whole_and_never_all():
+    one, two = band(1), band(2)
+    config, seen = AugmentConfig(**OFF, instrument_drop=0.5), set()
+    for seed in range(60):
+        got = augment(np.concatenate([one, two]), config, np.random.default_rng(seed), ARIA)
+        parts = np.split(got, np.flatnonzero(got == ARIA.eos_id) + 1)
+        assert (parts[2] == ARIA.pad_id).all() and len(got) == len(one) + len(two)
+        for before, after in zip((one, two), parts, strict=False):
+            announced, plays = players(after)
+            assert announced == plays and 0 in plays  # the piano begins
+            of = np.array(
+                [i in plays for i in ARIA.instrument[before[ARIA.note_positions(before)]]]
+            )
+            keep = ARIA.decode(before).notes[of]
+            assert sorted(
+                ARIA.decode(after).notes[["pitch", "velocity", "start"]].tolist()
+            ) == sorted(keep[["pitch", "velocity", "start"]].tolist())
+            seen.add(frozenset(plays))
+    assert seen == {frozenset(s) for s in ({0}, {0, 3}, {0, 10}, {0, 3, 10})}
+
+
+def test_windows_without_their_beginning_lose_instruments_too():
+    ids = band(3)[10:-9]  # begins and ends within events
+    silent = np.ones((1, 11), bool)
+    got = drop_notes(ids, 0.0, np.random.default_rng(0), ARIA, silent=silent)
+    (first,) = {ARIA.instrument[i] for i in got if ARIA.instrument[i] >= 0}
+    assert first == ARIA.instrument[ids[ARIA.note_positions(ids)[0]]]
+    kept = np.flatnonzero(np.isin(ARIA.instrument[ids], first))
+    assert ARIA.n_notes(got) == len(kept) and got[0] == ids[0]
+    free = drop_notes(ids, 0.0, np.random.default_rng(0), ARIA)
+    np.testing.assert_array_equal(free, ids)
+
+
+def test_each_instrument_has_a_loudness_of_its_own():
+    ids = band(4)
+    config, moved = AugmentConfig(**OFF, instrument_velocity=2), set()
+    for seed in range(80):
+        got = augment(ids, config, np.random.default_rng(seed), ARIA)
+        change = {
+            i: set(
+                (ARIA.velocity[got] - ARIA.velocity[ids])[ARIA.instrument[ids] == i][1:].tolist()
+            )
+            for i in (0, 3)
+        }
+        assert all(len(steps) == 1 for steps in change.values())  # 40..90 leave room for two steps
+        moved.add(tuple(min(steps) // 10 for steps in change.values()))
+        same = ARIA.velocity[ids] < 0
+        np.testing.assert_array_equal(got[same], ids[same])  # drums, onsets, durations, prefix
+    assert {one for one, _ in moved} == {one for _, one in moved} == set(range(-2, 3))
+    assert len(moved) > 15  # of 25: the two are drawn apart
+
+
 def test_each_extra_augmentation_has_its_own_probability():
     off = {"tempo": 0, "pitch": 0, "velocity": 0, "mixup": False}
     ids = with_room(piece(n_notes=100, seed=12))
@@ -206,3 +281,5 @@ def test_each_extra_augmentation_has_its_own_probability():
 def test_settings_out_of_range_are_refused():
     with pytest.raises(UserError, match=r"tempo=1\.5 must lie in .* pitch=-1"):
         AugmentConfig(tempo=1.5, pitch=-1)
+    with pytest.raises(UserError, match=r"instrument_velocity=13 must lie .* instrument_drop=1 mu"):
+        AugmentConfig(instrument_velocity=13, instrument_drop=1)
