@@ -3,7 +3,6 @@
 import argparse
 import dataclasses
 import shutil
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -278,7 +277,7 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     from aria_jax.checkpoints import newest_step
     from aria_jax.presets import chip_of, write_config
     from aria_jax.train import loop
-    from aria_jax.train.processes import join_processes, leave_at_once, lost_contact
+    from aria_jax.train.processes import join_processes, leaving_together
     from aria_jax.train.tasks import resolve
     from aria_jax.train.trackers import MetricSink, open_sinks
 
@@ -316,7 +315,7 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
     console.stage("preparing the weights")
     console.answer_interrupt("saving; Ctrl-C again to stop now")
     try:
-        with console.progress_bar(args.task, "step") as report:
+        with leaving_together(), console.progress_bar(args.task, "step") as report:
             result = loop.run(
                 config,
                 args.data,
@@ -326,11 +325,6 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
                 sinks=[*sinks, ProgressSink(resolved.train.steps, report)] if first else [],
                 on_start=started,
             )
-    except Exception as error:
-        if (reason := lost_contact(error)) is None:
-            raise
-        print(f"\naria-jax: error: {reason}", file=sys.stderr, flush=True)
-        leave_at_once(1)
     finally:
         for sink in sinks:
             sink.close()

@@ -3,7 +3,9 @@ stalls.
 """
 
 import faulthandler
+import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -20,6 +22,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jax._src import distributed  # its store has no public name
 from jax.experimental import multihost_utils
 
 from aria_jax.train.goodput import STALLS
@@ -35,10 +38,13 @@ COORDINATOR, COUNT, INDEX = (
 AUTO = "auto"
 """As coordinator: jax asks the cluster (Cloud TPU, GKE, SLURM, Open MPI) who the others are."""
 
-HEARTBEAT_TIMEOUT_S = 60
-"""A process that is silent for so long is dead, and the others end with an error."""
+LOST_AFTER_S = 60
+"""A process that gives no sign of life for so long is gone, and the others end with one line."""
+HEARTBEAT_TIMEOUT_S = 2 * LOST_AFTER_S
+"""jax's own limit: it aborts the others with a trace of C++, so it comes after ours."""
 SHUTDOWN_TIMEOUT_S = 60
 """How long a process that is done waits for the others to be done."""
+_ALIVE, _LOST = "aria_jax/alive/", "aria_jax/lost/"
 _STATUS = re.compile(
     r"(UNKNOWN|UNAVAILABLE|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): "
 )
@@ -240,11 +246,114 @@ def lost_contact(error: BaseException) -> str | None:
         return None
     return (
         f"process {jax.process_index()} of {jax.process_count()} lost contact with another, which "
-        f"was killed, preempted or failed ({reason[:160]}); "
-        "start all of them again to go on from the last checkpoint"
+        f"was killed, preempted or failed ({reason[:160]})"
     )
 
 
-def leave_at_once(status: int) -> NoReturn:
-    """Ends this process without the farewell that would wait for processes that are gone."""
-    os._exit(status)
+class Peers:
+    """Ends the processes of a run with one line each once one of them is gone.
+
+    Whoever waits in a barrier for a process that was killed hears nothing of it, and one that
+    waits in a collective only where the transport tells (gloo does, TPUs do not); jax would abort
+    them. So each says every second that it lives, in the store of jax's coordinator. Process 0
+    counts who does not and tells all, and so does whoever learns of it in another way. If process
+    0 itself is gone, its store is too, and jax aborts the others.
+
+    Args:
+        leave: called once, with one sentence, when another is gone. Does not return.
+        after_s: seconds without a sign of life.
+        every_s: seconds between two.
+        client: of jax's coordination service; None where the process is alone.
+        index: of this process; None asks jax.
+    """
+
+    def __init__(
+        self,
+        leave: Callable[[str], None],
+        after_s: float = LOST_AFTER_S,
+        every_s: float = 1.0,
+        *,
+        client: Any = None,
+        index: int | None = None,
+    ):
+        self._leave, self._every_s = leave, every_s
+        self._limit = math.ceil(after_s / every_s)
+        self._client: Any = distributed.global_state.client if client is None else client
+        self._index = jax.process_index() if index is None else index
+        self._ended, self._leaving = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._run, name="peers", daemon=True)
+        if self._client is not None:
+            self._thread.start()
+
+    def lost(self, reason: str) -> None:
+        """Tells the others, and leaves."""
+        if not self._leaving.acquire(blocking=False):
+            self._ended.wait()  # the other thread is about to leave
+            return
+        with suppress(jax.errors.JaxRuntimeError):  # the coordinator is what is gone
+            self._client.key_value_set(f"{_LOST}{self._index}", reason)
+        if self._index == 0:
+            time.sleep(3 * self._every_s)  # the store goes with this process: let them read it
+        self._leave(f"{reason}; start all of them again to go on from the last checkpoint")
+
+    def close(self) -> None:
+        """Says that this process ends as it should."""
+        self._ended.set()
+        if self._client is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        own, silent = f"{_ALIVE}{self._index}", dict[str, tuple[str, int]]()
+        with suppress(jax.errors.JaxRuntimeError):
+            for beat in itertools.count():
+                if self._ended.wait(self._every_s):
+                    self._client.key_value_delete(own)
+                    return
+                self._client.key_value_set(own, str(beat), allow_overwrite=True)
+                told = self._client.key_value_dir_get(_LOST)
+                if (reason := told[0][1] if told else self._silent(silent)) is not None:
+                    self.lost(reason)
+                    return
+
+    def _silent(self, silent: dict[str, tuple[str, int]]) -> str | None:
+        """Who is gone; `silent` holds everyone's last sign and for how many rounds it has stood.
+
+        Rounds and not seconds: after a pause of this process all would seem to be gone.
+        """
+        if self._index:
+            return None
+        for who, beat in self._client.key_value_dir_get(_ALIVE):
+            before, rounds = silent.get(who, (beat, 0))
+            silent[who] = (beat, rounds + 1 if beat == before else 0)
+            if silent[who][1] >= self._limit:
+                return (
+                    f"process {who.removeprefix(_ALIVE)} of {jax.process_count()} has given no "
+                    f"sign of life for {self._limit * self._every_s:.0f} s: it was killed, "
+                    "preempted or failed"
+                )
+        return None
+
+
+@contextmanager
+def leaving_together(leave: Callable[[str], None] | None = None, **peers: Any) -> Iterator[None]:
+    """While it is entered, whoever learns that another process is gone leaves with one line.
+
+    Args:
+        leave: instead of printing that line and ending this process.
+        peers: further arguments of `Peers`.
+    """
+    others = Peers(_leave_at_once if leave is None else leave, **peers)
+    try:
+        yield
+    except Exception as error:
+        if (reason := lost_contact(error)) is None:
+            raise
+        others.lost(reason)
+    finally:
+        others.close()
+
+
+def _leave_at_once(reason: str) -> NoReturn:
+    """Without the farewell that would wait for processes that are gone."""
+    print(f"\naria-jax: error: {reason}", file=sys.stderr, flush=True)
+    os._exit(1)

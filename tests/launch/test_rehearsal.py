@@ -23,7 +23,7 @@ STEPS, EVERY = 60, 5
 SETTINGS = [
     "d_model=16", "n_heads=4", "n_layers=2", "seq_len=32", "global_batch=8", f"steps={STEPS}",
     f"checkpoint_every={EVERY}", "log_every=1", "eval_every=30", "eval_batches=1", "warmup_steps=5",
-    "keep_checkpoints=3", "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2",
+    "keep_checkpoints=3", "stall_minutes=1", "mesh.data=1", "mesh.fsdp=2", "mesh.tensor=2",
 ]  # fmt: skip
 PLAN = [
     (4, "one", "after"),
@@ -72,7 +72,10 @@ class Pod:
     def ended(self, seconds=180):
         """Exit statuses; nobody waits for ever for a host that is gone."""
         deadline = time.monotonic() + seconds
-        return [host.wait(max(deadline - time.monotonic(), 1)) for host in self.hosts]
+        try:
+            return [host.wait(max(deadline - time.monotonic(), 1)) for host in self.hosts]
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"stands still: {self.told()}") from None
 
 
 def losses(log):
@@ -121,13 +124,16 @@ def test_a_pod_whose_machines_are_taken_away(bucket, corpus, tmp_path, capsys):
                 pod.kill(victims)
                 statuses = pod.ended()
                 assert all(statuses), "a run that lost a host does not say that all is well"
-                assert which == "all" or any(status > 0 for status in statuses)
+                if pod.hosts[0] not in victims:  # with it goes the store by which others are told
+                    for host, log in zip(pod.hosts, pod.logs, strict=True):
+                        said = log.read_text()
+                        assert host in victims or host.returncode == 1, said[-3000:]
+                        assert host in victims or "start all of them again" in said, said[-3000:]
+                        assert "Traceback" not in said, said[-3000:]
         finally:
             pod.kill(pod.hosts)
             faults.clear()
         text = pod.logs[0].read_text()
-        # Whoever waits for a checkpoint that a dead host will not finish is ended by jax itself.
-        assert when == "writing" or "Traceback" not in text, text[-3000:]
         found = re.search(r"resuming .* at step (\d+)", text)
         resumed.append(int(found[1]) if found else 0)
         assert max(committed()) <= (STEPS if which is None else STEPS - 1), "killed too late"
