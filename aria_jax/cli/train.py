@@ -299,7 +299,13 @@ def _train(args: argparse.Namespace, preset: "RunConfig") -> int:
             began = ", as the run began" if as_begun else ""
             console.note(f"computing in {resolved.compute.dtype}{began}")
             write_config(resolved, workdir)
-        console.stage("compiling the training step")
+            console.stage("compiling the training step")
+        else:
+            console.note(
+                f"process {jax.process_index()} of {jax.process_count()} trains; "
+                "process 0 shows how far it is"
+            )
+            console.stage("")
 
     console.stage("reading the data")
     resolved = resolve(config, args.data, workdir)

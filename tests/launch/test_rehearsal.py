@@ -134,6 +134,8 @@ def test_a_pod_whose_machines_are_taken_away(bucket, corpus, tmp_path, capsys):
             pod.kill(pod.hosts)
             faults.clear()
         text = pod.logs[0].read_text()
+        for log in pod.logs[1:]:
+            assert log.read_text().count("; process 0 shows how far it is") == 1
         found = re.search(r"resuming .* at step (\d+)", text)
         resumed.append(int(found[1]) if found else 0)
         assert max(committed()) <= (STEPS if which is None else STEPS - 1), "killed too late"
