@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import re
-import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,9 +34,9 @@ from aria_jax.config import (
     out_of_range,
     to_dict,
     with_settings,
-)
+)  # fmt: skip
 from data_pipeline.errors import UserError, did_you_mean
-from data_pipeline.settings import AugmentConfig, field_docs
+from data_pipeline.settings import AugmentConfig, field_docs, text_of_settings
 
 _MEDIUM = ModelConfig()
 
@@ -53,6 +52,10 @@ MODELS: dict[str, ModelConfig] = {
     "mini": ModelConfig(
         d_model=192, n_heads=6, n_layers=4, max_seq_len=1024, vocabulary=CORPUS, emb_size=None
     ),
+    # For songs of several instruments: half an hour of two cores (docs/multitrack.md).
+    "multitrack": ModelConfig(
+        d_model=128, n_heads=4, n_layers=4, max_seq_len=1024, vocabulary=CORPUS, emb_size=None
+    ),
     # For one GPU or a patient CPU: the paper's shape at a tenth of the size.
     "small": ModelConfig(d_model=512, n_heads=8, n_layers=8, max_seq_len=4096),
     # The paper's model, 0.65B parameters (section 3; reference: config/models/medium.json), with
@@ -60,19 +63,25 @@ MODELS: dict[str, ModelConfig] = {
     "medium": _MEDIUM,
 }
 
+# Slices that fill their rows; what is embedded with such a model is sliced the same way. Transposed
+# slices cannot be paired by their key; touch and tempo, which tell who plays, are left alone
+# (docs/results.md).
+_SLICES: dict[str, Any] = {
+    "data": DataConfig(seq_len=384, global_batch=32, min_slice_notes=100, max_slice_notes=127),
+    "augmentation": AugmentConfig(tempo=0.0, velocity=0, mixup=False),
+    "optimizer": OptimizerConfig(peak_lr=5e-4, warmup_steps=20),
+}
+
 RECIPES: dict[tuple[str, Task], dict[str, Any]] = {
-    # Rates that suit so small a network, and slices that fill their rows. Transposed slices cannot
-    # be paired by their key; touch and tempo, which tell who plays, are left alone
-    # (docs/results.md).
+    # Rates that suit so small a network.
     ("tiny", "pretrain"): {
         "data": DataConfig(seq_len=512, global_batch=16),
         "optimizer": OptimizerConfig(peak_lr=2e-3, warmup_steps=50),
     },
     # May be stopped at any step N: resumed with steps=N/0.8, the rate falls over the last fifth.
-    # What is known of it: with 2,048 tokens a step and a rate that fell from 2e-3 on, the ordered
-    # start had a validation loss of 5.07 after 100 steps; from a random one (479 steps at 1e-3,
-    # then 2e-3) 688 steps gave 5.11. One run each. With 4,096 tokens a step and 3e-3, 6,000 steps
-    # took 2.4 h beside other work (released/mini.md). 8,500 steps are one epoch.
+    # With 2,048 tokens a step the ordered start had a validation loss of 5.07 after 100 steps, a
+    # random one 5.11 after 688 (one run each). With 4,096 and 3e-3, 6,000 steps took 2.4 h beside
+    # other work (released/mini.md). 8,500 steps are one epoch.
     ("mini", "pretrain"): {
         "data": DataConfig(seq_len=1024, global_batch=8),
         "optimizer": OptimizerConfig(peak_lr=2e-3, warmup_steps=100, b2=0.98, schedule="wsd"),
@@ -84,17 +93,23 @@ RECIPES: dict[tuple[str, Task], dict[str, Any]] = {
         "optimizer": OptimizerConfig(peak_lr=5e-4, warmup_steps=50, b2=0.98, end_ratio=0.02),
         "train": TrainConfig(steps=1_000, eval_every=100, eval_batches=16),
     },
-    # As `tiny` does: slices that fill their rows. What is embedded with it is sliced the same way.
     ("mini", "contrastive"): {
-        "data": DataConfig(seq_len=384, global_batch=32, min_slice_notes=100, max_slice_notes=127),
-        "augmentation": AugmentConfig(tempo=0.0, velocity=0, mixup=False),
+        **_SLICES,
         "optimizer": OptimizerConfig(peak_lr=5e-4, warmup_steps=20, end_ratio=0.02),
         "train": TrainConfig(steps=1_500, eval_every=100, eval_batches=4),
     },
-    ("tiny", "contrastive"): {
-        "data": DataConfig(seq_len=384, global_batch=32, min_slice_notes=100, max_slice_notes=127),
-        "augmentation": AugmentConfig(tempo=0.0, velocity=0, mixup=False),
-        "optimizer": OptimizerConfig(peak_lr=5e-4, warmup_steps=20),
+    ("tiny", "contrastive"): _SLICES,
+    # May be stopped at any step, as `mini`.
+    ("multitrack", "pretrain"): {
+        "data": DataConfig(seq_len=512, global_batch=8),
+        "augmentation": AugmentConfig(instrument_velocity=1, instrument_drop=0.2),
+        "optimizer": OptimizerConfig(peak_lr=2e-3, warmup_steps=50, b2=0.98, schedule="wsd"),
+        "train": TrainConfig(steps=2_000, eval_every=100, ordered_start=True),
+    },
+    ("multitrack", "contrastive"): {
+        **_SLICES,
+        "augmentation": AugmentConfig(tempo=0.0, velocity=0, mixup=False, instrument_drop=0.2),
+        "train": TrainConfig(steps=200, eval_every=50, eval_batches=4),
     },
 }
 """Sections of a run that a preset sets otherwise than the reference."""
@@ -129,7 +144,7 @@ def for_task(preset: str, task: Task) -> RunConfig:
 
 def _as_the_reference(preset: str, task: Task) -> RunConfig:
     model = MODELS[preset]
-    small_batch = preset in ("tiny", "mini", "small")
+    small_batch = preset in ("tiny", "mini", "multitrack", "small")
     run = RunConfig(task=task, model=model)
     if task in ("pretrain", "continue", "render"):
         seq_len = {"tiny": 256, "small": 1024}.get(preset, model.max_seq_len)
@@ -376,25 +391,4 @@ def listed(preset: RunConfig | None = None) -> list[dict[str, Any]]:
 
 def settings_text(rows: Sequence[Mapping[str, Any]], preset: str) -> str:
     """What `listed` found, grouped by section, for a person."""
-    lines: list[str] = []
-    for section, cls in SECTIONS.items():
-        lines += ["", f"{section}: {(cls.__doc__ or '').strip().splitlines()[0]}"]
-        for row in rows:
-            if not row["name"].startswith(f"{section}."):
-                continue
-            limits = "" if row["range"] is None else f", {row['range']}"
-            text = f"  {row['name'].partition('.')[2]}={_shown(row['default'])}"
-            if row.get("preset", row["default"]) != row["default"]:
-                text += f"  ({preset}: {_shown(row['preset'])})"
-            lines.append(f"{text}  [{row['type']}{limits}]")
-            lines += textwrap.wrap(
-                row["doc"], 96, initial_indent=" " * 6, subsequent_indent=" " * 6
-            )
-    return "\n".join(lines[1:])
-
-
-def _shown(value: Any) -> str:
-    """A value as the command line takes it."""
-    if isinstance(value, tuple):
-        return ",".join(value)
-    return str(value).lower() if value is None or isinstance(value, bool) else f"{value}"
+    return text_of_settings(SECTIONS, rows, preset)

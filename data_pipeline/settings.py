@@ -13,8 +13,10 @@ import dataclasses
 import inspect
 import itertools
 import math
+import textwrap
 import types
 import typing
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -225,6 +227,40 @@ def _parse(text: str, hint: Any) -> Any:
         return int(number)
     except (ValueError, OverflowError):
         raise ValueError(f"must be of type {_type_name(hint)}") from None
+
+
+def text_of_settings(
+    sections: Mapping[str, type], rows: Iterable[Mapping[str, Any]], preset: str
+) -> str:
+    """Settings grouped by section, for a person.
+
+    Args:
+        sections: class of each section by its name.
+        rows: name, type, range, default, preset and doc of each setting.
+        preset: what the values under "preset" are of.
+    """
+    lines: list[str] = []
+    for section, cls in sections.items():
+        lines += ["", f"{section}: {(cls.__doc__ or '').strip().splitlines()[0]}"]
+        for row in rows:
+            if not row["name"].startswith(f"{section}."):
+                continue
+            limits = "" if row["range"] is None else f", {row['range']}"
+            text = f"  {row['name'].partition('.')[2]}={_shown(row['default'])}"
+            if row.get("preset", row["default"]) != row["default"]:
+                text += f"  ({preset}: {_shown(row['preset'])})"
+            lines.append(f"{text}  [{row['type']}{limits}]")
+            lines += textwrap.wrap(
+                row["doc"], 96, initial_indent=" " * 6, subsequent_indent=" " * 6
+            )
+    return "\n".join(lines[1:])
+
+
+def _shown(value: Any) -> str:
+    """A value as the command line takes it."""
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if value is None or isinstance(value, bool) else f"{value}"
 
 
 OF_SERIES = frozenset(("jitter", "channel_dropout", "channel_permutation"))

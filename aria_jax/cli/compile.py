@@ -41,7 +41,9 @@ LIKE = {"embed": "contrastive", "prefill": "pretrain", "decode": "pretrain"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the arguments of `aria-jax compile`."""
-    parser.add_argument("--preset", default="medium", help="tiny, mini, small or medium (medium)")
+    parser.add_argument(
+        "--preset", default="medium", help="tiny, mini, multitrack, small or medium (medium)"
+    )
     parser.add_argument(
         "--topology",
         default="v5p:4x4x4",

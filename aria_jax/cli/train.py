@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of token shards; given several times, a mixture: --data A:0.7 --data B:0.3",
     )
     parser.add_argument("--workdir", required=True, help="folder of the run; made if needed")
-    parser.add_argument("--preset", default="tiny", help="tiny, mini, small or medium (tiny)")
+    parser.add_argument("--preset", default="tiny", help="tiny/mini/multitrack/small/medium (tiny)")
     parser.add_argument(
         "--config", metavar="FILE", help="YAML or JSON with settings; key=value goes before"
     )

@@ -16,7 +16,7 @@ from aria_jax.config import (
 )
 from aria_jax.models import parameter_count
 from aria_jax.models.heads import parameter_specs
-from aria_jax.presets import for_task
+from aria_jax.presets import MODELS, for_task
 from data_pipeline.errors import UserError
 from data_pipeline.settings import Setting, field_docs, from_dict, settings_of
 
@@ -27,11 +27,13 @@ def test_medium_is_the_papers_model():
     assert parameter_count(parameter_specs(model)) == pytest.approx(0.658e9, rel=0.01)
 
 
-@pytest.mark.parametrize("preset", ["tiny", "small", "medium"])
+@pytest.mark.parametrize("preset", MODELS)
 @pytest.mark.parametrize("task", ["pretrain", "continue", "contrastive"])
 def test_every_preset_of_every_task_is_valid_and_survives_json(preset, task):
     config = for_task(preset, task).validate()
     assert from_dict(RunConfig, to_dict(config)) == config
+    by_instrument = config.augmentation.instrument_velocity, config.augmentation.instrument_drop
+    assert (by_instrument != (0, 0)) == (preset == "multitrack" and task != "continue")
 
 
 @pytest.mark.parametrize(
