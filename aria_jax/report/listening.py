@@ -47,11 +47,11 @@ class Result:
     @property
     def parts(self) -> list[Part]:
         """Prompt and continuation as the two colours of a roll; of several instruments, those; what
-        is given has colours of its own.
+        is given has colours of its own, on top.
         """
         if self.by_origin:
             given, others = map(parts_by_instrument, self.by_origin)
-            return [*(replace(part, label=f"{part.label} (given)") for part in given), *others]
+            return [*others, *(replace(part, label=f"{part.label} (given)") for part in given)]
         if len(instruments := parts_by_instrument(self.full)) > 1:
             return instruments
         prompt = [Part.of(self.prompt, "prompt")] if len(self.prompt.notes) else []

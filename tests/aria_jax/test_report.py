@@ -75,7 +75,7 @@ def test_continuations_of_a_band_are_shown_by_instrument_and_those_of_a_piano_by
     whole = Result(band(), band().slice_notes(0, 1), band().slice_notes(1, 4), band())
     assert [part.label for part in whole.parts] == ["bass", "pipe", "drums"]
     accompanied = replace(alone, by_origin=(piano, band()))
-    assert [p.label for p in accompanied.parts] == ["piano (given)", "bass", "pipe", "drums"]
+    assert [p.label for p in accompanied.parts] == ["bass", "pipe", "drums", "piano (given)"]
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="needs node")

@@ -13,6 +13,8 @@ GENERATE = [
     Use(f"generate {LM} --prompt {{piece}} --seconds 900 --max-tokens 9 --sliding --json",
         "lento_0.mid ends before: all 320 notes of it are the prompt"),
     Use("generate --help", ("--sliding", "context", "max_seq_len")),
+    wrong(f"generate {LM} {PROMPT} --given flute --out o",
+          ("no track or instrument 'flute'", "its instruments piano")),
     wrong(f"generate {LM} --prompt {{silent}} --out o", ("silent.mid", "no notes")),
     wrong(f"generate {LM} --prompt {{piece}} --seconds 0 --out o", "holds nothing to continue"),
     wrong(f"generate {LM} --prompt {{piece}} --notes 300 --out o", ("of the 512", "--sliding")),
