@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aria_jax.generate.weights import DecoderWeights, LayerWeights
+from aria_jax.kernels import narrow_cpu
 from aria_jax.kernels.attention import apply_rope, rope_tables, split_heads
 from aria_jax.models.heads import all_logits
 from aria_jax.models.transformer import attn_out_and_mlp, layer_norm, token_rows
@@ -198,12 +199,17 @@ def _cached_attention(
     past: LayerCache,
     visible_PxT: jax.Array,
     filled: jax.Array,
+    on_cpu: bool,
 ) -> jax.Array:
     """[R, H, K]: one softmax over the branch's prompt, the row's own past, and its new token.
 
     The new token's key and value come apart from the cache, which is only read here: a cache that
     is written and then read in one step would be copied, all of it, at every token.
     """
+    if on_cpu and narrow_cpu.available():
+        return narrow_cpu.cached_attention(
+            q_RxHxK, k_RxHxK, v_RxHxK, shared, past, visible_PxT, filled
+        )
     rows, heads, width = q_RxHxK.shape
     branches, _, prompt_slots, _ = shared.keys.shape
     q_RxHxK = q_RxHxK * jnp.asarray(width**-0.5, q_RxHxK.dtype)
@@ -249,7 +255,9 @@ def decode_step(
     for block, shared, past in zip(weights.blocks, prompt.layers, own, strict=True):
         q, k, v = _queries_keys_values(block, x_Rx1xD, cos, sin, weights.n_heads)
         q, k, v = q[:, 0], k[:, 0], v[:, 0]
-        attended = _cached_attention(q, k, v, shared, past, prompt.visible_PxT, filled)
+        attended = _cached_attention(
+            q, k, v, shared, past, prompt.visible_PxT, filled, weights.head.on_cpu
+        )
         # What is written depends on what was read, so that the compiler writes later and in place.
         # `optimization_barrier` would say so, but XLA's CPU backend drops it before it decides what
         # to copy (jaxlib 0.10.2): every cache twice at every token.

@@ -1,24 +1,27 @@
-// x @ (rows * scale).T of int8 or bfloat16 rows and a few float32 rows x, as XLA FFI handlers.
+// What a decoder's step spends its time with, as XLA FFI handlers: x @ (rows * scale).T of int8 or
+// bfloat16 rows and a few float32 rows x, and attention of one token of each row to what came before.
 //
 // Values become numbers of a vector register on their way to a product, at a cost low enough that
 // memory is all that a product with one row of activations waits for:
 // - bfloat16: of a 32-bit word a shift makes one float, a mask the other.
 // - int8, on x86: activations are written as integers of a common step, and those as digits of a byte,
 //   which are multiplied as integers (VNNI, or the multiply-adds that AVX2 has).
-// - int8 elsewhere: of a 32-bit word two shifts and a conversion make a float.
+// - int8 elsewhere, and of several rows without VNNI: bytes are widened and converted.
 //
 // Sizes: B rows of activations, O outputs, I inputs.
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <type_traits>
-#include <utility>
 #include <vector>
 
 #if defined(__AVX2__)
@@ -104,19 +107,45 @@ class Aligned {
   Number* begin_;
 };
 
-struct Int8 {
-  int8_t stored;
-  static constexpr int kPerWord = 4;
+// How each kind is stored: groups of kLanes * kPlaces values become kPlaces vectors, of which lane l of
+// place p holds value Index(p, l).
+struct Float32 {
+  float stored;
+  static constexpr int kPlaces = 2;
+  static int64_t Index(int64_t place, int64_t lane) { return place * kLanes + lane; }
   float Value() const { return stored; }
   template <int kPlace>
-  static Floats Spread(Words words) {
-    return __builtin_convertvector((words << (24 - 8 * kPlace)) >> 24, Floats);
+  static Floats Spread(const Float32* group) {
+    return Load<Floats>(group + kPlace * kLanes);
+  }
+};
+
+struct Int8 {
+  int8_t stored;
+  static constexpr int kPlaces = 4;
+  static int64_t Index(int64_t place, int64_t lane) { return place * kLanes + lane; }
+  float Value() const { return stored; }
+  template <int kPlace>
+  static Floats Spread(const Int8* group) {
+    const Int8* from = group + kPlace * kLanes;
+#if defined(__AVX512BW__)
+    return reinterpret_cast<Floats>(
+        _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(Load<__m128i>(from))));
+#elif defined(__AVX2__)
+    // Compilers make eight scalar conversions of what is meant below.
+    return reinterpret_cast<Floats>(
+        _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)))));
+#else
+    typedef int8_t Narrow __attribute__((vector_size(kLanes)));
+    return __builtin_convertvector(Load<Narrow>(from), Floats);
+#endif
   }
 };
 
 struct BFloat16 {
   uint16_t stored;
-  static constexpr int kPerWord = 2;
+  static constexpr int kPlaces = 2;
+  static int64_t Index(int64_t place, int64_t lane) { return lane * kPlaces + place; }
   float Value() const {
     uint32_t bits = uint32_t{stored} << 16;
     float value;
@@ -124,7 +153,8 @@ struct BFloat16 {
     return value;
   }
   template <int kPlace>
-  static Floats Spread(Words words) {
+  static Floats Spread(const BFloat16* group) {
+    Words words = Load<Words>(group);
     return reinterpret_cast<Floats>(kPlace == 0 ? words << 16 : words & ~0xFFFF);
   }
 };
@@ -137,54 +167,51 @@ inline float Rest(const Stored* row, const float* x, int64_t from, int64_t input
   return total;
 }
 
-// B rows of activations as floats, in the order in which words give values.
+// B rows of activations as floats, in the order in which groups give values.
 template <typename Stored, int B>
 class FloatActivations {
  public:
-  static constexpr int64_t kGroup = kLanes * Stored::kPerWord;
+  static constexpr int64_t kGroup = kLanes * Stored::kPlaces;
   static constexpr int kRows = B == 4 ? 2 : 4;  // as many sums as registers hold
 
   FloatActivations(const float* x, int64_t inputs)
       : inputs_(inputs), x_(x), reordered_(B * inputs) {
     float* to = &reordered_[0];
     for (int64_t i = 0; i + kGroup <= inputs; i += kGroup)
-      for (int64_t place = 0; place < Stored::kPerWord; ++place)
+      for (int64_t place = 0; place < Stored::kPlaces; ++place)
         for (int64_t b = 0; b < B; ++b)
-          for (int64_t word = 0; word < kLanes; ++word)
-            *to++ = x[b * inputs + i + word * Stored::kPerWord + place];
+          for (int64_t lane = 0; lane < kLanes; ++lane)
+            *to++ = x[b * inputs + i + Stored::Index(place, lane)];
   }
 
-  // out[r][b] of R rows; what is read and spread once serves all B.
+  // out[r][b] of R rows, `stride` apart; what is read and spread once serves all B.
   template <int R>
-  void Tile(const Stored* rows, float (&out)[R][B]) const {
+  void Tile(const Stored* rows, int64_t stride, float (&out)[R][B]) const {
     Floats sums[R][B] = {};
     const char* in_order = reinterpret_cast<const char*>(rows);
     int64_t i = 0;
     for (; i + kGroup <= inputs_; i += kGroup) {
-      Words words[R];
-      for (int r = 0; r < R; ++r) {
-        Prefetch(in_order + r * kVectorBytes);
-        words[r] = Load<Words>(rows + r * inputs_ + i);
-      }
-      in_order += R * kVectorBytes;
-      Multiply<R, 0>(words, &reordered_[B * i], sums);
+      for (int64_t byte = 0; byte < R * kGroup * int64_t{sizeof(Stored)}; byte += kVectorBytes)
+        Prefetch(in_order + byte);
+      in_order += R * kGroup * sizeof(Stored);
+      Multiply<R, 0>(rows + i, stride, &reordered_[B * i], sums);
     }
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b)
-        out[r][b] = Sum(sums[r][b]) + Rest(rows + r * inputs_, x_ + b * inputs_, i, inputs_);
+        out[r][b] = Sum(sums[r][b]) + Rest(rows + r * stride, x_ + b * inputs_, i, inputs_);
   }
 
  private:
   template <int R, int kPlace>
-  static void Multiply(const Words (&words)[R], const float* x, Floats (&sums)[R][B]) {
+  static void Multiply(const Stored* rows, int64_t stride, const float* x, Floats (&sums)[R][B]) {
     Floats weights[R];
-    for (int r = 0; r < R; ++r) weights[r] = Stored::template Spread<kPlace>(words[r]);
+    for (int r = 0; r < R; ++r) weights[r] = Stored::template Spread<kPlace>(rows + r * stride);
     for (int b = 0; b < B; ++b) {
       Floats activations = LoadOnce<Floats>(x + b * kLanes);
       for (int r = 0; r < R; ++r) sums[r][b] += weights[r] * activations;
     }
-    if constexpr (kPlace + 1 < Stored::kPerWord)
-      Multiply<R, kPlace + 1>(words, x + B * kLanes, sums);
+    if constexpr (kPlace + 1 < Stored::kPlaces)
+      Multiply<R, kPlace + 1>(rows, stride, x + B * kLanes, sums);
   }
 
   int64_t inputs_;
@@ -237,7 +264,7 @@ class DigitActivations {
   }
 
   template <int R>
-  void Tile(const Int8* rows, float (&out)[R][B]) const {
+  void Tile(const Int8* rows, int64_t stride, float (&out)[R][B]) const {
     int64_t totals[R][B] = {};
     const char* in_order = reinterpret_cast<const char*>(rows);
     int64_t i = 0;
@@ -249,7 +276,7 @@ class DigitActivations {
         for (int r = 0; r < R; ++r) {
           Prefetch(in_order + r * kVectorBytes);
           // w + 128, as one factor must have no sign.
-          weights[r] = Load<Bytes>(rows + r * inputs_ + i) ^ 0x80;
+          weights[r] = Load<Bytes>(rows + r * stride + i) ^ 0x80;
         }
         in_order += R * kVectorBytes;
         const int8_t* x = &digits_[B * kDigits * i];
@@ -268,7 +295,7 @@ class DigitActivations {
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b)
         out[r][b] = float((totals[r][b] - 128 * wholes_[b]) * steps_[b]) +
-                    Rest(rows + r * inputs_, x_ + b * inputs_, i, inputs_);
+                    Rest(rows + r * stride, x_ + b * inputs_, i, inputs_);
   }
 
  private:
@@ -332,102 +359,281 @@ using Int8Activations = FloatActivations<Int8, B>;
 
 template <int B>
 using BFloat16Activations = FloatActivations<BFloat16, B>;
+template <int B>
+using Float32Activations = FloatActivations<Float32, B>;
 
-// One product, shared by the threads that work on it. The last one frees it: a task may begin after
-// the call has returned, and finds nothing left to do.
-template <typename Stored, int B, typename Activations>
-class Product {
+// Threads that stay awake for a while after work. To wake one that sleeps, as those of XLA's pool do,
+// takes as long as half a product of 2 MB, and a step of a decoder has a hundred products.
+class Team {
  public:
-  Product(const Stored* rows, const float* scale, const float* x, float* y, int64_t outputs,
-          int64_t inputs, int64_t parts)
-      : rows_(rows), scale_(scale), y_(y), outputs_(outputs), inputs_(inputs), parts_(parts),
-        activations_(x, inputs) {}
-
-  // Takes parts until none is left.
-  void Work() {
-    for (int64_t part; (part = next_.fetch_add(1)) < parts_; done_.fetch_add(1)) {
-      int64_t output = part * outputs_ / parts_, last = (part + 1) * outputs_ / parts_;
-      Tiles<Activations::kRows>(output, last);
-      Tiles<1>(output, last);
+  // work(part) of all parts, by at most so many threads; returns when all is done. Of calls at the
+  // same time one has the threads, the others work alone: the machine is busy.
+  template <typename Work>
+  static void Run(int64_t threads, int64_t parts, const Work& work) {
+    static Team* team = new Team;  // never deleted, as its threads never end
+    std::unique_lock<std::mutex> mine(team->caller_, std::defer_lock);
+    if (threads == 1 || parts == 1 || !mine.try_lock()) {
+      for (int64_t part = 0; part < parts; ++part) work(part);
+      return;
     }
+    team->Share(threads, parts, [](const void* work, int64_t part) {
+      (*static_cast<const Work*>(work))(part);
+    }, &work);
   }
-
-  bool Done() const { return done_.load() == parts_; }
 
  private:
-  template <int R>
-  void Tiles(int64_t& output, int64_t last) {
-    for (; output + R <= last; output += R) {
-      float out[R][B];
-      activations_.template Tile<R>(rows_ + output * inputs_, out);
-      for (int r = 0; r < R; ++r)
-        for (int b = 0; b < B; ++b)
-          y_[b * outputs_ + output + r] = scale_ ? out[r][b] * scale_[output + r] : out[r][b];
+  using Call = void (*)(const void*, int64_t);
+  static constexpr std::chrono::microseconds kAwake{300};
+
+  void Share(int64_t threads, int64_t parts, Call call, const void* work) {
+    for (; n_helpers_ < threads - 1; ++n_helpers_) std::thread([this] { Help(); }).detach();
+    call_ = call;
+    work_ = work;
+    done_ = 0;
+    ticket_ = ((ticket_ >> 32) + 1) << 32 | uint64_t(parts);
+    if (asleep_) {
+      { std::lock_guard<std::mutex> none_falls_asleep_now(sleep_); }
+      wake_.notify_all();
+    }
+    while (Part()) continue;
+    // Never for a part that nobody has begun: threads that get no core block nothing.
+    while (done_ != parts) std::this_thread::yield();
+  }
+
+  // Does one part, if one is left.
+  bool Part() {
+    uint64_t ticket = ticket_;
+    int64_t left = uint32_t(ticket);
+    if (left == 0) return false;
+    Call call = call_;
+    const void* work = work_;
+    // Where the ticket is still the same, so is what was read after it.
+    if (ticket_.compare_exchange_strong(ticket, ticket - 1)) {
+      call(work, left - 1);
+      ++done_;
+    }
+    return true;
+  }
+
+  void Help() {
+    for (;;) {
+      auto until = std::chrono::steady_clock::now() + kAwake;
+      while (std::chrono::steady_clock::now() < until) {
+        if (Part()) until = std::chrono::steady_clock::now() + kAwake;
+        else std::this_thread::yield();
+      }
+      std::unique_lock<std::mutex> lock(sleep_);
+      ++asleep_;
+      wake_.wait(lock, [this] { return uint32_t(ticket_) != 0; });
+      --asleep_;
     }
   }
 
-  const Stored* rows_;
-  const float* scale_;
-  float* y_;
-  int64_t outputs_, inputs_, parts_;
-  Activations activations_;
-  std::atomic<int64_t> next_{0}, done_{0};
+  std::mutex caller_;
+  int64_t n_helpers_ = 0;
+  std::atomic<Call> call_{nullptr};
+  std::atomic<const void*> work_{nullptr};
+  std::atomic<uint64_t> ticket_{0};  // upper half: which call; lower half: parts that are left
+  std::atomic<int64_t> done_{0};
+  std::mutex sleep_;
+  std::condition_variable wake_;
+  std::atomic<int64_t> asleep_{0};
 };
 
 constexpr int64_t kPartsPerThread = 4;        // threads are never equally fast
-constexpr int64_t kBytesPerThread = 1 << 15;  // fewer take less time than waking a thread
+constexpr int64_t kBytesPerThread = 1 << 15;  // fewer take less time than to share them
 
-template <typename Stored, int B, typename Activations>
-void Multiply(ffi::ThreadPool& pool, int64_t threads, const Stored* rows, const float* scale,
-              const float* x, float* y, int64_t outputs, int64_t inputs) {
-  int64_t bytes = outputs * inputs * int64_t{sizeof(Stored)};
-  threads = std::max<int64_t>(1, std::min(threads, bytes / kBytesPerThread));
-  auto product = std::make_shared<Product<Stored, B, Activations>>(
-      rows, scale, x, y, outputs, inputs, threads == 1 ? 1 : threads * kPartsPerThread);
-  for (int64_t thread = 1; thread < threads; ++thread) pool.Schedule([product] { product->Work(); });
-  product->Work();
-  // Never for a part that nobody has begun: a busy pool, or one of one thread, blocks nothing.
-  while (!product->Done()) std::this_thread::yield();
+// Tiles of R rows of a matrix, as long as there are so many.
+template <int R, int B, typename Stored, typename Activations, typename Write>
+inline void Tiles(const Activations& activations, const Stored* rows, int64_t stride, int64_t& row,
+                  int64_t last, const Write& write) {
+  for (; row + R <= last; row += R) {
+    float out[R][B];
+    activations.template Tile<R>(rows + row * stride, stride, out);
+    for (int r = 0; r < R; ++r)
+      for (int b = 0; b < B; ++b) write(row + r, b, out[r][b]);
+  }
+}
+
+// write(row, b, product) for rows first to last.
+template <int B, typename Stored, typename Activations, typename Write>
+inline void Multiply(const Activations& activations, const Stored* rows, int64_t stride,
+                     int64_t first, int64_t last, const Write& write) {
+  Tiles<Activations::kRows, B>(activations, rows, stride, first, last, write);
+  Tiles<1, B>(activations, rows, stride, first, last, write);
+}
+
+// work(b, std::integral_constant<int, B>) for blocks of B rows from b on.
+template <typename Work>
+inline void Blocks(int64_t batch, const Work& work) {
+  int64_t b = 0;
+  for (; b + 4 <= batch; b += 4) work(b, std::integral_constant<int, 4>());
+  for (; b + 2 <= batch; b += 2) work(b, std::integral_constant<int, 2>());
+  for (; b < batch; ++b) work(b, std::integral_constant<int, 1>());
 }
 
 template <typename Stored, template <int> class Activations>
-ffi::Error AllRows(ffi::ThreadPool& pool, int64_t threads, const void* data, const float* scale,
+ffi::Error AllRows(int64_t threads, const void* data, const float* scale,
                    ffi::BufferR2<ffi::F32> x, ffi::BufferR2<ffi::F32>& y) {
   int64_t batch = x.dimensions()[0], inputs = x.dimensions()[1], outputs = y.dimensions()[1];
   const Stored* rows = static_cast<const Stored*>(data);
-  const float* from = x.typed_data();
-  float* to = y.typed_data();
-  int64_t b = 0;
-  for (; b + 4 <= batch; b += 4)
-    Multiply<Stored, 4, Activations<4>>(
-        pool, threads, rows, scale, from + b * inputs, to + b * outputs, outputs, inputs);
-  for (; b + 2 <= batch; b += 2)
-    Multiply<Stored, 2, Activations<2>>(
-        pool, threads, rows, scale, from + b * inputs, to + b * outputs, outputs, inputs);
-  for (; b < batch; ++b)
-    Multiply<Stored, 1, Activations<1>>(
-        pool, threads, rows, scale, from + b * inputs, to + b * outputs, outputs, inputs);
+  int64_t bytes = outputs * inputs * int64_t{sizeof(Stored)};
+  threads = std::clamp<int64_t>(bytes / kBytesPerThread, 1, threads);
+  int64_t parts = threads == 1 ? 1 : threads * kPartsPerThread;
+  Blocks(batch, [&](int64_t b, auto block) {
+    constexpr int B = block;
+    Activations<B> activations(x.typed_data() + b * inputs, inputs);
+    float* to = y.typed_data() + b * outputs;
+    Team::Run(threads, parts, [&](int64_t part) {
+      Multiply<B>(activations, rows, inputs, part * outputs / parts, (part + 1) * outputs / parts,
+                  [&](int64_t output, int b, float product) {
+                    to[b * outputs + output] = scale ? product * scale[output] : product;
+                  });
+    });
+  });
   return ffi::Error::Success();
 }
 
-ffi::Error Int8Rows(ffi::ThreadPool pool, ffi::BufferR2<ffi::S8> rows, ffi::BufferR1<ffi::F32> scale,
+ffi::Error Int8Rows(ffi::BufferR2<ffi::S8> rows, ffi::BufferR1<ffi::F32> scale,
                     ffi::BufferR2<ffi::F32> x, ffi::Result<ffi::BufferR2<ffi::F32>> y,
                     int64_t threads) {
-  return AllRows<Int8, Int8Activations>(pool, threads, rows.untyped_data(), scale.typed_data(), x,
-                                         *y);
+  return AllRows<Int8, Int8Activations>(threads, rows.untyped_data(), scale.typed_data(), x, *y);
 }
 
-ffi::Error BFloat16Rows(ffi::ThreadPool pool, ffi::BufferR2<ffi::BF16> rows,
-                        ffi::BufferR2<ffi::F32> x, ffi::Result<ffi::BufferR2<ffi::F32>> y,
-                        int64_t threads) {
-  return AllRows<BFloat16, BFloat16Activations>(pool, threads, rows.untyped_data(), nullptr, x, *y);
+ffi::Error BFloat16Rows(ffi::BufferR2<ffi::BF16> rows, ffi::BufferR2<ffi::F32> x,
+                        ffi::Result<ffi::BufferR2<ffi::F32>> y, int64_t threads) {
+  return AllRows<BFloat16, BFloat16Activations>(threads, rows.untyped_data(), nullptr, x, *y);
+}
+
+// e^x of x <= 0, to 2^-22 of itself; of what is below -87, nearly nothing. By the coefficients of
+// Cephes' expf.
+inline Floats Exp(Floats x) {
+  x = x < -87.0f ? Floats{} - 87.0f : x;
+  constexpr float kToInteger = 3 << 22;  // added, it leaves no bits behind the point
+  Floats shifted = x * 1.44269504f + kToInteger;
+  Floats n = shifted - kToInteger;
+  Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return p * reinterpret_cast<Floats>((reinterpret_cast<Words>(shifted) + 127) << 23);
+}
+
+// Makes e^(score - greatest) of scores and adds them up.
+inline float ExpSum(float* scores, int64_t n, float greatest) {
+  Floats sums = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    Floats weights = Exp(Load<Floats>(scores + i) - greatest);
+    std::memcpy(scores + i, &weights, sizeof(weights));
+    sums += weights;
+  }
+  float sum = Sum(sums);
+  for (; i < n; ++i) sum += scores[i] = std::exp(scores[i] - greatest);
+  return sum;
+}
+
+// Attention of one new token of each row: over a prompt's slots, which P branches of S rows share,
+// over the row's own past, and over the token itself. Sizes: H heads of K numbers, T and G slots.
+template <typename Stored>
+struct CachedAttention {
+  const float *q, *k, *v;                 // [P, S, H, K]
+  const Stored *keys, *values;            // [P, H, T, K], [P, H, K, T]
+  const bool* visible;                    // [P, T]
+  const Stored *past_keys, *past_values;  // [P, S, H, G, K], [P, S, H, K, G]
+  float* out;                             // [P, S, H, K]
+  int64_t sequences, heads, width, slots, past_slots, filled;
+
+  void Head(int64_t branch, int64_t head) const {
+    Blocks(sequences, [&](int64_t s, auto block) {
+      Rows<block>(branch, branch * sequences + s, head);
+    });
+  }
+
+  template <int B>
+  void Rows(int64_t branch, int64_t row, int64_t head) const {
+    const bool* sees = visible + branch * slots;
+    int64_t seen = slots, shared = (branch * heads + head) * slots * width;
+    while (seen > 0 && !sees[seen - 1]) --seen;
+    Aligned<float> queries(B * width), to_prompt(B * seen), to_past(B * filled);
+    float to_new[B], sums[B];
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t i = 0; i < width; ++i)
+        queries[b * width + i] = q[At(row + b, head) + i] / std::sqrt(float(width));
+
+    Multiply<B>(FloatActivations<Stored, B>(&queries[0], width), keys + shared, width, 0, seen,
+                [&](int64_t slot, int b, float score) {
+                  to_prompt[b * seen + slot] =
+                      sees[slot] ? score : std::numeric_limits<float>::lowest();
+                });
+    for (int64_t b = 0; b < B; ++b) {
+      int64_t at = At(row + b, head);
+      float *of_prompt = &to_prompt[b * seen], *of_past = &to_past[b * filled];
+      Multiply<1>(FloatActivations<Stored, 1>(&queries[b * width], width),
+                  past_keys + at * past_slots, width, 0, filled,
+                  [&](int64_t slot, int, float score) { of_past[slot] = score; });
+      to_new[b] = 0;
+      for (int64_t i = 0; i < width; ++i) to_new[b] += queries[b * width + i] * k[at + i];
+      float greatest = to_new[b];
+      for (int64_t i = 0; i < seen; ++i) greatest = std::max(greatest, of_prompt[i]);
+      for (int64_t i = 0; i < filled; ++i) greatest = std::max(greatest, of_past[i]);
+      to_new[b] = std::exp(to_new[b] - greatest);
+      sums[b] = ExpSum(of_prompt, seen, greatest) + ExpSum(of_past, filled, greatest) + to_new[b];
+    }
+
+    Multiply<B>(FloatActivations<Stored, B>(&to_prompt[0], seen), values + shared, slots, 0, width,
+                [&](int64_t i, int b, float sum) { out[At(row + b, head) + i] = sum; });
+    for (int64_t b = 0; b < B; ++b) {
+      int64_t at = At(row + b, head);
+      Multiply<1>(FloatActivations<Stored, 1>(&to_past[b * filled], filled),
+                  past_values + at * past_slots, past_slots, 0, width,
+                  [&](int64_t i, int, float sum) { out[at + i] += sum; });
+      for (int64_t i = 0; i < width; ++i)
+        out[at + i] = (out[at + i] + to_new[b] * v[at + i]) / sums[b];
+    }
+  }
+
+ private:
+  int64_t At(int64_t row, int64_t head) const { return (row * heads + head) * width; }
+};
+
+template <typename Stored>
+void Attend(ffi::BufferR3<ffi::F32> q, ffi::BufferR3<ffi::F32> k, ffi::BufferR3<ffi::F32> v,
+            ffi::AnyBuffer keys, ffi::AnyBuffer values, ffi::BufferR2<ffi::PRED> visible,
+            ffi::AnyBuffer past_keys, ffi::AnyBuffer past_values, int64_t filled, float* out,
+            int64_t threads) {
+  int64_t branches = keys.dimensions()[0], rows = q.dimensions()[0], heads = q.dimensions()[1];
+  auto stored = [](ffi::AnyBuffer buffer) {
+    return static_cast<const Stored*>(buffer.untyped_data());
+  };
+  CachedAttention<Stored> attention{
+      q.typed_data(), k.typed_data(), v.typed_data(), stored(keys), stored(values),
+      visible.typed_data(), stored(past_keys), stored(past_values), out, rows / branches, heads,
+      q.dimensions()[2], keys.dimensions()[2], past_keys.dimensions()[2], filled};
+  Team::Run(threads, branches * heads, [&](int64_t part) {
+    attention.Head(part / heads, part % heads);
+  });
+}
+
+// The dtype of the cache is float32 or bfloat16.
+ffi::Error Attention(ffi::BufferR3<ffi::F32> q, ffi::BufferR3<ffi::F32> k,
+                     ffi::BufferR3<ffi::F32> v, ffi::AnyBuffer keys, ffi::AnyBuffer values,
+                     ffi::BufferR2<ffi::PRED> visible, ffi::AnyBuffer past_keys,
+                     ffi::AnyBuffer past_values, ffi::BufferR0<ffi::S32> filled,
+                     ffi::Result<ffi::BufferR3<ffi::F32>> out, int64_t threads) {
+  auto attend = keys.element_type() == ffi::BF16 ? Attend<BFloat16> : Attend<Float32>;
+  attend(q, k, v, keys, values, visible, past_keys, past_values, *filled.typed_data(),
+         out->typed_data(), threads);
+  return ffi::Error::Success();
 }
 
 }  // namespace
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(int8_rows, Int8Rows,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::BufferR2<ffi::S8>>()
                                   .Arg<ffi::BufferR1<ffi::F32>>()
                                   .Arg<ffi::BufferR2<ffi::F32>>()
@@ -436,8 +642,21 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(int8_rows, Int8Rows,
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(bfloat16_rows, BFloat16Rows,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
                                   .Arg<ffi::BufferR2<ffi::BF16>>()
                                   .Arg<ffi::BufferR2<ffi::F32>>()
                                   .Ret<ffi::BufferR2<ffi::F32>>()
+                                  .Attr<int64_t>("threads"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(cached_attention, Attention,
+                              ffi::Ffi::Bind()
+                                  .Arg<ffi::BufferR3<ffi::F32>>()
+                                  .Arg<ffi::BufferR3<ffi::F32>>()
+                                  .Arg<ffi::BufferR3<ffi::F32>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR2<ffi::PRED>>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::BufferR0<ffi::S32>>()
+                                  .Ret<ffi::BufferR3<ffi::F32>>()
                                   .Attr<int64_t>("threads"));

@@ -1,10 +1,12 @@
-"""Int8 or bfloat16 weights times a few float32 rows on a CPU, at the speed of its memory.
+"""Int8 or bfloat16 weights times a few float32 rows on a CPU, at the speed of its memory, and the
+attention of such a decoder.
 
 XLA's CPU backend has no such product: it converts each value on its own, and float32 with two or
 four times the bytes is faster. `narrow_cpu.cc` has one that converts in vector registers, written
-against the headers that jax brings for its foreign function interface. The machine's compiler
-makes a library of it once, which is kept beside what jax compiled. Where that fails, a warning says
-why, and the product is written as a sum, which XLA fuses.
+against the headers that jax brings for its foreign function interface; its attention reads what a
+cache holds, not the room that is left. The machine's compiler makes a library of it once, which is
+kept beside what jax compiled. Where that fails, a warning says why, the product is written as a
+sum, which XLA fuses, and attention is XLA's.
 """
 
 import ctypes
@@ -105,6 +107,35 @@ def _call(x_BxI: jax.Array, rows_OxI: jax.Array, scale_O: jax.Array | None) -> j
     return call(rows_OxI, *scales, x_BxI, threads=np.int64(usable_cpus()))
 
 
+def cached_attention(
+    q_RxHxK: jax.Array,
+    k_RxHxK: jax.Array,
+    v_RxHxK: jax.Array,
+    shared: tuple[jax.Array, jax.Array],
+    past: tuple[jax.Array, jax.Array],
+    visible_PxT: jax.Array,
+    filled: jax.Array,
+) -> jax.Array:
+    """[R, H, K]: attention of each row's new token to its branch's prompt, its past and itself.
+
+    Only what is visible or filled is read. It needs `available()`.
+
+    Args:
+        q_RxHxK, k_RxHxK, v_RxHxK: of the new tokens, float32.
+        shared: keys [P, H, T, K] and values [P, H, K, T], float32 or bfloat16. P divides R.
+        past: keys [R, H, G, K] and values [R, H, K, G] of the same dtype.
+        visible_PxT: bool.
+        filled: int32; slots of `past` that hold a token.
+    """
+    call = jax.ffi.ffi_call(
+        "aria_jax_cached_attention", jax.ShapeDtypeStruct(q_RxHxK.shape, jnp.float32)
+    )
+    return call(
+        *(q_RxHxK, k_RxHxK, v_RxHxK, *shared, visible_PxT, *past, filled),
+        threads=np.int64(usable_cpus()),
+    )
+
+
 def built() -> Path:
     """The library for this machine, compiled where the cache has none.
 
@@ -165,15 +196,15 @@ def _processor() -> str:
 def register(library: Path) -> None:
     """Makes the handlers of a library known to XLA."""
     symbols = ctypes.CDLL(str(library))
-    for kind in ("int8", "bfloat16"):
-        handler = jax.ffi.pycapsule(getattr(symbols, f"{kind}_rows"))
-        jax.ffi.register_ffi_target(f"aria_jax_{kind}_rows", handler, platform="cpu")
+    for name in ("int8_rows", "bfloat16_rows", "cached_attention"):
+        handler = jax.ffi.pycapsule(getattr(symbols, name))
+        jax.ffi.register_ffi_target(f"aria_jax_{name}", handler, platform="cpu")
 
 
 def check() -> None:
-    """Raises NotBuilt where the registered handlers give other products than NumPy.
+    """Raises NotBuilt where the registered handlers give other numbers than NumPy.
 
-    By small integers, whose sums are exact; by every width of the tiles, and by lengths that
+    Products of small integers, whose sums are exact; every width of the tiles, and lengths that
     vectors of no size divide.
     """
     random = np.random.default_rng(0)
@@ -191,6 +222,47 @@ def check() -> None:
     ):
         if not np.array_equal(found, expected):
             raise NotBuilt(f"the compiled product of {kind} is wrong")
+    with jax.default_device(cpu):
+        _check_attention(random)
+
+
+def _check_attention(random: np.random.Generator) -> None:
+    """Two branches of seven rows, with numbers that bfloat16 has."""
+    branches, sequences, heads, width, slots, past_slots, filled = 2, 7, 2, 20, 37, 11, 9
+    rows = branches * sequences
+
+    def numbers(*shape: int) -> np.ndarray:
+        return random.integers(-8, 9, shape).astype(np.float32) / 4
+
+    q, k, v = numbers(3, rows, heads, width)
+    shared = numbers(branches, heads, slots, width), numbers(branches, heads, width, slots)
+    past = numbers(rows, heads, past_slots, width), numbers(rows, heads, width, past_slots)
+    visible_PxT = (random.random((branches, slots)) < 0.7) & (np.arange(slots) < 30)
+
+    keys_RxHxNxK, values_RxHxKxN = (
+        np.concatenate(
+            [
+                np.repeat(of_prompt, sequences, axis=0),
+                np.take(of_past, range(filled), axis=axis),
+                np.expand_dims(new, axis),
+            ],
+            axis=axis,
+        )
+        for of_prompt, of_past, new, axis in zip(shared, past, (k, v), (2, 3), strict=True)
+    )
+    seen_RxN = np.ones((rows, slots + filled + 1), bool)
+    seen_RxN[:, :slots] = np.repeat(visible_PxT, sequences, axis=0)
+    scores_RxHxN = np.einsum("rhk,rhnk->rhn", q, keys_RxHxNxK) / width**0.5
+    weights_RxHxN = np.exp(scores_RxHxN) * seen_RxN[:, None]
+    sums_RxHxK = np.einsum("rhn,rhkn->rhk", weights_RxHxN, values_RxHxKxN)
+    expected_RxHxK = sums_RxHxK / weights_RxHxN.sum(-1, keepdims=True)
+    for dtype in (jnp.float32, jnp.bfloat16):
+        stored, stored_past = jax.tree.map(lambda x, dtype=dtype: x.astype(dtype), (shared, past))
+        found = jax.jit(cached_attention)(
+            q, k, v, stored, stored_past, visible_PxT, np.int32(filled)
+        )
+        if not np.allclose(found, expected_RxHxK, rtol=1e-5, atol=1e-5):
+            raise NotBuilt(f"the compiled attention of {dtype.__name__} is wrong")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from aria_jax.generate.cache import LayerCache, _cached_attention
 from aria_jax.kernels import narrow_cpu
 
 needs_compiler = pytest.mark.skipif(not narrow_cpu.available(), reason="needs a C++ compiler")
@@ -161,6 +162,52 @@ def test_a_wrong_product_is_not_used(not_loaded, monkeypatch):
         narrow_cpu._loaded.cache_clear()
         with pytest.warns(UserWarning, match=f"the compiled product of {wrong} is wrong"):
             assert not narrow_cpu.available()
+
+
+@needs_compiler
+@pytest.mark.parametrize("filled", [0, 40])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attention_equals_the_compilers(dtype, filled):
+    """Two branches of five rows; slots that hold nothing are not read, whatever is in them."""
+    rng = np.random.default_rng(0)
+
+    def numbers(*shape):
+        return jnp.asarray(2 * rng.normal(size=shape).astype(np.float32)).astype(dtype)
+
+    q, k, v = numbers(3, 10, 3, 16).astype(jnp.float32)
+    shared = LayerCache(numbers(2, 3, 70, 16), numbers(2, 3, 16, 70))
+    past = LayerCache(numbers(10, 3, 50, 16), numbers(10, 3, 16, 50))
+    visible = jnp.asarray(rng.random((2, 70)) < 0.5) & (jnp.arange(70) < 66)
+    wide = [LayerCache(*(x.astype(jnp.float32) for x in cache)) for cache in (shared, past)]
+    expected = _cached_attention(q, k, v, *wide, visible, jnp.int32(filled), on_cpu=False)
+    garbage = jnp.arange(50) >= filled
+    past = LayerCache(
+        jnp.where(garbage[:, None], jnp.nan, past.keys).astype(dtype),
+        jnp.where(garbage, jnp.nan, past.values).astype(dtype),
+    )
+    found = narrow_cpu.cached_attention(q, k, v, shared, past, visible, jnp.int32(filled))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)  # values reach 8
+
+
+@needs_compiler
+def test_attention_to_far_scores():
+    """Weights that no float32 can hold are nothing, and none becomes infinite."""
+    q = jnp.full((1, 1, 4), 100.0)
+    keys = jnp.linspace(-1, 1, 24)[None, None, :, None] * jnp.ones((1, 1, 1, 4))
+    values = jnp.arange(96.0).reshape(1, 1, 4, 24)
+    cache, none = (keys, values), (keys[:, :, :0], values[..., :0])
+    seen = jnp.ones((1, 24), bool)
+    found = narrow_cpu.cached_attention(q, -q / 100, q, cache, none, seen, jnp.int32(0))
+    np.testing.assert_allclose(found[0, 0], values[0, 0, :, -1], rtol=1e-6)
+
+
+@needs_compiler
+def test_wrong_attention_is_not_used(not_loaded, monkeypatch):
+    monkeypatch.setattr(narrow_cpu, "built", lambda: narrow_cpu.SOURCE)
+    monkeypatch.setattr(narrow_cpu, "register", lambda library: None)
+    monkeypatch.setattr(narrow_cpu, "cached_attention", lambda q, *others: q)
+    with pytest.warns(UserWarning, match="the compiled attention of float32 is wrong"):
+        assert not narrow_cpu.available()
 
 
 def test_another_source_flag_or_processor_is_another_library(monkeypatch):
