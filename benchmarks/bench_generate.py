@@ -69,11 +69,11 @@ def memory_bandwidth(gigabytes: float) -> Callable[[], float]:
     return measured
 
 
-def bytes_per_token(weights: DecoderWeights, cache_slots: int) -> int:
+def bytes_per_token(weights: DecoderWeights, n_cached: int) -> int:
     """What one step must read: every matrix (of the embedding one row), keys and values."""
     leaves = jax.tree.leaves((weights.blocks, weights.head, weights.norm_scale_D))
     d_model = weights.embedding_VxD.shape[1]
-    cache = 2 * len(weights.blocks) * cache_slots * d_model * weights.embedding_VxD.dtype.itemsize
+    cache = 2 * len(weights.blocks) * n_cached * d_model * weights.embedding_VxD.dtype.itemsize
     return sum(leaf.nbytes for leaf in leaves) + cache
 
 
@@ -276,9 +276,8 @@ def main() -> None:
         seconds = float(np.median(speeds.one))
         if precision == "float32":
             result["grammar_share"] = grammar_seconds(prompt, args.rounds) / seconds
-        n_new = (args.rounds + 1) * args.tokens + 8
-        slots = -(-len(prompt) // 256) * 256 + -(-n_new // 256) * 256
-        read = bytes_per_token(weights, slots)
+        # Of the generated tokens so many are there on average.
+        read = bytes_per_token(weights, len(prompt) + args.tokens * (args.rounds + 2) // 2)
         result[precision] = {
             "tokens_per_s": 1 / seconds,
             "bandwidth_gb_s": float(np.median(speeds.bandwidth)) / 1e9,

@@ -137,9 +137,14 @@ def decoder_weights(model: Model, precision: Precision = "float32") -> DecoderWe
         UserError: the model has no language head.
     """
 
+    large_pages = narrow_cpu.LargePages()
+
     def matrix(array: jax.Array, index: tuple) -> DecodingMatrix:
         sharding = _rows_sharding(array, index)
-        return _rows(array[index], precision=precision, sharding=sharding)
+        made = _rows(array[index], precision=precision, sharding=sharding)
+        if sharding is not None or not narrow_cpu.on_cpu():
+            return made
+        return dataclasses.replace(made, rows_OxI=large_pages.put(made.rows_OxI))
 
     weights = _decoder_layout(
         model.config, split_model(model)[1], matrix, lambda array, index: array[index]

@@ -1,6 +1,7 @@
 """The CPU's product is exact, for any number of rows and any cut over threads."""
 
 import functools
+import mmap
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -208,6 +209,28 @@ def test_wrong_attention_is_not_used(not_loaded, monkeypatch):
     monkeypatch.setattr(narrow_cpu, "cached_attention", lambda q, *others: q)
     with pytest.warns(UserWarning, match="the compiled attention of float32 is wrong"):
         assert not narrow_cpu.available()
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="needs Linux")
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16", "float32"])
+def test_large_pages_hold_the_same_numbers(dtype, monkeypatch):
+    monkeypatch.setattr(narrow_cpu.LargePages, "MIN_ARRAY", 100)
+    monkeypatch.setattr(narrow_cpu.LargePages, "CHUNK", 5000)
+    pages = narrow_cpu.LargePages()
+    arrays = [jnp.arange(n * 7).reshape(n, 7).astype(dtype) for n in (3, 50, 120, 400)]
+    found = [pages.put(array) for array in arrays]
+    for one, other in zip(found, arrays, strict=True):
+        assert one.dtype == other.dtype and one.sharding == other.sharding
+        np.testing.assert_array_equal(one, other)
+    assert found[0] is arrays[0]  # too small
+    in_memory = np.frombuffer(pages._memory, np.uint8).ctypes.data
+    assert in_memory <= found[-1].unsafe_buffer_pointer() < in_memory + len(pages._memory)
+
+
+def test_a_system_without_large_pages(monkeypatch):
+    monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    array = jnp.zeros(narrow_cpu.LargePages.MIN_ARRAY, jnp.int8)
+    assert narrow_cpu.LargePages().put(array) is array
 
 
 def test_another_source_flag_or_processor_is_another_library(monkeypatch):
