@@ -83,4 +83,3 @@ def pytest_collection_modifyitems(items):
             Path(__file__).parent / "aria_jax"
         ):
             item.add_marker("optimized")
-

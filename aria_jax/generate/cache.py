@@ -233,6 +233,17 @@ def _cached_attention(
     return from_prompt.reshape(rows, heads, width) + from_past + to_new * v_RxHxK
 
 
+def _once_read(value: jax.Array, read: jax.Array) -> jax.Array:
+    """`value`, which goes into the cache that `read` was read from, and depends on it: so that the
+    compiler writes later, and in place.
+
+    `optimization_barrier` would say so, but XLA's CPU backend drops it before it decides what to
+    copy (jaxlib 0.10.2), which is every cache twice at every token, and four times if it were read
+    once it is written.
+    """
+    return value + 0 * read
+
+
 def decode_step(
     weights: DecoderWeights,
     prompt: PromptCache,
@@ -258,10 +269,7 @@ def decode_step(
         attended = _cached_attention(
             q, k, v, shared, past, prompt.visible_PxT, filled, weights.head.on_cpu
         )
-        # What is written depends on what was read, so that the compiler writes later and in place.
-        # `optimization_barrier` would say so, but XLA's CPU backend drops it before it decides what
-        # to copy (jaxlib 0.10.2): every cache twice at every token.
-        k, v = k + 0 * attended, v + 0 * attended
+        k, v = _once_read(k, attended), _once_read(v, attended)
         x_Rx1xD = attn_out_and_mlp(block, x_Rx1xD, attended.reshape(x_Rx1xD.shape))
         layers.append(
             LayerCache(
@@ -320,7 +328,7 @@ def extend_cache(
     for block, past in zip(weights.blocks, cache, strict=True):
         q, k, v = _queries_keys_values(block, x_1xCxD, cos, sin, weights.n_heads)
         attended = _attend_past_and_chunk(q, k, v, past, start)
-        k, v = k + 0 * attended, v + 0 * attended  # written after it is read: see `decode_step`
+        k, v = _once_read(k, attended), _once_read(v, attended)
         x_1xCxD = attn_out_and_mlp(block, x_1xCxD, attended.reshape(x_1xCxD.shape))
         layers.append(
             LayerCache(

@@ -39,6 +39,29 @@ def generate(model, prompt, *, n=1, seed=0, condition=None, mesh=None, precision
     return ids
 
 
+@pytest.mark.parametrize("handler", [True, False])
+def test_a_step_writes_into_the_cache_and_copies_none(tiny_model, handler, monkeypatch):
+    if not handler:
+        monkeypatch.setattr(narrow_cpu, "available", lambda: False)
+    weights = decoder_weights(tiny_model)
+    _, prompt = jax.eval_shape(prefill, weights, jnp.zeros(512, int), jnp.int32(300))
+    cache = empty_cache(weights, 2, 24)
+    text = (
+        jax.jit(lambda *args: decode_step(*args), donate_argnums=2)  # traced anew for each handler
+        .lower(weights, prompt, cache, jnp.zeros(2, int), jnp.int32(0))
+        .compile()
+        .as_text()
+    )
+    shapes = {
+        str(list(part.shape)).replace(" ", "")
+        for layer in cache
+        for part in (layer.keys, layer.values)
+    }
+    lines = [line for line in text.splitlines() if any(shape in line for shape in shapes)]
+    assert any("dynamic-update-slice" in line or "fusion" in line for line in lines)
+    assert not [line for line in lines if " copy(" in line]
+
+
 def test_cached_steps_equal_the_whole_network(tiny_model):
     """Prefill of 300 ids, then two rows of different ids, one position at a time."""
     rng = np.random.default_rng(0)
