@@ -202,9 +202,10 @@ def find_tasks(
 ) -> list[BenchmarkTask]:
     """The tasks that a table's labels make possible, in the paper's order.
 
-    A data set (top folder) has a task where half of its files carry the label, or where the label
-    came with a published split: its own ({category: {split: {path: label}}}), or a label "split" of
-    the files that names "train" and another. Data sets of one genre each make one task together.
+    A data set (top folder; all files where those would make no task) has one where half of its
+    files carry the label, or where the label came with a published split: its own ({category:
+    {split: {path: label}}}), or a label "split" of the files that names "train" and another. Data
+    sets of one genre each make one task together.
 
     Args:
         max_per_class: files of a class that are drawn, at most.
@@ -221,38 +222,39 @@ def find_tasks(
     if unknown := sorted(set(cross_validate) - set(folders)):
         known = ", ".join(sorted(rows_of))
         raise UserError(f"no data set {unknown[0]!r} to cross-validate; there are {known}")
-    tasks = []
-    for category in CATEGORIES:
-        labelled = _Labelled(table, category, min_per_class, max_per_class, seed)
-        values, of_one = labelled.values, {}
-        for folder, mine in sorted(rows_of.items()):
-            of_file = table.column(f"{category}_split")
-            own = any(of_file[i] for i in mine)
-            if published_split and not own:
-                of_file = table.column("split")
-            names = {of_file[i] for i in mine if values[i]} - {None}
-            split = own or ("train" in names and len(names) > 1)
-            rows = [i for i in mine if values[i]]
-            if not own and 2 * len(rows) < len(mine):
-                continue
-            used = of_file if split and folder not in cross_validate else None
-            task = labelled.task(folder, rows, used)
-            if task is not None:
-                tasks.append(task)
-            elif category == "genre" and len({values[i] for i in rows}) == 1:
-                of_one[folder] = rows
-        rows = [i for mine in of_one.values() for i in mine]
-        together = labelled.task("+".join(of_one), rows, None)
-        if together is not None:
-            note = "each class is of other data sets, whose making may be told apart too"
-            tasks.append(replace(together, notes=(*together.notes, note)))
-    if not tasks:
-        raise UserError(
-            "no task found: none of the labels "
-            f"{', '.join(CATEGORIES)} has two classes of {min_per_class} files; "
-            "is there a metadata.json beside the files?"
-        )
-    return tasks
+    # Where there is none, the folders are perhaps the classes of one data set.
+    for sets in (rows_of, {"": list(range(len(folders)))}):
+        tasks = []
+        for category in CATEGORIES:
+            labelled = _Labelled(table, category, min_per_class, max_per_class, seed)
+            values, of_one = labelled.values, {}
+            for folder, mine in sorted(sets.items()):
+                of_file = table.column(f"{category}_split")
+                own = any(of_file[i] for i in mine)
+                if published_split and not own:
+                    of_file = table.column("split")
+                names = {of_file[i] for i in mine if values[i]} - {None}
+                split = own or ("train" in names and len(names) > 1)
+                rows = [i for i in mine if values[i]]
+                if not own and 2 * len(rows) < len(mine):
+                    continue
+                used = of_file if split and folder not in cross_validate else None
+                task = labelled.task(folder, rows, used)
+                if task is not None:
+                    tasks.append(task)
+                elif category == "genre" and len({values[i] for i in rows}) == 1:
+                    of_one[folder] = rows
+            rows = [i for mine in of_one.values() for i in mine]
+            together = labelled.task("+".join(of_one), rows, None)
+            if together is not None:
+                note = "each class is of other data sets, whose making may be told apart too"
+                tasks.append(replace(together, notes=(*together.notes, note)))
+        if tasks:
+            return tasks
+    raise UserError(
+        f"no task found: none of the labels {', '.join(CATEGORIES)} has two classes of "
+        f"{min_per_class} files; is there a metadata.json beside the files?"
+    )
 
 
 Results = Mapping[str, Mapping[str, ProbeResult]]

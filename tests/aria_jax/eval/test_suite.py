@@ -42,6 +42,16 @@ def test_finds_the_tasks_of_each_data_set(rows):
     assert tasks[0].splits is None and not tasks[0].notes
 
 
+def test_folders_that_are_classes_make_one_data_set():
+    rows = [
+        (f"{who}/{i}.mid", {"pianist": who}) for who in ("yiruma", "hancock") for i in range(12)
+    ]
+    [task] = find_tasks(table(rows))
+    assert task.name == "pianist" and len(task.rows) == 24 and len(set(task.groups)) == 24
+    with pytest.raises(UserError, match="no task found"):
+        find_tasks(table(rows[:12]))
+
+
 def test_published_splits_are_kept():
     rows = [
         (
