@@ -136,6 +136,8 @@ def bench(preset: str, steps: int, rounds: int, data: Path) -> dict:
     if "torch" in seconds:
         for name in (name for name in seconds if name.startswith("aria_jax")):
             result[f"{name} / torch"] = round(seconds["torch"] / seconds[name], 3)
+    else:
+        result["torch"] = "not installed (pip install torch)"
     return result
 
 
