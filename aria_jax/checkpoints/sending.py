@@ -76,7 +76,7 @@ class Sender:
     def __init__(self, path: Path, only: Callable[[str], bool], every_s: float = 30.0):
         self._path, self._only, self._every_s = path, only, every_s
         self._ended = threading.Event()
-        self._failure: UserError | None = None
+        self._failure: UserError | OSError | None = None
         self._thread = threading.Thread(target=self._run, name="sender", daemon=True)
         self._thread.start()
 
@@ -95,6 +95,6 @@ class Sender:
         while not self._ended.wait(self._every_s):
             try:
                 storage.upload(self._path, only=self._only)
-            except UserError as error:
+            except (UserError, OSError) as error:
                 self._failure = error
                 return

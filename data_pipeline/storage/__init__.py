@@ -22,7 +22,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fcntl import LOCK_EX, flock
@@ -248,7 +248,7 @@ def _bring(path: Path, of: Object) -> None:
 def _forget_missing(path: Path, objects: Mapping[str, Object]) -> None:
     """Removes files that were brought or sent and whose objects are gone; and a file in the way."""
     known = _known(path)
-    for one in [known] if known.is_file() else [p for p in known.rglob("*") if p.is_file()]:
+    for one in [known] if known.is_file() else list(_files_below(known)):
         name = "" if one == known else one.relative_to(known).as_posix()
         if name not in objects and not name.endswith(".part"):
             if one.stat().st_size:
@@ -277,7 +277,7 @@ def _make_room(path: Path, n_bytes: int) -> None:
     asked = float(os.environ.get("ARIA_JAX_CACHE_GB") or 0) * 1e9
     if not asked and n_bytes < 0.9 * free:
         return
-    notes = sorted((p for p in (root / _KNOWN).rglob("*") if p.is_file()), key=_used_at)
+    notes = sorted(_files_below(root / _KNOWN), key=_used_at)
     files = {root / note.relative_to(root / _KNOWN): note for note in notes}
     sizes = {file: _size(file) for file in files}
     used = sum(sizes.values())
@@ -296,6 +296,14 @@ def _make_room(path: Path, n_bytes: int) -> None:
             file.unlink(missing_ok=True)
             files[file].unlink(missing_ok=True)
             used -= size
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """But for what is removed meanwhile: a checkpoint goes in one thread, what lies beside it is
+    sent in another. (`Path.rglob` fails then.)
+    """
+    for where, _, names in os.walk(folder):
+        yield from (Path(where, name) for name in names)
 
 
 def _used_at(note: Path) -> int:
@@ -332,7 +340,7 @@ def upload(path: Path, *, last: str = "", only: Callable[[str], bool] | None = N
         return 0
     names = [""]
     if path.is_dir():
-        below = (p.relative_to(path).as_posix() for p in sorted(path.rglob("*")) if p.is_file())
+        below = (p.relative_to(path).as_posix() for p in sorted(_files_below(path)))
         names = [name for name in below if not any(part[0] == "." for part in name.split("/"))]
     there = listing(path)
     todo = [

@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import shutil
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -103,6 +105,33 @@ def test_what_is_made_in_the_mirror_is_sent_once_and_last_things_last(bucket, fo
     assert files_below(out / "bus").keys() == {"b.bin", "deep/Schöne Müllerin.mid"}
     storage.remove(out)
     assert not bucket.names() and not out.exists()
+
+
+def test_what_is_removed_while_it_is_looked_at_is_not_sent(monkeypatch, tmp_path):
+    """As a checkpoint is, of which only what lies beside it is sent."""
+    monkeypatch.setenv("ARIA_JAX_CACHE", str(tmp_path))
+    run, sent, ended = storage.place("gs://bucket/run"), [], threading.Event()
+    monkeypatch.setattr(storage, "listing", lambda path: {})
+    monkeypatch.setattr(storage, "_send", lambda path: sent.append(path.name))
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("{}")
+
+    def checkpoints_come_and_go():
+        while not ended.is_set():
+            for step in range(8):
+                (run / f"checkpoints/{step}/params/d").mkdir(parents=True)
+            for step in range(8):
+                shutil.rmtree(run / f"checkpoints/{step}")
+
+    with ThreadPoolExecutor(1) as pool:
+        going = pool.submit(checkpoints_come_and_go)
+        try:
+            for _ in range(200):
+                storage.upload(run, only=lambda name: "checkpoints" not in name)
+        finally:
+            ended.set()
+        going.result()
+    assert sent == ["metrics.jsonl"] * 200
 
 
 @pytest.fixture
