@@ -83,6 +83,7 @@ def children(pid):
     return sorted(map(int, listed))  # started in that order
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns_and_one_goes_on(corpus, tmp_path, alone):
     two = train(corpus, tmp_path, *TWO)
     assert two.returncode == 0, two.stderr[-2000:]
