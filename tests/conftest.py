@@ -6,7 +6,9 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import shutil
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,12 @@ from tests.golden.arrays import unpack_golden
 from tests.hub import model_hub  # noqa: F401
 from tests.tiny_models import duet_engine, duet_model, tiny_models  # noqa: F401
 
-# Many tests, and the programs they start, compile the same functions: they are kept, for the next
-# time too. jax names them by program, flags and versions, and drops what was not used for longest.
-os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache/compiled")
-)
-os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.02")
+# Many tests, and the programs they start, compile the same functions: they are kept for the
+# session. Its workers find the folder in their environment.
+_MADE_HERE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if _MADE_HERE:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="aria-jax-compiled-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
 
 # Before jax is imported anywhere: eight virtual CPU devices, so that sharding is tested everywhere.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -83,3 +84,9 @@ def pytest_collection_modifyitems(items):
             Path(__file__).parent / "aria_jax"
         ):
             item.add_marker("optimized")
+
+
+def pytest_unconfigure():
+    """Removes what this process made."""
+    if _MADE_HERE:
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
