@@ -146,8 +146,10 @@ def test_a_pod_whose_machines_are_taken_away(bucket, corpus, tmp_path, capsys):
     assert again == {at: pytest.approx(loss, rel=1e-5) for at, loss in once.items()}
     status = read_status(local)
     assert status.starts == len(PLAN) and status.step == STEPS
-    # A record is sent with each checkpoint, so nothing was seen done that was not saved.
-    assert all(lost < EVERY for lost in status.lost_steps)
+    # What is lost is what came after the last checkpoint that is whole: one that was being written
+    # is none, and training goes on meanwhile, up to the next.
+    for lost, (_, _, when) in zip(status.lost_steps, PLAN, strict=False):
+        assert lost < (2 * EVERY if when == "writing" else EVERY)
     assert main(["train", "--status", where]) == 0
     assert f"started {len(PLAN)} times" in capsys.readouterr().out
     with capsys.disabled():
