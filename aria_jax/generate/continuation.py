@@ -46,9 +46,9 @@ class Continuation:
         that the model plays too are on another channel.
         """
         if self.by_origin:
-            theirs, others = self.by_origin
-            notes = np.concatenate([theirs.notes, others.notes])
-            return replace(theirs, notes=notes[np.argsort(notes["start"], kind="stable")])
+            given, generated = self.by_origin
+            notes = np.concatenate([given.notes, generated.notes])
+            return replace(given, notes=notes[np.argsort(notes["start"], kind="stable")])
         return self.tokenizer.decode(np.concatenate([self.prompt_ids, self.ids]))
 
     @cached_property

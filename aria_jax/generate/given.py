@@ -81,17 +81,20 @@ class GivenTracks:
 
         What both play is on a channel of its own in the former, as long as there are channels.
         """
-        whole, given = np.concatenate([self.prompt, ids]), self.is_given(tokenizer, ids)
+        whole, is_given = np.concatenate([self.prompt, ids]), self.is_given(tokenizer, ids)
         sounds = np.isin(tokenizer.kind[whole], (Kind.NOTE, Kind.DRUM, *PARTS))
-        theirs, others = tokenizer.decode(whole[given | ~sounds]), tokenizer.decode(whole[~given])
-        free = [c for c in range(16) if c != DRUM_CHANNEL and c not in others.programs["channel"]]
-        both = np.intersect1d(theirs.notes["channel"], others.notes["channel"])
-        notes, programs = theirs.notes.copy(), theirs.programs
+        generated = tokenizer.decode(whole[~is_given])
+        given = tokenizer.decode(whole[is_given | ~sounds])
+        free = [
+            c for c in range(16) if c != DRUM_CHANNEL and c not in generated.programs["channel"]
+        ]
+        both = np.intersect1d(given.notes["channel"], generated.notes["channel"])
+        notes, programs = given.notes.copy(), given.programs
         for channel, other in zip(both[both != DRUM_CHANNEL], free, strict=False):
-            notes["channel"][theirs.notes["channel"] == channel] = other
+            notes["channel"][given.notes["channel"] == channel] = other
             program = programs["program"][programs["channel"] == channel][0]
             programs = np.append(programs, np.array([(0, program, other)], PROGRAM))
-        return replace(theirs, notes=notes, programs=programs), others
+        return replace(given, notes=notes, programs=programs), generated
 
 
 def given_tracks(

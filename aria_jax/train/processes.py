@@ -263,7 +263,7 @@ class Peers:
         leave: called once, with one sentence, when another is gone. Does not return.
         after_s: seconds without a sign of life.
         every_s: seconds between two.
-        client: of jax's coordination service; None where the process is alone.
+        client: of jax's coordination service; None asks jax, which has none for one that is alone.
         index: of this process; None asks jax.
     """
 
@@ -335,22 +335,22 @@ class Peers:
 
 
 @contextmanager
-def leaving_together(leave: Callable[[str], None] | None = None, **peers: Any) -> Iterator[None]:
+def leaving_together(leave: Callable[[str], None] | None = None, **options: Any) -> Iterator[None]:
     """While it is entered, whoever learns that another process is gone leaves with one line.
 
     Args:
         leave: instead of printing that line and ending this process.
-        peers: further arguments of `Peers`.
+        options: further arguments of `Peers`.
     """
-    others = Peers(_leave_at_once if leave is None else leave, **peers)
+    peers = Peers(_leave_at_once if leave is None else leave, **options)
     try:
         yield
     except Exception as error:
         if (reason := lost_contact(error)) is None:
             raise
-        others.lost(reason)
+        peers.lost(reason)
     finally:
-        others.close()
+        peers.close()
 
 
 def _leave_at_once(reason: str) -> NoReturn:

@@ -303,7 +303,7 @@ def _files_below(folder: Path) -> Iterator[Path]:
     sent in another. (`Path.rglob` fails then.)
     """
     for where, _, names in os.walk(folder):
-        yield from (Path(where, name) for name in names)
+        yield from (path for name in names if (path := Path(where, name)).is_file())
 
 
 def _used_at(note: Path) -> int:
