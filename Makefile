@@ -38,9 +38,11 @@ demo: setup ## sample corpus, training, embeddings, probe, continuation, report 
 # Parity with the reference and resuming bit for bit are proven of the code that users run.
 QUICK := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
 FAST := not slow and not aot and not aot_gpu
+# Two workers take half of the list each, so that what a file's tests share is made once, and the
+# first to end takes of what the other has left.
 test: setup ## the test suite
-	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(BIN)/python -m pytest -n 2 -m "$(FAST) and not optimized"
-	$(BIN)/python -m pytest -n 2 -m "$(FAST) and optimized"
+	XLA_FLAGS="$(QUICK) $$XLA_FLAGS" $(BIN)/python -m pytest -n 2 --dist worksteal -m "$(FAST) and not optimized"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "$(FAST) and optimized"
 
 test-slow: setup ## the tests that take minutes
 	$(BIN)/python -m pytest -m "slow"

@@ -6,6 +6,7 @@ import os
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import shutil
 import signal
 import tempfile
@@ -13,11 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.buckets import _networks, bucket  # noqa: F401
-from tests.corpora import corpus, midi_corpus  # noqa: F401  fixtures for every room
 from tests.golden.arrays import unpack_golden
-from tests.hub import model_hub  # noqa: F401
-from tests.tiny_models import duet_engine, duet_model, tiny_models  # noqa: F401
 
 # Many tests, and the programs they start, compile the same functions: they are kept for the
 # session. Its workers find the folder in their environment.
@@ -35,6 +32,9 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
+
+# Fixtures for every room; imported once the environment above is set, for they import jax.
+pytest_plugins = ("tests.buckets", "tests.corpora", "tests.hub", "tests.tiny_models")
 
 _SHARED = Path(os.environ.get("ARIA_JAX_SHARED", Path(__file__).parents[2] / "shared"))
 
@@ -84,6 +84,14 @@ def pytest_collection_modifyitems(items):
             Path(__file__).parent / "aria_jax"
         ):
             item.add_marker("optimized")
+
+
+def pytest_collection_finish():
+    """What was imported stays: the collector, which jax's many small objects call often, is not to
+    walk through it each time.
+    """
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 10)
 
 
 def pytest_unconfigure():
