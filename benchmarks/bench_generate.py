@@ -73,7 +73,7 @@ def bytes_per_token(weights: DecoderWeights, n_cached: int) -> int:
     """What one step must read: every matrix (of the embedding one row), keys and values."""
     leaves = jax.tree.leaves((weights.blocks, weights.head, weights.norm_scale_D))
     d_model = weights.embedding_VxD.shape[1]
-    cache = 2 * len(weights.blocks) * n_cached * d_model * weights.embedding_VxD.dtype.itemsize
+    cache = 2 * len(weights.blocks) * n_cached * d_model * weights.cache_dtype.itemsize
     return sum(leaf.nbytes for leaf in leaves) + cache
 
 
@@ -246,7 +246,7 @@ def check_same_network(weights: DecoderWeights, model, prompt: np.ndarray) -> No
     _, cache = jax.jit(prefill)(weights, jnp.asarray(padded), jnp.int32(len(prompt)))
     token = jnp.array([TOKENIZER.first_note_id])
     logits, _ = jax.jit(decode_step)(
-        weights, cache, empty_cache(weights, 1, 8), token, jnp.int32(0)
+        weights, cache, empty_cache(weights, 1, 8, dtype=weights.cache_dtype), token, jnp.int32(0)
     )
     expected = model(jnp.append(jnp.asarray(prompt), token)[None])[0, -1]
     np.testing.assert_allclose(logits[0], expected, atol=1e-3)

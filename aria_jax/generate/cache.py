@@ -6,7 +6,7 @@ those of generated tokens once per row. T is the number of prompt slots, G of ge
 are static, padded and masked. Reference: aria/inference/model_cuda.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -129,7 +129,7 @@ def prefill(
         x_PxTxD = attn_out_and_mlp(
             block, x_PxTxD, _causal_attention(q, shared, visible_PxT).reshape(x_PxTxD.shape)
         )
-        layers.append(shared)
+        layers.append(LayerCache(*(x.astype(weights.cache_dtype) for x in shared)))
     last_PxD = jax.lax.dynamic_index_in_dim(x_PxTxD, length - 1, axis=1, keepdims=False)
     return _logits(weights, last_PxD), PromptCache(
         layers=tuple(layers), visible_PxT=visible_PxT, next_position=length.astype(jnp.int32)
@@ -159,14 +159,14 @@ def prefill_each(
 
 
 def empty_cache(
-    weights: DecoderWeights, rows: int, slots: int, mesh: Mesh | None = None
+    weights: DecoderWeights, rows: int, slots: int, mesh: Mesh | None = None, dtype: Any = None
 ) -> tuple[LayerCache, ...]:
     """Zeros for the keys and values of generated tokens.
 
     On a mesh rows spread as batches do and heads as attention's weights do, where they divide.
+    `dtype` is `weights.cache_dtype` for `decode_step`, and for the others the activations'.
     """
-    d_model = weights.embedding_VxD.shape[1]
-    dtype, width = weights.embedding_VxD.dtype, d_model // weights.n_heads
+    width, dtype = weights.embedding_VxD.shape[1] // weights.n_heads, dtype or weights.dtype
     placement = None if mesh is None else cache_sharding(mesh, rows, weights.n_heads)
     return tuple(
         LayerCache(
@@ -269,7 +269,7 @@ def decode_step(
         attended = _cached_attention(
             q, k, v, shared, past, prompt.visible_PxT, filled, weights.head.on_cpu
         )
-        k, v = _once_read(k, attended), _once_read(v, attended)
+        k, v = (_once_read(x, attended).astype(past.keys.dtype) for x in (k, v))
         x_Rx1xD = attn_out_and_mlp(block, x_Rx1xD, attended.reshape(x_Rx1xD.shape))
         layers.append(
             LayerCache(

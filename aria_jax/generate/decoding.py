@@ -329,7 +329,7 @@ def decode(
     logits_PxV, prompt_cache = _prefill(weights, jnp.asarray(padded), length, condition)
     n_branches = logits_PxV.shape[0]
     slots = _padded_size(min(settings.max_tokens, max(room, later_room)))
-    cache = empty_cache(weights, n_branches * n_sequences, slots, mesh)
+    cache = empty_cache(weights, n_branches * n_sequences, slots, mesh, weights.cache_dtype)
     grammar: AnyGrammar | None = None
     in_grammar: AnyState = None
     if given is not None:

@@ -97,6 +97,18 @@ class DecoderWeights:
         return self.config.n_heads
 
     @property
+    def dtype(self) -> jnp.dtype:
+        """Of activations."""
+        return self.embedding_VxD.dtype
+
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        """Of keys and values that are read at every step: as narrow as the weights, where the
+        attention is there that reads such on a CPU."""
+        narrow = self.head.on_cpu and narrow_cpu.available()
+        return jnp.dtype(jnp.bfloat16) if narrow else self.dtype
+
+    @property
     def max_seq_len(self) -> int:
         """Positions the model was made for."""
         return self.config.max_seq_len

@@ -4,8 +4,8 @@
 // Values become numbers of a vector register on their way to a product, at a cost low enough that
 // memory is all that a product with one row of activations waits for:
 // - bfloat16: of a 32-bit word a shift makes one float, a mask the other.
-// - int8, on x86: activations are written as integers of a common step, and those as digits of a byte,
-//   which are multiplied as integers (VNNI, or the multiply-adds that AVX2 has).
+// - int8, on x86: activations are written as integers of a common step, and those as digits, which
+//   are multiplied as integers: bytes with VNNI, with AVX2 alone two bytes at a time.
 // - int8 elsewhere, and of several rows without VNNI: bytes are widened and converted.
 //
 // Sizes: B rows of activations, O outputs, I inputs.
@@ -26,6 +26,11 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#define HAS_INTEGER_PRODUCTS 1
+#else
+#define HAS_INTEGER_PRODUCTS 0
+#endif
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
 #define HAS_BYTE_PRODUCTS 1
 #else
 #define HAS_BYTE_PRODUCTS 0
@@ -54,7 +59,11 @@ typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
 // In the order of memory, whatever order they are used in, so that its prefetchers see one stream; and
 // into the level 2 cache, as those on their way into the first are too few.
 constexpr int64_t kAhead = 24 << 10;
-inline void Prefetch(const char* from) { __builtin_prefetch(from + kAhead, 0, 2); }
+constexpr int64_t kLine = 64;
+inline void Prefetch(const void* from, int64_t bytes) {
+  const char* ahead = static_cast<const char*>(from) + kAhead;
+  for (int64_t byte = 0; byte < bytes; byte += kLine) __builtin_prefetch(ahead + byte, 0, 2);
+}
 
 template <typename Vector>
 inline Vector Load(const void* from) {
@@ -63,17 +72,20 @@ inline Vector Load(const void* from) {
   return loaded;
 }
 
-#if defined(__AVX512BW__)
-inline float Sum(Floats lanes) { return _mm512_reduce_add_ps(reinterpret_cast<__m512>(lanes)); }
-inline int32_t Sum(Words lanes) { return _mm512_reduce_add_epi32(reinterpret_cast<__m512i>(lanes)); }
-#else
-template <typename Vector>
-inline auto Sum(Vector lanes) {
-  auto total = lanes[0];
-  for (int64_t lane = 1; lane < kLanes; ++lane) total += lanes[lane];
+inline float Sum(Floats lanes) {
+  // By halves: in order, each sum would wait for the one before it.
+  float totals[kLanes];
+  std::memcpy(totals, &lanes, sizeof(totals));
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) totals[lane] += totals[lane + half];
+  return totals[0];
+}
+
+inline int64_t WideSum(Words lanes) {
+  int64_t total = 0;
+  for (int64_t lane = 0; lane < kLanes; ++lane) total += lanes[lane];
   return total;
 }
-#endif
 
 // A value for several products: compilers would read it again for each, and a core has as many reads
 // of whole vectors as products.
@@ -102,7 +114,6 @@ class Aligned {
   const Number& operator[](int64_t index) const { return begin_[index]; }
 
  private:
-  static constexpr std::size_t kLine = 64;
   std::vector<Number> storage_;
   Number* begin_;
 };
@@ -188,12 +199,11 @@ class FloatActivations {
   template <int R>
   void Tile(const Stored* rows, int64_t stride, float (&out)[R][B]) const {
     Floats sums[R][B] = {};
-    const char* in_order = reinterpret_cast<const char*>(rows);
+    const Stored* in_order = rows;
     int64_t i = 0;
     for (; i + kGroup <= inputs_; i += kGroup) {
-      for (int64_t byte = 0; byte < R * kGroup * int64_t{sizeof(Stored)}; byte += kVectorBytes)
-        Prefetch(in_order + byte);
-      in_order += R * kGroup * sizeof(Stored);
+      Prefetch(in_order, R * kGroup * sizeof(Stored));
+      in_order += R * kGroup;
       Multiply<R, 0>(rows + i, stride, &reordered_[B * i], sums);
     }
     for (int r = 0; r < R; ++r)
@@ -219,43 +229,58 @@ class FloatActivations {
   Aligned<float> reordered_;
 };
 
-#if HAS_BYTE_PRODUCTS
-
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-constexpr int kDigits = 3, kDigitBits = 8;
-#else
-constexpr int kDigits = 4, kDigitBits = 7;  // of two products the sum must fit into 16 bits
-#endif
+#if HAS_INTEGER_PRODUCTS
 
 constexpr int kSums = kVectorBytes == 64 ? 24 : 12;  // that registers hold, beside factors
 
-// sum + the four products of bytes in every word, those of `digits` signed.
-inline Words MultiplyBytes(Bytes weights, Bytes digits, Words sum) {
-#if defined(__AVX512BW__)
-  __m512i a = reinterpret_cast<__m512i>(weights), b = reinterpret_cast<__m512i>(digits);
+#if HAS_BYTE_PRODUCTS
+// Weights as w + kOffset, as one factor of a product of bytes must have no sign.
+using Digit = int8_t;
+constexpr int kDigits = 3, kDigitBits = 8, kOffset = 128;
+inline Bytes LoadWeights(const Int8* from) { return Load<Bytes>(from) ^ 0x80; }
+
+// sum + the four products of bytes in every word.
+inline Words MultiplyDigits(Bytes weights, Bytes digits, Words sum) {
 #if defined(__AVX512VNNI__)
-  return reinterpret_cast<Words>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), a, b));
+  return reinterpret_cast<Words>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum),
+                                                     reinterpret_cast<__m512i>(weights),
+                                                     reinterpret_cast<__m512i>(digits)));
 #else
-  __m512i pairs = _mm512_maddubs_epi16(a, b);
-  return sum + reinterpret_cast<Words>(_mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
-#endif
-#else
-  __m256i a = reinterpret_cast<__m256i>(weights), b = reinterpret_cast<__m256i>(digits);
-#if defined(__AVXVNNI__)
-  return reinterpret_cast<Words>(_mm256_dpbusd_avx_epi32(reinterpret_cast<__m256i>(sum), a, b));
-#else
-  __m256i pairs = _mm256_maddubs_epi16(a, b);
-  return sum + reinterpret_cast<Words>(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-#endif
+  return reinterpret_cast<Words>(_mm256_dpbusd_avx_epi32(reinterpret_cast<__m256i>(sum),
+                                                         reinterpret_cast<__m256i>(weights),
+                                                         reinterpret_cast<__m256i>(digits)));
 #endif
 }
+#else
+using Digit = int16_t;
+constexpr int kDigits = 2, kDigitBits = 15, kOffset = 0;
+
+// Weights made twice as wide, and sum + the two products in every word.
+#if defined(__AVX512BW__)
+inline Bytes LoadWeights(const Int8* from) {
+  return reinterpret_cast<Bytes>(_mm512_cvtepi8_epi16(Load<__m256i>(from)));
+}
+inline Words MultiplyDigits(Bytes weights, Bytes digits, Words sum) {
+  return sum + reinterpret_cast<Words>(_mm512_madd_epi16(reinterpret_cast<__m512i>(weights),
+                                                         reinterpret_cast<__m512i>(digits)));
+}
+#else
+inline Bytes LoadWeights(const Int8* from) {
+  return reinterpret_cast<Bytes>(_mm256_cvtepi8_epi16(Load<__m128i>(from)));
+}
+inline Words MultiplyDigits(Bytes weights, Bytes digits, Words sum) {
+  return sum + reinterpret_cast<Words>(_mm256_madd_epi16(reinterpret_cast<__m256i>(weights),
+                                                         reinterpret_cast<__m256i>(digits)));
+}
+#endif
+#endif
 
 // B rows of activations, each as integers of a step of its own: of at most 22 bits with VNNI, so that
-// the error is 2^-22 of the greatest value at most, and 26 without.
+// the error is 2^-22 of the greatest value at most, and 28 without.
 template <int B>
 class DigitActivations {
  public:
-  static constexpr int64_t kGroup = kVectorBytes;
+  static constexpr int64_t kGroup = kVectorBytes / sizeof(Digit);
   static constexpr int kRows = std::clamp(kSums / (B * kDigits), 1, 4);
 
   DigitActivations(const float* x, int64_t inputs)
@@ -266,42 +291,39 @@ class DigitActivations {
   template <int R>
   void Tile(const Int8* rows, int64_t stride, float (&out)[R][B]) const {
     int64_t totals[R][B] = {};
-    const char* in_order = reinterpret_cast<const char*>(rows);
+    const Int8* in_order = rows;
     int64_t i = 0;
     while (i + kGroup <= inputs_) {
       int64_t stop = std::min(inputs_, i + kMaxGroups * kGroup);
       Words sums[R][B][kDigits] = {};
       for (; i + kGroup <= stop; i += kGroup) {
+        Prefetch(in_order, R * kGroup);
+        in_order += R * kGroup;
         Bytes weights[R];
-        for (int r = 0; r < R; ++r) {
-          Prefetch(in_order + r * kVectorBytes);
-          // w + 128, as one factor must have no sign.
-          weights[r] = Load<Bytes>(rows + r * stride + i) ^ 0x80;
-        }
-        in_order += R * kVectorBytes;
-        const int8_t* x = &digits_[B * kDigits * i];
+        for (int r = 0; r < R; ++r) weights[r] = LoadWeights(rows + r * stride + i);
+        const Digit* x = &digits_[B * kDigits * i];
         for (int b = 0; b < B; ++b)
-          for (int digit = 0; digit < kDigits; ++digit, x += kVectorBytes) {
+          for (int digit = 0; digit < kDigits; ++digit, x += kGroup) {
             Bytes digits = LoadOnce<Bytes>(x);
             for (int r = 0; r < R; ++r)
-              sums[r][b][digit] = MultiplyBytes(weights[r], digits, sums[r][b][digit]);
+              sums[r][b][digit] = MultiplyDigits(weights[r], digits, sums[r][b][digit]);
           }
       }
       for (int r = 0; r < R; ++r)
         for (int b = 0; b < B; ++b)
           for (int digit = 0; digit < kDigits; ++digit)
-            totals[r][b] += int64_t{Sum(sums[r][b][digit])} << (kDigitBits * digit);
+            totals[r][b] += WideSum(sums[r][b][digit]) << (kDigitBits * digit);
     }
     for (int r = 0; r < R; ++r)
       for (int b = 0; b < B; ++b)
-        out[r][b] = float((totals[r][b] - 128 * wholes_[b]) * steps_[b]) +
+        out[r][b] = float((totals[r][b] - kOffset * wholes_[b]) * steps_[b]) +
                     Rest(rows + r * stride, x_ + b * inputs_, i, inputs_);
   }
 
  private:
-  // After as many a sum of lanes might not fit into 32 bits.
-  static constexpr int64_t kMaxGroups =
-      std::numeric_limits<int32_t>::max() / (kVectorBytes * 255 << (kDigitBits - 1));
+  // After as many a lane's sum might not fit into 32 bits.
+  static constexpr int64_t kMaxGroups = std::numeric_limits<int32_t>::max() /
+                                        (kGroup / kLanes * (128 + kOffset) << (kDigitBits - 1));
   static constexpr int kBits = kDigits * kDigitBits - 2;
 
   void Write(int64_t b) {
@@ -321,7 +343,7 @@ class DigitActivations {
     steps_[b] = std::ldexp(1.0, exponent);
     float per_step = std::ldexp(1.0f, -exponent);
     for (int64_t i = 0; i + kGroup <= inputs_; i += kGroup) {
-      int8_t* to = &digits_[kDigits * (B * i + b * kGroup)];
+      Digit* to = &digits_[kDigits * (B * i + b * kGroup)];
       int32_t rest[kGroup];
       for (int64_t j = 0; j < kGroup; ++j) {
         rest[j] = int32_t(__builtin_rintf(x[i + j] * per_step));
@@ -330,7 +352,7 @@ class DigitActivations {
       for (int digit = 0; digit < kDigits; ++digit, to += kGroup)
         for (int64_t j = 0; j < kGroup; ++j) {
           int32_t higher = (rest[j] + (1 << (kDigitBits - 1))) >> kDigitBits;
-          to[j] = int8_t(rest[j] - higher * (1 << kDigitBits));
+          to[j] = Digit(rest[j] - higher * (1 << kDigitBits));
           rest[j] = higher;
         }
     }
@@ -340,14 +362,14 @@ class DigitActivations {
   const float* x_;
   double steps_[B];
   int64_t wholes_[B];
-  Aligned<int8_t> digits_;
+  Aligned<Digit> digits_;
 };
-#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+#if HAS_BYTE_PRODUCTS
 template <int B>
 using Int8Activations = DigitActivations<B>;
 #else
-// Without VNNI a product of digits takes three instructions for every row of activations, while what
-// is made float once serves all of them.
+// Without VNNI digits take twice the products of floats for every row of activations, and what is
+// made float once serves all of them.
 template <int B>
 using Int8Activations =
     std::conditional_t<B == 1, DigitActivations<B>, FloatActivations<Int8, B>>;

@@ -129,6 +129,9 @@ def cached_attention(
         visible_PxT: bool.
         filled: int32; slots of `past` that hold a token.
     """
+    stored = {x.dtype.name for x in (*shared, *past)}
+    if stored not in ({"float32"}, {"bfloat16"}):
+        raise TypeError(f"caches of {' and '.join(sorted(stored))}")
     call = jax.ffi.ffi_call(
         "aria_jax_cached_attention", jax.ShapeDtypeStruct(q_RxHxK.shape, jnp.float32)
     )

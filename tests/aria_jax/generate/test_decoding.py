@@ -287,15 +287,20 @@ def test_the_cpus_product_equals_the_compilers(tiny_model, piano_prompt, precisi
     )
     padded = np.full(256, ARIA.pad_id)
     padded[: len(piano_prompt)] = piano_prompt
-    found = []
-    for form in (weights, plain):
-        logits, prompt = jax.jit(prefill)(form, jnp.asarray(padded), jnp.int32(len(piano_prompt)))
-        more, _ = jax.jit(decode_step)(
-            form, prompt, empty_cache(form, 2, 8), jnp.array([40, 900]), jnp.int32(0)
-        )
-        found.append((logits, more))
-    for actual, desired in zip(*found, strict=True):
-        np.testing.assert_allclose(actual, desired, atol=1e-4)  # logits reach 30
+    logits, narrow = jax.jit(prefill)(weights, jnp.asarray(padded), jnp.int32(len(piano_prompt)))
+    expected, exact = jax.jit(prefill)(plain, jnp.asarray(padded), jnp.int32(len(piano_prompt)))
+    np.testing.assert_allclose(logits, expected, atol=1e-4)  # logits reach 30
+
+    def step(form, prompt, dtype):
+        own = empty_cache(form, 2, 8, dtype=dtype)
+        return jax.jit(decode_step)(form, prompt, own, jnp.array([40, 900]), jnp.int32(0))[0]
+
+    expected = step(plain, exact, jnp.float32)
+    np.testing.assert_allclose(step(weights, exact, jnp.float32), expected, atol=1e-4)
+    of_narrow = step(weights, narrow, weights.cache_dtype)
+    assert narrow.layers[0].keys.dtype == weights.cache_dtype
+    # Eight bits of every key and value: far less than what narrow weights cost.
+    assert float(jnp.abs(of_narrow - expected).max() / expected.std()) < 0.02
 
 
 def test_int8_rows_are_within_half_a_step():
