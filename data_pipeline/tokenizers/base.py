@@ -275,7 +275,7 @@ class Tokenizer(ABC):
             ids: uint16 [L]; note_at: its `note_positions`.
         """
         del note_at
-        part = self._decode_for_encoding(ids).slice_notes(start, stop)
+        part = _decoded(self, np.asarray(ids, np.uint16).tobytes()).slice_notes(start, stop)
         if not len(part.notes):
             return np.array([self.bos_id, self.eos_id], np.uint16)
         return self.encode(part)
@@ -344,3 +344,10 @@ class Tokenizer(ABC):
             f"the {self.scheme} tokenizer has no <D> that announces the end: task `continue` "
             "takes shards built with aria or pedal"
         )
+
+
+@lru_cache(maxsize=2)
+def _decoded(tokenizer: Tokenizer, ids: bytes) -> Performance:
+    """Of a piece that is sliced: its slices are asked for one after another, and each alone would
+    cost the decoding of all."""
+    return tokenizer._decode_for_encoding(np.frombuffer(ids, np.uint16))

@@ -165,6 +165,20 @@ def test_a_slice_is_a_piece_of_its_own(tokenizer):
     assert tokenizer.n_notes(tokenizer.slice_ids(ids, note_at, 60, 80)) == 0
 
 
+def test_a_piece_is_decoded_once_for_all_its_slices(tokenizer, monkeypatch):
+    ids, decoded = tokenizer.encode(piano(2, 60)), []
+    decode = type(tokenizer)._decode_for_encoding
+    monkeypatch.setattr(
+        type(tokenizer),
+        "_decode_for_encoding",
+        lambda self, ids: decoded.append(len(ids)) or decode(self, ids),
+    )
+    at = tokenizer.note_positions(ids)
+    slices = [tokenizer.slice_ids(ids, at, start, start + 10) for start in range(0, 60, 10)]
+    assert sum(map(tokenizer.n_notes, slices)) == 60
+    assert len(decoded) <= 1
+
+
 def test_a_grammar_reads_every_piece_and_finds_what_is_out_of_place(tokenizer):
     grammar = tokenizer.grammar()
     if grammar is None:
