@@ -204,8 +204,6 @@ def tpu_pod(args: argparse.Namespace) -> tuple[str, list[Process], Hardware]:
         wheel_name=_inside_quotes(wheel.name),
         extras=extras(args.arguments, "tpu"),
         pins=_inside_quotes(str(PINS)) if PINS.is_file() else "",
-        # jax names the libtpu that it runs on; that of the pins compiles for TPUs elsewhere.
-        trim=f'sed -i "/^libtpu==/d" {PINS.name} && ' if PINS.is_file() else "",
         constraint=f"-c {PINS.name}" if PINS.is_file() else "",
         environment=f"{COORDINATOR}={AUTO}",
         command=_inside_quotes(command),

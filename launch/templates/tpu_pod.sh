@@ -59,7 +59,7 @@ on_all_slices() {
 # The slices' own Python may be too old; the environment has the one that the wheel was made for.
 install() {
   on_all_slices scp "$wheel" ${pins:+"$pins"} '{}:' && on_all_slices ssh '{}' --command \
-    '@{trim}python3 -m pip install -q --user uv && "$HOME/.local/bin/uv" venv -q --clear --python 3.11 aria-jax-env && "$HOME/.local/bin/uv" pip install -q --python aria-jax-env @{constraint} "./@{wheel_name}[@{extras}]"'
+    'python3 -m pip install -q --user uv && "$HOME/.local/bin/uv" venv -q --clear --python 3.11 aria-jax-env && "$HOME/.local/bin/uv" pip install -q --python aria-jax-env @{constraint} "./@{wheel_name}[@{extras}]"'
 }
 
 # shellcheck disable=SC2016

@@ -207,7 +207,6 @@ def test_tpu_pod_goes_on_after_a_preemption(tmp_path, capsys, wheel):
     assert calls.count(f"scp {wheel} {PINS} aria-jax:") == 2
     installed = '-c constraints.txt "./aria_jax-0.1.0-py3-none-any.whl[tpu,gcs]"'
     assert calls.count(installed) == 2
-    assert calls.count('sed -i "/^libtpu==/d" constraints.txt && ') == 2
 
 
 def test_tpu_pod_does_not_repeat_a_command_that_is_wrong(tmp_path, capsys):
@@ -243,14 +242,12 @@ def test_the_image_is_well_made():
 
 
 def test_the_pins_are_those_that_jax_runs_with():
-    """As images and hosts take them: without libtpu, which jax's own extra names exactly."""
+    """As images and hosts take them; libtpu among them, which jax's extra names exactly."""
     packaging = pytest.importorskip("packaging.requirements")
-    dockerfile = (Path(__file__).parents[2] / "launch" / "Dockerfile").read_text()
-    assert "sed -i '/^libtpu==/d' /wheel/constraints.txt" in dockerfile
     pins = dict(
         line.split("==")
         for line in PINS.read_text().splitlines()
-        if "==" in line and not line.startswith(("#", "libtpu=="))
+        if "==" in line and not line.startswith("#")
     )
     checked = set()
     for package, extra in (("jax", "tpu"), ("jax", "cuda13")):
@@ -259,7 +256,7 @@ def test_the_pins_are_those_that_jax_runs_with():
             if wanted.marker is None or wanted.marker.evaluate({"extra": extra}):
                 checked.add(wanted.name)
                 assert wanted.name not in pins or pins[wanted.name] in wanted.specifier, text
-    assert {"jaxlib", "libtpu", "jax-cuda13-plugin"} <= checked
+    assert {"jaxlib", "libtpu", "jax-cuda13-plugin"} <= checked and "libtpu" in pins
 
 
 def test_images_are_for_tpus_and_gpus_and_run_as_nobody_special():
