@@ -27,7 +27,11 @@ _COMMENT = re.compile(r"/\*.*?\*/")
 _CALLED = re.compile(r"(?:calls|body|to_apply)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([0-9,]*)\}")
+_CONTRACTED = re.compile(
+    r"lhs_contracting_dims=\{([0-9,]*)\}|\"lhs_contracting_dimensions\":\[([0-9,\"]*)\]"
+)
+_EXACT = re.compile(r'operand_precision(?:=\{highest|":\["HIGHEST)')
+_CUBLAS = 'custom_call_target="__cublas$'
 
 FREE = frozenset(
     ("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id",
@@ -106,6 +110,11 @@ class Operation:
     operands: tuple[str, ...]
     text: str
     root: bool
+
+    @property
+    def is_product(self) -> bool:
+        """Whether it is a matrix product: XLA's own, or a call of cuBLAS."""
+        return self.opcode == "dot" or (self.opcode == "custom-call" and _CUBLAS in self.text)
 
     @property
     def called(self) -> str | None:
@@ -208,12 +217,13 @@ class Module:
 
     def _add(self, work: Work, operation: Operation, computation: str) -> None:
         """The arithmetic of one operation."""
-        if operation.opcode == "dot":
+        if operation.is_product:
             lhs = self.computations[computation][operation.operands[0]].shapes[0]
             match = _CONTRACTED.search(operation.text)
-            contracted = [int(i) for i in filter(None, match[1].split(","))] if match else []
+            axes = (match[1] or match[2] or "").replace('"', "") if match else ""
+            contracted = [int(i) for i in filter(None, axes.split(","))]
             size = math.prod(lhs.dims[i] for i in contracted)
-            exact = "operand_precision={highest" in operation.text and lhs.dtype == "f32"
+            exact = _EXACT.search(operation.text) is not None and lhs.dtype == "f32"
             dtype = "f32 exact" if exact else lhs.dtype
             rhs = self.computations[computation][operation.operands[1]].shapes[0]
             if not all(shape.aligned for shape in (lhs, rhs, operation.shapes[0])):
@@ -232,6 +242,8 @@ class Module:
     def _bytes_alone(self, operation: Operation, computation: str) -> float:
         given = [shape.bytes for shape in self.operand_shapes(operation, computation)]
         made = sum(shape.bytes for shape in operation.shapes)
+        if operation.is_product:  # cuBLAS' working space is no traffic
+            made = operation.shapes[0].bytes
         if operation.opcode in ("dynamic-slice", "slice", "gather"):
             return 2.0 * made
         if operation.opcode == "dynamic-update-slice":  # in place

@@ -64,6 +64,10 @@ _WANTED = re.compile(
 """In the words of a compiler that found too little memory: all it wanted, or the temporaries."""
 
 
+NO_WINDOWS = 1_000_000
+"""MiB of an operand from which on XLA makes a loop of a product and its collective: none has."""
+
+
 @dataclass(frozen=True)
 class Cost:
     """What the compiler counts in one program, per chip and call.
@@ -193,9 +197,19 @@ def compiled(made: Program, mesh: Mesh, **options: Any) -> Any:
 
 
 def compiled_text(made: Program, mesh: Mesh) -> tuple[Any, str]:
-    """The program and its final text, which only the compiler itself can print for every family."""
+    """The program and its final text, which only the compiler itself can print for every family.
+
+    Its products are whole: one that XLA would make a loop, of parts that chips pass round, counts
+    once in all that the compiler says.
+    """
     with TemporaryDirectory() as folder:
-        executable = compiled(made, mesh, xla_dump_to=folder, xla_dump_hlo_as_text=True)
+        executable = compiled(
+            made,
+            mesh,
+            xla_dump_to=folder,
+            xla_dump_hlo_as_text=True,
+            xla_jf_spmd_threshold_for_windowed_einsum_mib=NO_WINDOWS,
+        )
         printed = list(Path(folder).glob("*.after_codegen.txt"))
         if not printed:
             raise UserError("the compiler has printed no program: another version of libtpu?")

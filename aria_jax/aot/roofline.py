@@ -155,12 +155,12 @@ class _Clock:
         memory = self.rates.memory_seconds(work.bytes)
         kind = "memory"
         arithmetic = work.additions / self.rates.additions
-        if operation.opcode == "custom-call":
-            kind, arithmetic = self._call(operation, computation, times, total)
-        elif work.products:
+        if work.products:
             kind = "products"
             arithmetic = max(arithmetic, self.rates.product_seconds(work))
             total.flops += times * sum(work.products.values())
+        elif operation.opcode == "custom-call":
+            kind, arithmetic = self._call(operation, computation, times, total)
         if match := _SOL.search(operation.text):
             total.xla_seconds += times * float(match[1]) / 1e6
         total.bytes += times * work.bytes

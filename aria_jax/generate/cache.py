@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from aria_jax.generate.weights import DecoderWeights, LayerWeights
-from aria_jax.kernels import narrow_cpu
+from aria_jax.kernels import layer_norm, narrow_cpu
 from aria_jax.kernels.attention import apply_rope, rope_tables, split_heads
 from aria_jax.models.heads import all_logits
-from aria_jax.models.transformer import attn_out_and_mlp, layer_norm, token_rows
+from aria_jax.models.transformer import attn_out_and_mlp, token_rows
 from aria_jax.sharding import LOGICAL_RULES
 
 QUERY_CHUNK = 256

@@ -18,6 +18,15 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from aria_jax.config import ComputeConfig, ModelConfig
+from aria_jax.kernels import (
+    MOMENTS,
+    PROJECTION,
+    flat,
+    layer_norm,
+    matmul,
+    products,
+    swiglu,
+)
 from aria_jax.kernels.attention import (
     ATTENTION_RESIDUALS,
     apply_rope,
@@ -28,23 +37,15 @@ from aria_jax.kernels.attention import (
     split_heads,
 )
 from aria_jax.models import parameter, uniform_init
-from aria_jax.sharding import active_mesh, constrain
+from aria_jax.sharding import constrain
 from data_pipeline.vocabulary import ids_in
 
 ACTIVATIONS = ("batch", "length", None)
 """Logical axes of hidden states [B, L, D]."""
 BLOCK_INPUT = "block_input"
 """Checkpoint name of what a layer reads."""
-PROJECTION = "projection"
-"""Checkpoint name of what a layer's large matrix products give."""
-
-EPSILON = 1e-5
-"""Of layer normalisation."""
 UNKNOWN_ID = 3
 """Token `<U>` of every tokenizer."""
-MOMENTS = "moments"
-"""Checkpoint name of each row's mean and inverse deviation: a thousandth of the row itself."""
-
 LayerWeights = Mapping[str, jax.Array]
 """Weights of one layer: qkv [D, 3, D], out [D, D], gate and up [D, F], down [F, D], and
 norm1_scale, norm1_bias, norm2_scale, norm2_bias [D]."""
@@ -172,7 +173,11 @@ class Transformer(nnx.Module):
         keys = None
         if dropout_key is not None and self.config.resid_dropout > 0:
             keys = jax.random.split(dropout_key, n)
-        stacked = self.blocks.stacked(), drop_rates, keys
+        weights = self.blocks.stacked()
+        if not self.compute.scan_layers:
+            # Once for both passes; layers taken out of a float32 stack would be copied first.
+            weights = {k: w.astype(dtype) if w.ndim > 2 else w for k, w in weights.items()}
+        stacked = weights, drop_rates, keys
         last_layer = None
         if pool_at_B is not None:
             cos_sin = [jnp.broadcast_to(t, (len(x_BxLxD), *t.shape[1:])) for t in (cos, sin)]
@@ -249,7 +254,7 @@ def last_layer_at(
     matrices = weights["qkv"].astype(y.dtype)
     q_Bx1xHxK = split_heads(read(y) @ matrices[:, 0], n_heads)
     k, v = (
-        split_heads(checkpoint_name(_matmul(y, matrices[:, part]), PROJECTION), n_heads)
+        split_heads(checkpoint_name(matmul(y, matrices[:, part]), PROJECTION), n_heads)
         for part in (1, 2)
     )
     visible_BxL = jnp.arange(x_BxLxD.shape[1]) <= pool_at_B[:, None]
@@ -289,7 +294,7 @@ def project_qkv(
     y = layer_norm(x_BxLxD, weights["norm1_scale"], weights["norm1_bias"])
     matrices = weights["qkv"].astype(y.dtype)
     # One product each: taken out of a common one, they would be copied.
-    q, k, v = (_matmul(y, matrices[:, part]) for part in range(3))
+    q, k, v = products(y, [matrices[:, part] for part in range(3)])
     return q, k, v
 
 
@@ -304,28 +309,16 @@ def attn_out_and_mlp(
     Args:
         dropout: for either residual, None or (key, rate).
     """
-    dtype = x_BxLxD.dtype
-
-    def product(a: jax.Array, name: str) -> jax.Array:
-        return checkpoint_name(_matmul(a, weights[name].astype(dtype)), PROJECTION)
-
-    projected = _matmul(attended_BxLxD, weights["out"].astype(dtype))
+    dtype, shape = x_BxLxD.dtype, x_BxLxD.shape
+    # As products see them: XLA for GPUs copies a residual before it adds a product to another view.
+    x_BxLxD, attended_BxLxD = flat(x_BxLxD), flat(attended_BxLxD)
+    projected = matmul(attended_BxLxD, weights["out"].astype(dtype))
     # Kept as a sum, of which one part is as large as the whole: it is read as one array.
     x_BxLxD = checkpoint_name(x_BxLxD + _dropped(projected, dropout[0]), PROJECTION)
     y = layer_norm(x_BxLxD, weights["norm2_scale"], weights["norm2_bias"])
-    gated = jax.nn.silu(product(y, "gate")) * product(y, "up")
-    return x_BxLxD + _dropped(_matmul(gated, weights["down"].astype(dtype)), dropout[1])
-
-
-def _matmul(x_BxLxI: jax.Array, weights_IxO: jax.Array) -> jax.Array:
-    """[B, L, O]."""
-    mesh = active_mesh()
-    if mesh is not None and mesh.shape["sequence"] > 1:
-        return x_BxLxI @ weights_IxO
-    # Batch and length as one axis (which they cannot be where a mesh shards both): to sum the
-    # weights' gradient over two, XLA for CPUs would copy the large factor into another order.
-    flat = x_BxLxI.reshape(-1, x_BxLxI.shape[-1]) @ weights_IxO
-    return flat.reshape(*x_BxLxI.shape[:-1], -1)
+    gated = swiglu(*products(y, [weights[name].astype(dtype) for name in ("gate", "up")]))
+    out = x_BxLxD + _dropped(matmul(gated, weights["down"].astype(dtype)), dropout[1])
+    return out.reshape(shape)
 
 
 def _dropouts(key: jax.Array | None, rate: jax.Array) -> tuple:
@@ -339,36 +332,3 @@ def _dropped(x: jax.Array, dropout: tuple | None) -> jax.Array:
     key, rate = dropout
     kept = jax.random.bernoulli(key, 1 - rate, x.shape)
     return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
-
-
-@jax.custom_vjp
-def layer_norm(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> jax.Array:
-    """Normalises the last axis in float32; keeps the dtype of `x`.
-
-    The gradient reads kept moments and passes over the rows less often than the formula's
-    derivative, which is what takes time on accelerators: a pass reads all of `x`.
-    """
-    return _norm_forward(x, scale_D, bias_D)[0]
-
-
-def _norm_forward(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array) -> tuple[jax.Array, tuple]:
-    x32 = x.astype(jnp.float32)
-    mean = x32.mean(-1, keepdims=True)
-    inverse = jax.lax.rsqrt(jnp.square(x32 - mean).mean(-1, keepdims=True) + EPSILON)
-    mean, inverse = checkpoint_name(mean, MOMENTS), checkpoint_name(inverse, MOMENTS)
-    y = (x32 - mean) * inverse * scale_D + bias_D
-    return y.astype(x.dtype), (x, mean, inverse, scale_D)
-
-
-def _norm_backward(kept: tuple, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, mean, inverse, scale_D = kept
-    g32, unit = g.astype(jnp.float32), (x.astype(jnp.float32) - mean) * inverse
-    scaled, rows = g32 * scale_D, tuple(range(x.ndim - 1))
-    # What is left after the parts along the mean and along the row itself, which the
-    # normalisation takes away.
-    along = unit * (scaled * unit).mean(-1, keepdims=True)
-    dx = inverse * (scaled - scaled.mean(-1, keepdims=True) - along)
-    return dx.astype(x.dtype), (g32 * unit).sum(rows), g32.sum(rows)
-
-
-layer_norm.defvjp(_norm_forward, _norm_backward)

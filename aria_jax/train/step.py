@@ -28,6 +28,9 @@ from aria_jax.train.objectives import (
 Metrics = dict[str, Any]
 """Scalars by name; of a mixture, "by_source" holds the sums of each corpus."""
 
+CUBLAS = {"xla_gpu_enable_triton_gemm": False}
+"""On GPUs products are cuBLAS', which adds a residual, or another product, while it writes its own;
+Triton's would leave each such sum to a pass over memory. NVIDIA's and MaxText's settings too."""
 WARMUP_START = 1e-6  # of the peak; PyTorch's LinearLR cannot start from 0
 
 
@@ -160,7 +163,14 @@ def make_train_step(
         return TrainState(params, opt_state, ema, state.frozen), metrics
 
     kept = None if shardings is None else (shardings, None)
-    return jax.jit(train_step, donate_argnums=0, out_shardings=kept)
+    options = CUBLAS if _platform(shardings) == "gpu" else None
+    return jax.jit(train_step, donate_argnums=0, out_shardings=kept, compiler_options=options)
+
+
+def _platform(shardings: TrainState | None) -> str:
+    """What the step will run on; described devices of another machine count."""
+    leaves = jax.tree.leaves(shardings)
+    return next(iter(leaves[0].device_set)).platform if leaves else jax.default_backend()
 
 
 WeightedLoss = tuple[jax.Array, tuple[Metrics, Metrics]]

@@ -73,6 +73,14 @@ ENTRY %main (q: bf16[2,1024,8,64]) -> bf16[2,8,1024,64] {
   ROOT %b = (bf16[2,8,1024,64]{3,1,2,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmaxBackward", backend_config={"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "8", "1024", "1024"]}, "mask_type": "CAUSAL"}
 }
 """  # noqa: E501
+CUBLAS = """\
+ENTRY %main (x: bf16[4096,1024], w: bf16[512,1024], y: bf16[4096,512]) -> (bf16[4096,512], s8[4194304]) {
+  %x = bf16[4096,1024]{1,0} parameter(0)
+  %w = bf16[512,1024]{1,0} parameter(1)
+  %y = bf16[4096,512]{1,0} parameter(2)
+  ROOT %p = (bf16[4096,512]{1,0}, s8[4194304]{0}) custom-call(%x, %w, %y), custom_call_target="__cublas$lt$matmul", output_to_operand_aliasing={{0}: (2, {})}, backend_config={"gemm_backend_config":{"alpha_real":1,"beta":1,"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["1"],"lhs_batch_dimensions":[],"rhs_batch_dimensions":[]},"precision_config":{"operand_precision":["DEFAULT","DEFAULT"]}}}
+}
+"""  # noqa: E501
 PALLAS = """\
 ENTRY %main (x: bf16[256,512]) -> f32[256,512] {
   %x = bf16[256,512]{1,0} parameter(0)
@@ -126,6 +134,15 @@ def test_attention_counts_the_scores_that_are_seen(h100):
     assert found.parts["attention"] == pytest.approx(seconds)
     whole = roofline(ATTENTION.replace("CAUSAL", "NO_MASK"), h100)
     assert whole.attention_flops == 2 * found.attention_flops
+
+
+def test_products_of_cublas_count_with_what_they_add_and_without_their_working_space(h100):
+    found = roofline(CUBLAS, h100)
+    assert found.flops == 2 * 4096 * 512 * 1024
+    assert found.bytes == 2 * (4096 * 1024 + 512 * 1024 + 2 * 4096 * 512)
+    assert found.parts["products"] > 0 and found.parts["memory"] == 0
+    exact = CUBLAS.replace("bf16", "f32").replace("DEFAULT", "HIGHEST")
+    assert roofline(exact, h100).parts["products"] > 8 * found.parts["products"]
 
 
 def test_pallas_kernels_say_their_flops_or_are_named(h100):
