@@ -25,8 +25,8 @@ _SETTINGS = {
     "TPU_STDERR_LOG_LEVEL": "3",
 }
 MEASURED = {
-    "a100": (0.92, 1.10),
-    "h100": (0.77, 1.09),
+    "a100": (0.79, 0.98),
+    "h100": (0.62, 0.90),
     "v5p": (0.51, 0.73),
 }
 """Estimated over measured time of public runs on such chips, least and most: `make calibrate`, and
