@@ -27,7 +27,8 @@ _SETTINGS = {
 MEASURED = {
     "a100": (0.79, 0.98),
     "h100": (0.62, 0.90),
-    "v5p": (0.51, 0.73),
+    "v5e": (1.42, 1.42),
+    "v5p": (0.51, 0.91),
 }
 """Estimated over measured time of public runs on such chips, least and most: `make calibrate`, and
 the tables of docs/tpu.md and docs/gpu.md. Estimates for other chips were held against nothing."""
