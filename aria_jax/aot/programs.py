@@ -23,7 +23,7 @@ from aria_jax.generate.cache import LayerCache, PromptCache, cache_sharding, dec
 from aria_jax.generate.weights import abstract_decoder_weights
 from aria_jax.losses.cross_entropy import loss_chunk
 from aria_jax.models import Parameters, abstract_parameters
-from aria_jax.models.heads import abstract_model, parameter_specs, split_model
+from aria_jax.models.heads import model_of, parameter_specs
 from aria_jax.presets import Chip
 from aria_jax.sharding import batch_sharding, platform, replicated
 from aria_jax.train.loop import check_batch
@@ -125,7 +125,7 @@ def _rows(config: RunConfig, mesh: Mesh) -> int:
 
 def _embedding(config: RunConfig, mesh: Mesh) -> Program:
     rows, length = _rows(config, mesh), config.data.seq_len
-    merge, _ = split_model(abstract_model(config.model, config.compute))
+    merge = model_of(config.model, config.compute)
     weights = abstract_parameters(parameter_specs(config.model), mesh, _dtype(config))
     cut = batch_sharding(mesh)
     tokens = jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=cut)

@@ -25,7 +25,7 @@ from aria_jax.config import (
 from aria_jax.models import Parameters, Specs, abstract_parameters, parameter_shardings
 from aria_jax.models.heads import (
     Model,
-    abstract_model,
+    model_of,
     parameter_specs,
     split_model,
     with_vocabulary,
@@ -154,7 +154,7 @@ def load_model(
         if record["tokenizer"]["hash"] != Tokenizer.preset(preset).hash:
             raise UserError(f"{path}: trained with another version of the {preset} tokenizer")
         config = from_dict(ModelConfig, record["model"])
-        merge, _ = split_model(abstract_model(config, compute or ComputeConfig()))
+        merge = model_of(config, compute or ComputeConfig())
         specs = parameter_specs(config)
         item = "ema" if record.get("ema") else "params"
 

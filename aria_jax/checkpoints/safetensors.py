@@ -25,7 +25,7 @@ from aria_jax.models.heads import (
     ADAPTER_TENSOR,
     HEAD_TENSORS,
     Model,
-    abstract_model,
+    model_of,
     parameter_specs,
     split_model,
     with_vocabulary,
@@ -95,7 +95,7 @@ def import_model(
             if shapes[_TABLE][0] == config.vocab_size:
                 in_file = dataclasses.replace(config, vocabulary=())
             check_tensors(in_file, shapes, str(path))
-            merge, _ = split_model(abstract_model(config, compute or ComputeConfig()))
+            merge = model_of(config, compute or ComputeConfig())
 
             def read(spec: ParameterSpec) -> jax.Array:
                 names = tensor_names(spec)

@@ -1,7 +1,7 @@
 """The network with its head: next-token logits, an embedding, or class logits."""
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import jax
@@ -267,13 +267,27 @@ def init_sharded(
     config: ModelConfig, compute: ComputeConfig, key: jax.Array, mesh: jax.sharding.Mesh
 ) -> Model:
     """A freshly initialised model, born sharded: no device ever holds all of it."""
-    merge, _ = split_model(abstract_model(config, compute))
+    shardings = parameter_shardings(parameter_specs(config), mesh)
+    params = jax.jit(_random_parameters(config, compute), out_shardings=shardings)(key)
+    return model_of(config, compute)(params)
+
+
+@lru_cache(maxsize=8)
+def _random_parameters(
+    config: ModelConfig, compute: ComputeConfig
+) -> Callable[[jax.Array], Parameters]:
+    """Key -> parameters. One function for one model, so that jax compiles it once."""
 
     def init(key: jax.Array) -> Parameters:
         return split_model(build_model(config, compute, rngs=nnx.Rngs(params=key)))[1]
 
-    shardings = parameter_shardings(parameter_specs(config), mesh)
-    return merge(jax.jit(init, out_shardings=shardings)(key))
+    return init
+
+
+@lru_cache(maxsize=8)
+def model_of(config: ModelConfig, compute: ComputeConfig) -> Callable[[Parameters], Model]:
+    """The function that makes such a model of its parameters; traceable."""
+    return split_model(abstract_model(config, compute))[0]
 
 
 def abstract_model(config: ModelConfig, compute: ComputeConfig) -> Model:

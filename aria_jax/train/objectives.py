@@ -4,13 +4,14 @@ files are judged by their slices.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aria_jax.config import RunConfig
+from aria_jax.config import ContrastiveConfig, RunConfig
 from aria_jax.losses import Groups
 from aria_jax.losses.contrastive import contrastive_loss
 from aria_jax.losses.cross_entropy import classification_loss, file_probabilities, next_token_loss
@@ -69,11 +70,20 @@ def join_microbatches(parts: jax.Array) -> jax.Array:
 def loss_function(
     config: RunConfig, mesh: jax.sharding.Mesh | None = None, n_sources: int = 1
 ) -> LossFunction:
-    """The loss of `config.task`; contrastive negatives travel round the devices of `mesh`."""
+    """The loss of `config.task`; contrastive negatives travel round the devices of `mesh`.
+
+    The same function for the same settings: runs of one process that compute the same thing
+    compile it once.
+    """
+    train = config.train
     if config.task == "contrastive":
-        return _contrastive(config, mesh, n_sources)
-    make = _classify if config.task == "classify" else _language_model
-    return make(config, n_sources)
+        start = (train.temperature, config.model.learned_temperature)
+        return _contrastive(
+            config.contrastive, train.pooling, *start, train.grad_accumulation, mesh, n_sources
+        )
+    if config.task == "classify":
+        return _classify(train.pooling, n_sources)
+    return _language_model(config.data.packing == "best-fit", train.z_loss, n_sources)
 
 
 def _groups(batch: Batch, n_sources: int) -> Groups | None:
@@ -90,9 +100,8 @@ def _with_tokens(aux: dict[str, Any], groups: Groups | None, n_tokens_B: jax.Arr
     return {**aux, "by_source": {**by_source, "n_tokens": n_tokens}}
 
 
-def _language_model(config: RunConfig, n_sources: int) -> LossFunction:
-    packed = config.data.packing == "best-fit"
-
+@lru_cache(maxsize=8)
+def _language_model(packed: bool, z_loss: float, n_sources: int) -> LossFunction:
     def loss(model: Model, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Aux]:
         hidden = model.hidden(
             batch["inputs"],
@@ -108,7 +117,7 @@ def _language_model(config: RunConfig, n_sources: int) -> LossFunction:
             head[...],
             token_rows(model.config, batch["targets"]),
             batch["loss_mask"],
-            z_loss=config.train.z_loss,
+            z_loss=z_loss,
             groups=groups,
         )
         aux = _with_tokens(aux, groups, batch["loss_mask"].sum(1))
@@ -117,13 +126,20 @@ def _language_model(config: RunConfig, n_sources: int) -> LossFunction:
     return loss
 
 
-def _contrastive(config: RunConfig, mesh: jax.sharding.Mesh | None, n_sources: int) -> BatchLoss:
-    settings = config.contrastive
-
+@lru_cache(maxsize=8)
+def _contrastive(
+    settings: ContrastiveConfig,
+    pooling: str,
+    temperature: float,
+    learned: bool,
+    parts: int,
+    mesh: jax.sharding.Mesh | None,
+    n_sources: int,
+) -> BatchLoss:
     def embed(model: Model, batch: Batch, key: jax.Array | None) -> jax.Array:
         tokens_Bx2xL, eos_Bx2 = batch["tokens"], batch["eos"]
         flat = tokens_Bx2xL.reshape(-1, tokens_Bx2xL.shape[-1])
-        z = model.pooled(flat, eos_Bx2.reshape(-1), config.train.pooling, dropout_key=key)
+        z = model.pooled(flat, eos_Bx2.reshape(-1), pooling, dropout_key=key)
         return z.reshape(len(eos_Bx2), 2, -1)
 
     def compare(model: Model, z_Bx2xE: jax.Array, batch: Batch) -> tuple[jax.Array, Aux]:
@@ -131,12 +147,12 @@ def _contrastive(config: RunConfig, mesh: jax.sharding.Mesh | None, n_sources: i
         ids_B = composition_B
         if not settings.mask_composition:
             ids_B = jnp.where(composition_B < 0, composition_B, jnp.arange(n_rows))
-        temperature = _temperature(config, model)
+        scale = _temperature(temperature, model)
         groups = _groups(batch, n_sources)
         value, aux = contrastive_loss(
             z_Bx2xE[:, 0],
             z_Bx2xE[:, 1],
-            temperature=temperature,
+            temperature=scale,
             composition=ids_B,
             variant=settings.variant,
             hardness=settings.hardness,
@@ -150,23 +166,23 @@ def _contrastive(config: RunConfig, mesh: jax.sharding.Mesh | None, n_sources: i
         # only where there is no full one.
         weight = jnp.where(n_real == n_rows, n_rows, n_real * 1e-6).astype(jnp.float32)
         n_tokens = (batch["eos"] + 1).sum().astype(jnp.float32)
-        if config.model.learned_temperature:
-            aux = {**aux, "temperature": jax.lax.stop_gradient(temperature)}
+        if learned:
+            aux = {**aux, "temperature": jax.lax.stop_gradient(scale)}
         return value, {**aux, "n_tokens": n_tokens, "weight": weight}
 
-    return BatchLoss(embed, compare, config.train.grad_accumulation)
+    return BatchLoss(embed, compare, parts)
 
 
-def _temperature(config: RunConfig, model: Model) -> jax.Array:
-    start = jnp.float32(config.train.temperature)
+def _temperature(start: float, model: Model) -> jax.Array:
     if model.log_temperature is None:
-        return start
-    return jnp.maximum(start * jnp.exp(model.log_temperature[...]), MIN_TEMPERATURE)
+        return jnp.float32(start)
+    return jnp.maximum(jnp.float32(start) * jnp.exp(model.log_temperature[...]), MIN_TEMPERATURE)
 
 
-def _classify(config: RunConfig, n_sources: int) -> LossFunction:
+@lru_cache(maxsize=8)
+def _classify(pooling: str, n_sources: int) -> LossFunction:
     def loss(model: Model, batch: Batch, key: jax.Array | None) -> tuple[jax.Array, Aux]:
-        logits = model.pooled(batch["tokens"], batch["eos"], config.train.pooling, dropout_key=key)
+        logits = model.pooled(batch["tokens"], batch["eos"], pooling, dropout_key=key)
         used_B = (batch["piece"] >= 0).astype(jnp.float32)
         groups = _groups(batch, n_sources)
         value, aux = classification_loss(logits, batch["label"], used_B, groups)
@@ -180,12 +196,13 @@ def _classify(config: RunConfig, n_sources: int) -> LossFunction:
     return loss
 
 
-def class_predictions(config: RunConfig) -> Predictions:
+@lru_cache(maxsize=8)
+def class_predictions(pooling: str) -> Predictions:
     """What `file_metrics` needs of each row of `classify`."""
 
     def predictions(model: Model, batch: Batch) -> dict[str, jax.Array]:
         # The same network on the same rows as in the loss: compiled together, computed once.
-        logits_BxC = model.pooled(batch["tokens"], batch["eos"], config.train.pooling)
+        logits_BxC = model.pooled(batch["tokens"], batch["eos"], pooling)
         kept = {name: batch[name] for name in ("label", "piece", "n_tokens")}
         return {"probabilities": jax.nn.softmax(logits_BxC.astype(jnp.float32)), **kept}
 

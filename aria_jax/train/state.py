@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from aria_jax.checkpoints import model_path
 from aria_jax.checkpoints.manager import Checkpointer
 from aria_jax.checkpoints.models import base_weights, lora_record, read_model
-from aria_jax.config import RunConfig
+from aria_jax.config import ComputeConfig, ModelConfig, OptimizerConfig, RunConfig
 from aria_jax.models import Parameters, Specs, abstract_parameters
 from aria_jax.models.heads import (
     Model,
-    abstract_model,
     init_sharded,
+    model_of,
     parameter_specs,
     split_model,
     with_ordered_start,
@@ -50,16 +50,22 @@ class Network:
     @classmethod
     def of(cls, config: RunConfig) -> "Network":
         """The network of `config`: all its weights, or adapters around them."""
-        merge, _ = split_model(abstract_model(config.model, config.compute))
-        specs, lora = parameter_specs(config.model), LoraTraining.of(config)
-        if lora is None:
-            return cls(specs, {}, lambda params: (params, {}), lambda params, _: merge(params))
-        split = partial(lora.split, specs, key=jax.random.key(config.train.seed))
-        return cls(
-            *lora.split_specs(specs),
-            split,
-            lambda trained, frozen: merge(lora.join(trained, frozen)),
-        )
+        return _network(config.model, config.compute, LoraTraining.of(config), config.train.seed)
+
+
+@lru_cache(maxsize=8)
+def _network(
+    model: ModelConfig, compute: ComputeConfig, lora: LoraTraining | None, seed: int
+) -> Network:
+    """One for the same settings: what is compiled of its functions is compiled once."""
+    merge, specs = model_of(model, compute), parameter_specs(model)
+    if lora is None:
+        return Network(specs, {}, lambda params: (params, {}), lambda params, _: merge(params))
+    return Network(
+        *lora.split_specs(specs),
+        partial(lora.split, specs, key=jax.random.key(seed)),
+        lambda trained, frozen: merge(lora.join(trained, frozen)),
+    )
 
 
 def abstract_state(config: RunConfig, network: Network, mesh: Mesh | AbstractMesh) -> TrainState:
@@ -70,7 +76,7 @@ def abstract_state(config: RunConfig, network: Network, mesh: Mesh | AbstractMes
     params, frozen = (
         abstract_parameters(specs, mesh) for specs in (network.trained, network.frozen)
     )
-    state = jax.eval_shape(partial(new_state, config), params, frozen)
+    state = jax.eval_shape(partial(new_state, config.optimizer), params, frozen)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
     opt_state = mirrored_shardings(state.opt_state, state.params, shardings, mesh)
 
@@ -156,12 +162,16 @@ def _state_of(
     config: RunConfig, network: Network, like: TrainState, params: Parameters
 ) -> TrainState:
     """The state of a run that begins with these weights, sharded as `like`."""
+    begin = _first_state(config.optimizer, network.split)
+    return jax.jit(begin, out_shardings=shardings_of(like))(params)
 
-    @partial(jax.jit, out_shardings=shardings_of(like))
-    def begin(params: Parameters) -> TrainState:
-        return new_state(config, *network.split(params))
 
-    return begin(params)
+@lru_cache(maxsize=8)
+def _first_state(
+    optimizer: OptimizerConfig, split: Callable[[Parameters], tuple[Parameters, Parameters]]
+) -> Callable[[Parameters], TrainState]:
+    """Whole weights -> the state of a run that begins with them."""
+    return lambda params: new_state(optimizer, *split(params))
 
 
 def _restored(

@@ -4,6 +4,7 @@ of state, batch and step number.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import jax
@@ -113,10 +114,10 @@ Build = Callable[[Parameters, Parameters], Model]
 """(what is trained, what is frozen) -> the model they make; traceable."""
 
 
-def new_state(config: RunConfig, params: Parameters, frozen: Parameters) -> TrainState:
+def new_state(config: OptimizerConfig, params: Parameters, frozen: Parameters) -> TrainState:
     """The state of a run that has these weights and has done no step (traceable)."""
-    opt_state = build_optimizer(config.optimizer, config.train.steps).init(params)
-    ema = jax.tree.map(jnp.copy, params) if config.optimizer.ema_decay is not None else None
+    opt_state = build_optimizer(config, total_steps=1).init(params)
+    ema = jax.tree.map(jnp.copy, params) if config.ema_decay is not None else None
     return TrainState(params, opt_state, ema, frozen)
 
 
@@ -133,16 +134,35 @@ def make_train_step(
         shardings: of the state given, which the state returned keeps. Left to the compiler (None),
             it may be sharded otherwise, for which the second step would be compiled once more.
     """
-    optimizer = build_optimizer(config.optimizer, config.train.steps)
-    schedule = learning_rate(config.optimizer, config.train.steps)
+    train = config.train
+    seed = train.seed if config.model.resid_dropout > 0 else None
+    step = _train_step(config.optimizer, train.steps, train.grad_accumulation, seed, build, loss)
+    kept = None if shardings is None else (shardings, None)
+    options = CUBLAS if _platform(shardings) == "gpu" else None
+    return jax.jit(step, donate_argnums=0, out_shardings=kept, compiler_options=options)
+
+
+@lru_cache(maxsize=8)
+def _train_step(
+    config: OptimizerConfig,
+    total_steps: int,
+    parts: int,
+    dropout_seed: int | None,
+    build: Build,
+    loss: LossFunction,
+) -> TrainStep:
+    """One function for the same settings, so that jax compiles it once."""
+    optimizer = build_optimizer(config, total_steps)
+    schedule = learning_rate(config, total_steps)
 
     def train_step(state: TrainState, batch: Batch, step: jax.Array) -> tuple[TrainState, Metrics]:
         def merge(params: Parameters) -> Model:
             return build(params, state.frozen)
 
-        gradients = weighted_gradients(config.train.grad_accumulation, merge, loss)
-        dropout = config.model.resid_dropout > 0
-        key = jax.random.fold_in(jax.random.key(config.train.seed), step) if dropout else None
+        gradients = weighted_gradients(parts, merge, loss)
+        key = None
+        if dropout_seed is not None:
+            key = jax.random.fold_in(jax.random.key(dropout_seed), step)
         (means, counts), grads = gradients(state.params, batch, key)
         total = jnp.maximum(counts["weight"], 1e-9)
         means, grads = jax.tree.map(lambda x: (x / total).astype(x.dtype), (means, grads))
@@ -151,7 +171,7 @@ def make_train_step(
         rate = schedule(updates_done(state.opt_state))
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        changed = (params, opt_state, _averaged(config, state.ema, params))
+        changed = (params, opt_state, _averaged(config.ema_decay, state.ema, params))
         before = (state.params, state.opt_state, state.ema)
         params, opt_state, ema = jax.tree.map(
             lambda new, old: jnp.where(finite, new, old), changed, before
@@ -162,9 +182,7 @@ def make_train_step(
             metrics["by_source"] = counts["by_source"]
         return TrainState(params, opt_state, ema, state.frozen), metrics
 
-    kept = None if shardings is None else (shardings, None)
-    options = CUBLAS if _platform(shardings) == "gpu" else None
-    return jax.jit(train_step, donate_argnums=0, out_shardings=kept, compiler_options=options)
+    return train_step
 
 
 def _platform(shardings: TrainState | None) -> str:
@@ -249,13 +267,13 @@ def _weighted(value: jax.Array, aux: Aux) -> WeightedLoss:
     return value * weight, ({"loss": value * weight, **means}, counts)
 
 
-def _averaged(config: RunConfig, ema: Parameters | None, params: Parameters) -> Parameters | None:
-    decay = config.optimizer.ema_decay
+def _averaged(decay: float | None, ema: Parameters | None, params: Parameters) -> Parameters | None:
     if ema is None or decay is None:
         return None
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 
+@lru_cache(maxsize=8)
 def make_eval_step(
     build: Build, loss: LossFunction, predictions: Predictions | None = None
 ) -> EvalStep:

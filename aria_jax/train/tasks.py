@@ -195,7 +195,7 @@ def build_task(config: RunConfig, data: Data, *, mesh: jax.sharding.Mesh | None 
             notes.append(f"no validation: {reason}")
     if not evaluate:
         notes[-1] += "; no weights are kept as the best"
-    predictions = class_predictions(config) if config.task == "classify" else None
+    predictions = class_predictions(config.train.pooling) if config.task == "classify" else None
     loss = loss_function(config, mesh, len(sources))
     return Task(loss, sources, mixed(parts, sources), evaluate, predictions, tuple(notes))
 

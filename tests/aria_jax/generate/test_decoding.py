@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec
 
 from aria_jax.config import MeshConfig
@@ -22,6 +23,7 @@ from data_pipeline.tokenizers import Tokenizer
 from data_pipeline.vocabulary import Kind
 
 ARIA = Tokenizer.preset("aria")
+compiled_prefill, compiled_step = jax.jit(prefill), jax.jit(decode_step)
 
 
 def generate(model, prompt, *, n=1, seed=0, condition=None, mesh=None, precision="float32", **kw):
@@ -67,16 +69,16 @@ def test_cached_steps_equal_the_whole_network(tiny_model):
     rng = np.random.default_rng(0)
     ids = rng.integers(0, ARIA.vocab_size, (2, 306))
     ids[1, :300] = ids[0, :300]
-    expected = tiny_model(jnp.asarray(ids))
+    expected = nnx.jit(lambda model, ids: model(ids))(tiny_model, jnp.asarray(ids))
     weights = decoder_weights(tiny_model)
     padded = np.full(512, ARIA.pad_id)
     padded[:300] = ids[0, :300]
-    logits, prompt = jax.jit(prefill)(weights, jnp.asarray(padded), jnp.int32(300))
+    logits, prompt = compiled_prefill(weights, jnp.asarray(padded), jnp.int32(300))
     # Sums in another order; logits reach 30.
     np.testing.assert_allclose(logits[0], expected[0, 299], atol=2e-4)
     cache = empty_cache(weights, 2, 8)
     for i in range(300, 306):
-        logits, cache = jax.jit(decode_step)(
+        logits, cache = compiled_step(
             weights, prompt, cache, jnp.asarray(ids[:, i]), jnp.int32(i - 300)
         )
         np.testing.assert_allclose(logits, expected[:, i], atol=2e-4)
@@ -99,21 +101,21 @@ def test_condition_equals_the_reference(golden, golden_model):
     ids, condition = arrays["ids"][0], arrays["cnd_emb"][0]
     padded = np.full(256, ARIA.pad_id)
     padded[:100] = ids[:100]
-    logits, prompt = jax.jit(prefill)(
+    logits, prompt = compiled_prefill(
         weights, jnp.asarray(padded), jnp.int32(100), jnp.asarray(condition)
     )
     tokens = jnp.asarray(ids[None])
-    with_condition = model(tokens, condition_BxE=jnp.asarray(condition[None]))
+    whole = nnx.jit(lambda model, tokens, condition: model(tokens, condition_BxE=condition))
+    with_condition = whole(model, tokens, jnp.asarray(condition[None]))
+    without = whole(model, tokens, None)
     np.testing.assert_allclose(logits[0], with_condition[0, 99], rtol=1e-4, atol=1e-5)
     # The blind branch still counts positions from 1, but rotary attention sees differences only.
-    np.testing.assert_allclose(logits[1], model(tokens)[0, 99], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logits[1], without[0, 99], rtol=1e-4, atol=1e-5)
     assert int(prompt.next_position) == 101
     rows = jnp.asarray(np.repeat(ids[100], 2))
-    logits, _ = jax.jit(decode_step)(
-        weights, prompt, empty_cache(weights, 2, 8), rows, jnp.int32(0)
-    )
+    logits, _ = compiled_step(weights, prompt, empty_cache(weights, 2, 8), rows, jnp.int32(0))
     np.testing.assert_allclose(logits[0], with_condition[0, 100], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(logits[1], model(tokens)[0, 100], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(logits[1], without[0, 100], rtol=1e-4, atol=1e-5)
 
 
 def test_a_sequence_does_not_depend_on_the_others(tiny_model, piano_prompt):
@@ -203,7 +205,7 @@ def test_guidance(conditioned_model, piano_prompt):
     weights = decoder_weights(conditioned_model)
     padded = np.full(256, ARIA.pad_id)
     padded[: len(piano_prompt)] = piano_prompt
-    logits, _ = prefill(
+    logits, _ = compiled_prefill(
         weights, jnp.asarray(padded), jnp.int32(len(piano_prompt)), jnp.asarray(condition)
     )
     mixed = np.array(logits[0] * 5 / 40 + logits[1] * 35 / 40)
@@ -263,9 +265,9 @@ def test_low_precision_is_close(tiny_model, piano_prompt, precision, tolerance):
     padded = np.full(256, ARIA.pad_id)
     padded[: len(piano_prompt)] = piano_prompt
     exact, low = (
-        prefill(decoder_weights(tiny_model, p), jnp.asarray(padded), jnp.int32(len(piano_prompt)))[
-            0
-        ]
+        compiled_prefill(
+            decoder_weights(tiny_model, p), jnp.asarray(padded), jnp.int32(len(piano_prompt))
+        )[0]
         for p in ("float32", precision)
     )
     assert float(jnp.abs(low - exact).max() / exact.std()) < tolerance * 4
@@ -287,13 +289,13 @@ def test_the_cpus_product_equals_the_compilers(tiny_model, piano_prompt, precisi
     )
     padded = np.full(256, ARIA.pad_id)
     padded[: len(piano_prompt)] = piano_prompt
-    logits, narrow = jax.jit(prefill)(weights, jnp.asarray(padded), jnp.int32(len(piano_prompt)))
-    expected, exact = jax.jit(prefill)(plain, jnp.asarray(padded), jnp.int32(len(piano_prompt)))
+    logits, narrow = compiled_prefill(weights, jnp.asarray(padded), jnp.int32(len(piano_prompt)))
+    expected, exact = compiled_prefill(plain, jnp.asarray(padded), jnp.int32(len(piano_prompt)))
     np.testing.assert_allclose(logits, expected, atol=1e-4)  # logits reach 30
 
     def step(form, prompt, dtype):
         own = empty_cache(form, 2, 8, dtype=dtype)
-        return jax.jit(decode_step)(form, prompt, own, jnp.array([40, 900]), jnp.int32(0))[0]
+        return compiled_step(form, prompt, own, jnp.array([40, 900]), jnp.int32(0))[0]
 
     expected = step(plain, exact, jnp.float32)
     np.testing.assert_allclose(step(weights, exact, jnp.float32), expected, atol=1e-4)

@@ -46,24 +46,30 @@ def weighed(statistics, n, m):
     return row_lse @ jnp.linspace(-1, 2, n) + column_lse @ jnp.linspace(3, 0, m)
 
 
+def with_gradients(statistics, x, y, x_ids, y_ids, scale):
+    """Statistics, as they are without a gradient, and the gradients by x, y and scale."""
+
+    def scalar(x, y, scale):
+        return weighed(statistics(x, y, x_ids, y_ids, scale), len(x), len(y))
+
+    @jax.jit  # one program in place of a hundred of one operation each
+    def both(x, y, scale):
+        gradients = jax.grad(scalar, (0, 1, 2))(x, y, scale)
+        return statistics(x, y, x_ids, y_ids, scale), gradients
+
+    return both(x, y, scale)
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("n,m", [(1, 2), (60, 60), (129, 300)])
 def test_equals_the_plain_computation(implementation, n, m):
     arguments = case(n, m, n_compositions=40)
     where = PairSharding(implementation)
-    for actual, desired in zip(pair_statistics(*arguments, where), naive(*arguments), strict=True):
+    found, found_grads = with_gradients(lambda *a: pair_statistics(*a, where), *arguments)
+    expected, expected_grads = with_gradients(naive, *arguments)
+    for actual, desired in zip(found, expected, strict=True):
         np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-5)
-
-    def actual(x, y, scale):
-        return weighed(pair_statistics(x, y, *arguments[2:4], scale, where), n, m)
-
-    def desired(x, y, scale):
-        return weighed(naive(x, y, *arguments[2:4], scale), n, m)
-
-    operands = arguments[0], arguments[1], arguments[4]
-    found = jax.grad(actual, (0, 1, 2))(*operands)
-    expected = jax.grad(desired, (0, 1, 2))(*operands)
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(found_grads, expected_grads, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
@@ -72,13 +78,11 @@ def test_bfloat16_sums_in_float32(implementation):
     """Inputs of 8 bits, sums of 24: values to 1e-5, gradients to the rounding of their weights."""
     arguments = case(60, 200, jnp.bfloat16)
     where = PairSharding(implementation)
-    for actual, desired in zip(pair_statistics(*arguments, where), naive(*arguments), strict=True):
+    statistics, (found, *_) = with_gradients(lambda *a: pair_statistics(*a, where), *arguments)
+    for actual, desired in zip(statistics, jax.jit(naive)(*arguments), strict=True):
         np.testing.assert_allclose(actual, desired, rtol=1e-5, atol=1e-5)
     wide = [a.astype(jnp.float32) for a in arguments[:2]]
-    found = jax.grad(lambda x: weighed(pair_statistics(x, *arguments[1:], where), 60, 200))(
-        arguments[0]
-    )
-    expected = jax.grad(lambda x: weighed(naive(x, wide[1], *arguments[2:]), 60, 200))(wide[0])
+    _, (expected, *_) = with_gradients(naive, *wide, *arguments[2:])
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(
         found.astype(jnp.float32), expected, rtol=1e-2, atol=4e-3 * np.abs(expected).max()
@@ -102,7 +106,7 @@ def test_a_row_without_any_pair_is_silent(implementation):
     grads = jax.grad(
         lambda x: jax.nn.softplus(pair_statistics(x, y, *ids, scale, where).row_lse).sum()
     )
-    gradient = grads(x)
+    gradient = jax.jit(grads)(x)
     assert np.isfinite(gradient).all() and not gradient[1:].any() and gradient[0].any()
 
 

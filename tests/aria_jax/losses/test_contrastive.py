@@ -1,5 +1,6 @@
 """The contrastive loss: the reference's values, and its invariances."""
 
+import functools
 import json
 import os
 import socket
@@ -16,15 +17,20 @@ from aria_jax.config import MeshConfig
 from aria_jax.losses.contrastive import contrastive_loss, grad_cache
 from aria_jax.sharding import batch_sharding, make_mesh
 
+compiled_loss = jax.jit(
+    contrastive_loss,
+    static_argnames=("variant", "hardness", "implementation", "mesh", "global_negatives"),
+)
+
 
 def value(z1, z2, **options):
-    return contrastive_loss(z1, z2, **options)[0]
+    return compiled_loss(z1, z2, **options)[0]
 
 
 @pytest.mark.parametrize("temperature", ["0.5", "0.1", "0.05"])
 def test_value_and_gradients_are_the_references(golden, temperature):
     case = np.load(golden / "loss.npz")
-    found, grads = jax.value_and_grad(value, (0, 1))(
+    found, grads = jax.jit(jax.value_and_grad(value, (0, 1)))(
         case["z1"], case["z2"], temperature=float(temperature)
     )
     np.testing.assert_allclose(found, case[f"loss_{temperature}"], rtol=1e-5)
@@ -102,7 +108,7 @@ def _weighed_loss(logits, negative, positive, hardness):
     return (jnp.log(total) - positive).mean()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pairs():
     keys = jax.random.split(jax.random.key(1), 2)
     z1 = jax.random.normal(keys[0], (16, 12))
@@ -113,11 +119,26 @@ def pairs():
 VARIANTS = {"symmetric": symmetric, "nt-xent": nt_xent}
 
 
+@pytest.fixture(scope="module")
+def definitions(pairs):
+    """(variant, hardness) -> value and gradients by its definition."""
+    z1, z2, composition = pairs
+
+    @functools.cache
+    def of(variant, hardness):
+        def desired(z1, z2, temperature):
+            return VARIANTS[variant](z1, z2, temperature, composition, hardness)
+
+        return jax.jit(jax.value_and_grad(desired, (0, 1, 2)))(z1, z2, 0.2)
+
+    return of
+
+
 @pytest.mark.parametrize("implementation", ["blockwise", "tpu-interpret", "gpu-interpret"])
 @pytest.mark.parametrize(
     "variant,hardness", [("symmetric", 0.0), ("nt-xent", 0.0), ("symmetric", 0.7), ("nt-xent", 0.7)]
 )
-def test_variants_equal_their_definitions(pairs, variant, hardness, implementation):
+def test_variants_equal_their_definitions(pairs, definitions, variant, hardness, implementation):
     """Value and gradients of both views and of a learned temperature."""
     z1, z2, composition = pairs
 
@@ -127,37 +148,42 @@ def test_variants_equal_their_definitions(pairs, variant, hardness, implementati
             hardness=hardness, implementation=implementation,
         )  # fmt: skip
 
-    def desired(z1, z2, temperature):
-        return VARIANTS[variant](z1, z2, temperature, composition, hardness)
-
-    found = jax.value_and_grad(actual, (0, 1, 2))(z1, z2, 0.2)
-    expected = jax.value_and_grad(desired, (0, 1, 2))(z1, z2, 0.2)
+    found = jax.jit(jax.value_and_grad(actual, (0, 1, 2)))(z1, z2, 0.2)
+    expected = definitions(variant, hardness)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
+def _whole_batch(composition, mesh, **options):
+    """Compiled: (z1, z2, temperature) -> ((loss, metrics), gradients)."""
+
+    def of(z1, z2, temperature):
+        return contrastive_loss(
+            z1, z2, temperature=temperature, composition=composition, mesh=mesh, **options
+        )
+
+    return jax.jit(jax.value_and_grad(of, (0, 1, 2), has_aux=True))
+
+
+@pytest.fixture(scope="module")
+def on_one_device(pairs):
+    """Options -> what the whole batch gives on one device."""
+    z1, z2, composition = pairs
+    return functools.cache(
+        lambda **options: _whole_batch(composition, None, **options)(z1, z2, 0.2)
+    )
+
+
 @pytest.mark.parametrize("devices,axes", [(2, (2, 1)), (4, (2, 2)), (8, (4, 2))])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_global_negatives_equal_one_device(pairs, devices, axes, variant):
+def test_global_negatives_equal_one_device(pairs, on_one_device, devices, axes, variant):
     """Loss, metrics and gradients of the ring are those of the whole batch on one device."""
     z1, z2, composition = pairs
     mesh = make_mesh(MeshConfig(*axes, 1), jax.devices()[:devices])
-    options = {"temperature": 0.2, "variant": variant, "hardness": 0.3}
-
-    def loss(mesh):
-        def of(z1, z2, temperature):
-            return contrastive_loss(
-                z1,
-                z2,
-                **{**options, "temperature": temperature},
-                composition=composition,
-                mesh=mesh,
-            )
-
-        return jax.jit(jax.value_and_grad(of, (0, 1, 2), has_aux=True))
-
-    expected = loss(None)(z1, z2, 0.2)
-    found = loss(mesh)(*jax.device_put((z1, z2), batch_sharding(mesh)), 0.2)
+    options = {"variant": variant, "hardness": 0.3}
+    expected = on_one_device(**options)
+    cut = jax.device_put((z1, z2), batch_sharding(mesh))
+    found = _whole_batch(composition, mesh, **options)(*cut, 0.2)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
@@ -166,10 +192,8 @@ def test_local_negatives_equal_the_mean_over_parts(pairs):
     """What the reference computes: each process on its own, gradients averaged."""
     z1, z2, composition = pairs
     mesh = make_mesh(MeshConfig(4, 1, 1), jax.devices()[:4])
-    local = jax.jit(
-        partial(value, temperature=0.2, hardness=0.3, mesh=mesh, global_negatives=False)
-    )
-    alone = jax.jit(partial(value, temperature=0.2, hardness=0.3))
+    local = partial(value, temperature=0.2, hardness=0.3, mesh=mesh, global_negatives=False)
+    alone = partial(value, temperature=0.2, hardness=0.3)
     parts = [
         alone(a, b, composition=c)
         for a, b, c in zip(*(np.split(v, 4) for v in (z1, z2, composition)), strict=True)
@@ -194,7 +218,8 @@ def test_gradient_caching_equals_one_pass(pairs):
             z[:, 0], z[:, 1], temperature=jnp.exp(params["log_t"]), composition=composition
         )
 
-    expected = jax.value_and_grad(lambda p: loss(p, embed(p, views)), has_aux=True)(params)
+    whole = jax.value_and_grad(lambda p: loss(p, embed(p, views)), has_aux=True)
+    expected = jax.jit(whole)(params)
     for size in (1, 4, 16):
         found = jax.jit(grad_cache, static_argnums=(0, 1))(
             embed, loss, params, views.reshape(-1, size, 2, 12)
@@ -207,8 +232,8 @@ def test_gradient_caching_equals_one_pass(pairs):
 def test_filler_rows_count_nowhere(pairs, variant):
     z1, z2, composition = pairs
     options = {"temperature": 0.2, "variant": variant, "hardness": 0.3}
-    expected = contrastive_loss(z1, z2, composition=composition, **options)
-    found = contrastive_loss(
+    expected = compiled_loss(z1, z2, composition=composition, **options)
+    found = compiled_loss(
         *(jnp.pad(z, ((0, 3), (0, 0)), constant_values=0.3) for z in (z1, z2)),
         composition=jnp.pad(composition, (0, 3), constant_values=-1),
         **options,
@@ -268,9 +293,8 @@ def test_two_processes_equal_one():
         assert process.returncode == 0, err[-2000:]
         answers.append(json.loads(out.splitlines()[-1]))
     z1, z2 = np.random.default_rng(0).normal(size=(2, 16, 12)).astype(np.float32)
-    expected, grads = jax.value_and_grad(lambda z1, z2: value(z1, z2, temperature=0.2), (0, 1))(
-        z1, z2
-    )
+    whole = jax.value_and_grad(lambda z1, z2: value(z1, z2, temperature=0.2), (0, 1))
+    expected, grads = jax.jit(whole)(z1, z2)
     for side in (0, 1):
         parts = {int(k): v for answer in answers for k, v in answer[1 + side].items()}
         whole = np.concatenate([parts[k] for k in sorted(parts)])

@@ -45,11 +45,13 @@ def test_equals_the_plain_loss(chunk, z_loss):
         loss = next_token_loss(hidden, head, targets, mask, z_loss=z_loss, chunk_tokens=chunk)[0]
         return 3 * loss
 
-    expected = jax.value_and_grad(
+    wanted = jax.value_and_grad(
         lambda hidden, head: 3 * plain(hidden, head, targets, mask, z_loss), (0, 1)
-    )(hidden, head)
-    check(jax.value_and_grad(actual, (0, 1))(hidden, head), expected)
-    assert actual(hidden, head) == pytest.approx(float(expected[0]), rel=1e-6)  # without gradients
+    )
+    expected = jax.jit(wanted)(hidden, head)
+    check(jax.jit(jax.value_and_grad(actual, (0, 1)))(hidden, head), expected)
+    alone = jax.jit(actual)(hidden, head)  # without gradients
+    assert alone == pytest.approx(float(expected[0]), rel=1e-6)
 
 
 @pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (1, 4, 2, 1), (1, 2, 4, 1), (1, 2, 2, 2)])
@@ -78,7 +80,8 @@ def test_columns_that_align_the_head_on_a_gpu_have_no_probability(monkeypatch, s
         return next_token_loss(hidden, head, targets, mask)[0]
 
     grad, without = jax.jit(jax.value_and_grad(loss, (0, 1))), jax.jit(loss)
-    expected = jax.value_and_grad(lambda *z: plain(*z, targets, mask), (0, 1))(hidden, head)
+    wanted = jax.value_and_grad(lambda *z: plain(*z, targets, mask), (0, 1))
+    expected = jax.jit(wanted)(hidden, head)
     mesh = make_mesh(MeshConfig(*(sizes or (1, 1, 1, 1))), jax.devices()[: np.prod(sizes or 1)])
     with jax.set_mesh(mesh):
         check(grad(hidden, head), expected)
@@ -115,12 +118,14 @@ def test_never_holds_the_logits_of_the_batch():
 def test_bfloat16_sums_in_float32():
     hidden, head, targets, mask = case(length=64, vocab=500)
     half = hidden.astype(jnp.bfloat16)
-    value, grads = jax.value_and_grad(
+    loss = jax.value_and_grad(
         lambda hidden, head: next_token_loss(hidden, head, targets, mask)[0], (0, 1)
-    )(half, head)
+    )
+    value, grads = jax.jit(loss)(half, head)
     rounded = half.astype(jnp.float32), head.astype(jnp.bfloat16).astype(jnp.float32)
-    expected = jax.grad(lambda hidden, head: plain(hidden, head, targets, mask), (0, 1))(*rounded)
-    np.testing.assert_allclose(value, plain(*rounded, targets, mask), rtol=1e-5)
+    wanted = jax.value_and_grad(lambda hidden, head: plain(hidden, head, targets, mask), (0, 1))
+    plain_value, expected = jax.jit(wanted)(*rounded)
+    np.testing.assert_allclose(value, plain_value, rtol=1e-5)
     assert grads[0].dtype == jnp.bfloat16 and grads[1].dtype == jnp.float32
     for actual, desired in zip(grads, expected, strict=True):  # rounded once to 8 bits
         scale = np.abs(desired).max()
@@ -165,5 +170,5 @@ def test_masked_rows_of_classes_count_for_nothing():
     expected, expected_aux = classification_loss(logits[:3], labels[:3])
     assert masked == pytest.approx(float(expected), rel=1e-6)
     assert aux["accuracy"] == pytest.approx(float(expected_aux["accuracy"]))
-    grad = jax.grad(lambda logits: classification_loss(logits, labels, mask)[0])(logits)
+    grad = jax.jit(jax.grad(lambda logits: classification_loss(logits, labels, mask)[0]))(logits)
     assert np.all(np.asarray(grad[3:]) == 0)

@@ -25,6 +25,13 @@ def model(config=CONFIG, **compute):
     return build_model(config, ComputeConfig(**compute), rngs=nnx.Rngs(params=0))
 
 
+def compiled(m):
+    """The model as one program, in place of one for each of its operations."""
+    merge, params = split_model(m)
+    call = jax.jit(lambda params, tokens, inputs: merge(params)(tokens, **inputs))
+    return lambda tokens, **inputs: call(params, tokens, inputs)
+
+
 @pytest.fixture(scope="module")
 def tokens():
     return jnp.asarray(np.random.default_rng(0).integers(0, 61, (2, 24)))
@@ -109,7 +116,7 @@ def test_bfloat16_computes_close_to_float32_and_keeps_float32_parameters(tokens)
 
 
 def test_a_packed_segment_is_computed_as_if_alone(tokens):
-    m = model()
+    m = compiled(model())
     first, second = tokens[:1, :10], tokens[1:, :14]
     packed = jnp.concatenate([first, second], axis=1)
     segments = jnp.array([[1] * 10 + [2] * 14])
@@ -120,7 +127,7 @@ def test_a_packed_segment_is_computed_as_if_alone(tokens):
 
 
 def test_the_future_does_not_change_the_past(tokens):
-    m = model()
+    m = compiled(model())
     changed = tokens.at[:, 12:].set(0)
     np.testing.assert_allclose(m(tokens)[:, :12], m(changed)[:, :12], rtol=1e-5, atol=1e-6)
 
@@ -128,12 +135,12 @@ def test_the_future_does_not_change_the_past(tokens):
 def test_dropout_ramps_up_from_nothing(tokens):
     """Reference: layer i of n drops with resid_dropout * i / (n - 1)."""
     config = dataclasses.replace(CONFIG, n_layers=1, resid_dropout=0.9)
-    single = model(config)
+    single = compiled(model(config))
     np.testing.assert_array_equal(
         single(tokens, dropout_key=jax.random.key(0)), single(tokens)
     )  # the first layer drops nothing
     config = dataclasses.replace(CONFIG, n_layers=2, resid_dropout=0.5)
-    double = model(config)
+    double = compiled(model(config))
     assert not np.allclose(double(tokens, dropout_key=jax.random.key(0)), double(tokens))
 
 
@@ -199,10 +206,16 @@ def test_reading_one_position_is_the_same_for_less(tokens, scan_layers):
 
 def test_pooling_reads_the_end_or_averages_up_to_it(tokens):
     config = dataclasses.replace(CONFIG, head="none")
-    m = model(config)
-    hidden, eos = m(tokens), jnp.array([3, 23])
-    np.testing.assert_allclose(m.pooled(tokens, eos)[0], hidden[0, 3], rtol=1e-5, atol=1e-6)
-    mean = m.pooled(tokens, eos, "mean")
+    merge, params = split_model(model(config))
+    eos = jnp.array([3, 23])
+
+    @jax.jit
+    def run(params):
+        m = merge(params)
+        return m(tokens), m.pooled(tokens, eos), m.pooled(tokens, eos, "mean")
+
+    hidden, end, mean = run(params)
+    np.testing.assert_allclose(end[0], hidden[0, 3], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(mean[0], hidden[0, :4].mean(0), rtol=1e-5, atol=1e-6)
 
 
