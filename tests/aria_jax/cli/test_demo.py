@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -31,14 +32,16 @@ def pieces(tmp_path_factory):
 
 @pytest.fixture
 def quick(monkeypatch):
+    devices = jax.devices()
+    for name in ("devices", "local_devices"):  # compiling for eight takes longer
+        monkeypatch.setattr(jax, name, lambda *_, **__: devices[:1])
     monkeypatch.setattr(
-        demo, "PRETRAIN",
-        "steps=2 d_model=16 n_heads=2 n_layers=1 seq_len=64 global_batch=8 mesh.data=8",
-    )  # fmt: skip
+        demo, "PRETRAIN", "steps=2 d_model=16 n_heads=2 n_layers=1 seq_len=64 global_batch=8"
+    )
     monkeypatch.setattr(
         demo, "CONTRASTIVE",
         "steps=2 d_model=16 n_heads=2 n_layers=1 emb_size=16 seq_len=128 global_batch=8 "
-        "mesh.data=8 min_slice_notes=20 max_slice_notes=30",
+        "min_slice_notes=20 max_slice_notes=30",
     )  # fmt: skip
     monkeypatch.setattr(demo, "UNTRAINED", demo.CONTRASTIVE.replace("steps=2", "steps=0", 1))
     monkeypatch.setattr(demo, "GENERATE", "--seconds 2 --n 1 --max-tokens 32")

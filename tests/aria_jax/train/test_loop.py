@@ -201,7 +201,9 @@ def test_work_that_is_not_shared_is_named(config, eight_devices):
 def test_a_run_answers_what_it_is_asked_and_says_where_it_stalls(config, corpus, tmp_path):
     """A trace of steps that were asked for; compiling is longer than a step may take here."""
     (tmp_path / REQUEST).write_text("2\n")
+    # A decay that no other run has: none has compiled this step.
+    settings = config("pretrain", "steps=3", "stall_minutes=0.002", "weight_decay=0.07")
     with pytest.warns(UserWarning, match=r"process 0 of 1 on .* stalls before its first"):
-        run(config("pretrain", "steps=3", "stall_minutes=0.002"), corpus, tmp_path)
+        run(settings, corpus, tmp_path)
     assert list((tmp_path / "profile").rglob("*.xplane.pb")) and not (tmp_path / REQUEST).exists()
     assert read_status(tmp_path).stalls == []  # it went on, and to its end
