@@ -69,6 +69,10 @@ def labels_from_path(path: str) -> dict[str, str]:
     return labels_from_texts(path.split("/"))
 
 
+IN_TEXTS = ("composer", "form")
+"""Labels that are looked for in free text too."""
+
+
 def labels_from_texts(texts: Iterable[str]) -> dict[str, str]:
     """Composer and form named in free text, each only if unambiguous."""
     texts = list(texts)

@@ -150,6 +150,8 @@ def _compare(args: argparse.Namespace) -> int:
     paths = paths[: args.max_files]
     if not paths:
         raise UserError("nothing to compare: " + "; ".join(unreadable))
+    if args.label:
+        _refuse_unknown_label(Path(args.midi_dir), paths, args.label)
     n_files, n_before = len(paths) + len(unreadable), len(unreadable)
     stage("reading and encoding")
     with progress_bar("compare", "file") as progress:
@@ -223,6 +225,21 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--train takes all files of the folder: leave --max-files out")
     if args.out:
         refuse_occupied(Path(args.out), "a comparison of tokenizers")
+
+
+def _refuse_unknown_label(folder: Path, paths: list[Path], label: str) -> None:
+    from data_pipeline.errors import UserError, did_you_mean
+    from data_pipeline.metadata import IN_TEXTS, load_labels
+
+    root = folder if folder.is_dir() else folder.parent
+    table = load_labels(root)
+    known = {name for path in paths for name in table.labels_for(path.relative_to(root).as_posix())}
+    if label not in known and label not in IN_TEXTS:
+        raise UserError(
+            f"{folder}: no file has the label {label!r}{did_you_mean(label, sorted(known))}; they "
+            f"have {', '.join(sorted(known)) or 'none'}. Labels stand in a metadata.csv beside the "
+            "files"
+        )
 
 
 def _performances(

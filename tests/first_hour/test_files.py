@@ -118,6 +118,9 @@ TOKENIZERS = [
           after=(f"{COMPARE} {{piece}} --tokenizers aria --out o",)),
     wrong(f"{COMPARE} {{midi}} --tokenizers aria --out {{midi}}/o", "lies in"),
     wrong(f"{COMPARE} {{midi}} --label composer", "no effect without --train"),
+    wrong(f"{COMPARE} some --train 2 --out o --label pianisst",
+          ("some: no file has the label 'pianisst'", "did you mean 'pianist'?"),
+          before=(("some/a.mid", "-> {piece}"), ("some/metadata.csv", "path,pianist\na.mid,x\n"))),
 ]  # fmt: skip
 
 
