@@ -284,14 +284,21 @@ def _end_at_once() -> NoReturn:
     for child in multiprocessing.active_children():
         child.kill()
     # One that is being started is in no list yet, and would complain of a parent that is gone.
-    for listed in Path("/proc/self/task").glob("*/children"):
-        for pid in listed.read_text().split():
-            with suppress(OSError):
-                # The tracker of semaphores tidies up behind this process, and ends with it.
-                command = Path(f"/proc/{pid}/cmdline").read_bytes()
-                if b"multiprocessing.resource_tracker" not in command:
-                    os.kill(int(pid), signal.SIGKILL)
+    # Twice, as a thread that ends meanwhile leaves its children to one that was asked before.
+    for pid in [*_children(), *_children()]:
+        with suppress(OSError):
+            # The tracker of semaphores tidies up behind this process, and ends with it.
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"multiprocessing.resource_tracker" not in command:
+                os.kill(pid, signal.SIGKILL)
     os._exit(130)
+
+
+def _children() -> Iterator[int]:
+    """Processes that this one's threads have started."""
+    for listed in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            yield from map(int, listed.read_text().split())
 
 
 @contextmanager

@@ -385,3 +385,25 @@ def test_ctrl_c_is_answered_and_nothing_stays_behind(
     line = [*verb.removesuffix(" alone").split(), *arguments.format(**places).split()]
     check_stopped(interrupted(line, words), AGAIN)
     assert not [path for path in tmp_path.iterdir() if path.is_file()], "none is finished"
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc to find a process")
+def test_children_are_found_while_threads_end():
+    """A thread that ended between two looks made Ctrl-C a traceback."""
+    over = threading.Event()
+
+    def start_threads():
+        while not over.is_set():
+            for _ in range(20):
+                threading.Thread(target=int).start()
+
+    starter = threading.Thread(target=start_threads)
+    starter.start()
+    with subprocess.Popen(["sleep", "60"]) as child:
+        try:
+            for _ in range(200):
+                assert child.pid in {*console._children(), *console._children()}
+        finally:
+            over.set()
+            starter.join()
+            child.kill()
