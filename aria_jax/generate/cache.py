@@ -53,6 +53,11 @@ class PromptCache:
     next_position: jax.Array
 
 
+def _as_cached(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """In a cache of `dtype`, see `DecoderWeights.cache_dtype`."""
+    return x.astype(jnp.bfloat16).view(dtype) if dtype == jnp.uint16 else x.astype(dtype)
+
+
 def _queries_keys_values(
     block: LayerWeights, x_RxLxD: jax.Array, cos: jax.Array, sin: jax.Array, n_heads: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -88,8 +93,8 @@ def _logits(weights: DecoderWeights, x_RxD: jax.Array) -> jax.Array:
 
 def row_logits(weights: DecoderWeights, x_RxD: jax.Array) -> jax.Array:
     """Logits of the ids that have weights, in the order of `token_rows`; float32."""
-    normed_RxD = layer_norm(x_RxD, weights.norm_scale_D, weights.norm_bias_D)
-    return (normed_RxD @ weights.head).astype(jnp.float32)
+    x_RxD = layer_norm(x_RxD, weights.norm_scale_D, weights.norm_bias_D)
+    return (x_RxD @ weights.head).astype(jnp.float32)
 
 
 def prefill(
@@ -126,10 +131,9 @@ def prefill(
     for block in weights.blocks:
         q, k, v = _queries_keys_values(block, x_PxTxD, cos, sin, weights.n_heads)
         shared = LayerCache(jnp.swapaxes(k, 1, 2), jnp.moveaxis(v, 1, 3))
-        x_PxTxD = attn_out_and_mlp(
-            block, x_PxTxD, _causal_attention(q, shared, visible_PxT).reshape(x_PxTxD.shape)
-        )
-        layers.append(LayerCache(*(x.astype(weights.cache_dtype) for x in shared)))
+        attended = _causal_attention(q, shared, visible_PxT).reshape(x_PxTxD.shape)
+        x_PxTxD = attn_out_and_mlp(block, x_PxTxD, attended)
+        layers.append(LayerCache(*(_as_cached(x, weights.cache_dtype) for x in shared)))
     last_PxD = jax.lax.dynamic_index_in_dim(x_PxTxD, length - 1, axis=1, keepdims=False)
     return _logits(weights, last_PxD), PromptCache(
         layers=tuple(layers), visible_PxT=visible_PxT, next_position=length.astype(jnp.int32)
@@ -164,7 +168,7 @@ def empty_cache(
     """Zeros for the keys and values of generated tokens.
 
     On a mesh rows spread as batches do and heads as attention's weights do, where they divide.
-    `dtype` is `weights.cache_dtype` for `decode_step`, and for the others the activations'.
+    `dtype` is `weights.cache_dtype` for `decode_step`, for the others the activations' (None).
     """
     width, dtype = weights.embedding_VxD.shape[1] // weights.n_heads, dtype or weights.dtype
     placement = None if mesh is None else cache_sharding(mesh, rows, weights.n_heads)
@@ -203,8 +207,8 @@ def _cached_attention(
 ) -> jax.Array:
     """[R, H, K]: one softmax over the branch's prompt, the row's own past, and its new token.
 
-    The new token's key and value come apart from the cache, which is only read here: a cache that
-    is written and then read in one step would be copied, all of it, at every token.
+    The new token's key and value come apart from the cache, which is only read here: one that is
+    written and then read in a step would be copied, all of it, at every token.
     """
     if on_cpu and narrow_cpu.available():
         return narrow_cpu.cached_attention(
@@ -264,12 +268,12 @@ def decode_step(
     cos, sin = rope_tables(position_Rx1, x_Rx1xD.shape[-1] // weights.n_heads)
     layers = []
     for block, shared, past in zip(weights.blocks, prompt.layers, own, strict=True):
-        q, k, v = _queries_keys_values(block, x_Rx1xD, cos, sin, weights.n_heads)
-        q, k, v = q[:, 0], k[:, 0], v[:, 0]
+        new = _queries_keys_values(block, x_Rx1xD, cos, sin, weights.n_heads)
+        q, k, v = (x[:, 0] for x in new)
         attended = _cached_attention(
             q, k, v, shared, past, prompt.visible_PxT, filled, weights.head.on_cpu
         )
-        k, v = (_once_read(x, attended).astype(past.keys.dtype) for x in (k, v))
+        k, v = (_as_cached(_once_read(x, attended), past.keys.dtype) for x in (k, v))
         x_Rx1xD = attn_out_and_mlp(block, x_Rx1xD, attended.reshape(x_Rx1xD.shape))
         layers.append(
             LayerCache(

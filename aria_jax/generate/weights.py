@@ -103,10 +103,14 @@ class DecoderWeights:
 
     @property
     def cache_dtype(self) -> jnp.dtype:
-        """Of keys and values that are read at every step: as narrow as the weights, where the
-        attention is there that reads such on a CPU."""
+        """Of keys and values that are read at every step.
+
+        Beside narrow weights on a CPU, where the attention is there that reads such, bfloat16; as
+        its bits, uint16, as XLA's CPU backend makes float32 of all of a bfloat16 cache to write a
+        token into it (jaxlib 0.10.2).
+        """
         narrow = self.head.on_cpu and narrow_cpu.available()
-        return jnp.dtype(jnp.bfloat16) if narrow else self.dtype
+        return jnp.dtype(jnp.uint16) if narrow else self.dtype
 
     @property
     def max_seq_len(self) -> int:

@@ -640,13 +640,13 @@ void Attend(ffi::BufferR3<ffi::F32> q, ffi::BufferR3<ffi::F32> k, ffi::BufferR3<
   });
 }
 
-// The dtype of the cache is float32 or bfloat16.
+// The dtype of the cache is float32, or bfloat16, which may come as its bits.
 ffi::Error Attention(ffi::BufferR3<ffi::F32> q, ffi::BufferR3<ffi::F32> k,
                      ffi::BufferR3<ffi::F32> v, ffi::AnyBuffer keys, ffi::AnyBuffer values,
                      ffi::BufferR2<ffi::PRED> visible, ffi::AnyBuffer past_keys,
                      ffi::AnyBuffer past_values, ffi::BufferR0<ffi::S32> filled,
                      ffi::Result<ffi::BufferR3<ffi::F32>> out, int64_t threads) {
-  auto attend = keys.element_type() == ffi::BF16 ? Attend<BFloat16> : Attend<Float32>;
+  auto attend = keys.element_type() == ffi::F32 ? Attend<Float32> : Attend<BFloat16>;
   attend(q, k, v, keys, values, visible, past_keys, past_values, *filled.typed_data(),
          out->typed_data(), threads);
   return ffi::Error::Success();

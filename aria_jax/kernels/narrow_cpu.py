@@ -124,13 +124,14 @@ def cached_attention(
 
     Args:
         q_RxHxK, k_RxHxK, v_RxHxK: of the new tokens, float32.
-        shared: keys [P, H, T, K] and values [P, H, K, T], float32 or bfloat16. P divides R.
+        shared: keys [P, H, T, K] and values [P, H, K, T], float32 or bfloat16, or the bits of
+            bfloat16 as uint16. P divides R.
         past: keys [R, H, G, K] and values [R, H, K, G] of the same dtype.
         visible_PxT: bool.
         filled: int32; slots of `past` that hold a token.
     """
     stored = {x.dtype.name for x in (*shared, *past)}
-    if stored not in ({"float32"}, {"bfloat16"}):
+    if stored not in ({"float32"}, {"bfloat16"}, {"uint16"}):
         raise TypeError(f"caches of {' and '.join(sorted(stored))}")
     call = jax.ffi.ffi_call(
         "aria_jax_cached_attention", jax.ShapeDtypeStruct(q_RxHxK.shape, jnp.float32)
@@ -160,7 +161,9 @@ class LargePages:
         if array.nbytes < self.MIN_ARRAY or not hasattr(mmap, "MADV_HUGEPAGE"):
             return array
         if array.nbytes > len(self._memory) - self._used:
-            self._memory = mmap.mmap(-1, max(self.CHUNK, array.nbytes))
+            # Python's default is shared memory, of which systems make no large pages.
+            private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+            self._memory = mmap.mmap(-1, max(self.CHUNK, array.nbytes), flags=private)
             self._used = 0
             with contextlib.suppress(OSError):  # a system without large pages
                 self._memory.madvise(mmap.MADV_HUGEPAGE)

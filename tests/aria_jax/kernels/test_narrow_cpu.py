@@ -3,8 +3,10 @@
 import functools
 import mmap
 import platform
+import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -224,6 +226,10 @@ def test_large_pages_hold_the_same_numbers(dtype, monkeypatch):
         np.testing.assert_array_equal(one, other)
     assert found[0] is arrays[0]  # too small
     in_memory = np.frombuffer(pages._memory, np.uint8).ctypes.data
+    if (maps := Path("/proc/self/maps")).is_file():  # of shared memory systems make none
+        ranges = re.findall(r"^(\w+)-(\w+) (\S+)", maps.read_text(), re.M)
+        places = {kind for a, b, kind in ranges if int(a, 16) <= in_memory < int(b, 16)}
+        assert places == {"rw-p"}
     assert in_memory <= found[-1].unsafe_buffer_pointer() < in_memory + len(pages._memory)
 
 
