@@ -272,33 +272,29 @@ def _interrupt_main_thread() -> None:
 def end_interrupted(told: str) -> NoReturn:
     """Ends a process that Ctrl-C stopped, without the seconds in which libraries take leave."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is over already
-    print(told, file=sys.stderr)
+    print(told, file=sys.stderr, flush=True)
     sys.stdout.flush()
-    sys.stderr.flush()
     _end_at_once()
 
 
 def _end_at_once() -> NoReturn:
-    import multiprocessing
+    from multiprocessing import active_children
 
-    for child in multiprocessing.active_children():
+    for child in active_children():
         child.kill()
-    # One that is being started is in no list yet, and would complain of a parent that is gone.
-    # Twice, as a thread that ends meanwhile leaves its children to one that was asked before.
+    # One being started is in no list yet; twice, as a thread that ends leaves its own to another.
+    # The tracker of semaphores tidies up behind this process, and ends with it.
     for pid in [*_children(), *_children()]:
         with suppress(OSError):
-            # The tracker of semaphores tidies up behind this process, and ends with it.
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"multiprocessing.resource_tracker" not in command:
+            if b"multiprocessing.resource_tracker" not in Path(f"/proc/{pid}/cmdline").read_bytes():
                 os.kill(pid, signal.SIGKILL)
     os._exit(130)
 
 
 def _children() -> Iterator[int]:
-    """Processes that this one's threads have started."""
-    for listed in Path("/proc/self/task").glob("*/children"):
+    for of_thread in Path("/proc/self/task").glob("*/children"):
         with suppress(OSError):  # the thread has ended
-            yield from map(int, listed.read_text().split())
+            yield from map(int, of_thread.read_text().split())
 
 
 @contextmanager
