@@ -69,14 +69,14 @@ def labels_from_path(path: str) -> dict[str, str]:
     return labels_from_texts(path.split("/"))
 
 
-IN_TEXTS = ("composer", "form")
-"""Labels that are looked for in free text too."""
+IN_TEXTS = {"composer": COMPOSERS, "form": FORMS}
+"""Labels that are looked for in free text too, and their values."""
 
 
 def labels_from_texts(texts: Iterable[str]) -> dict[str, str]:
     """Composer and form named in free text, each only if unambiguous."""
     texts = list(texts)
-    found = {"composer": _only_match(texts, COMPOSERS), "form": _only_match(texts, FORMS)}
+    found = {name: _only_match(texts, values) for name, values in IN_TEXTS.items()}
     return {name: value for name, value in found.items() if value}
 
 
