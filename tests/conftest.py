@@ -84,6 +84,9 @@ def pytest_collection_modifyitems(items):
             Path(__file__).parent / "aria_jax"
         ):
             item.add_marker("optimized")
+            # On made-up pieces in `make test`, on real ones beside the slow tests: the same code.
+            if item.callspec.params["golden"] == "shared":
+                item.add_marker("slow")
 
 
 def pytest_collection_finish():

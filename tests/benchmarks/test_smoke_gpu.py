@@ -10,6 +10,7 @@ import pytest
 from aria_jax.presets import CHIPS
 from benchmarks import smoke_gpu
 
+pytestmark = pytest.mark.slow
 TINY = smoke_gpu.Sizes(
     pairs=40,
     rows=96,

@@ -14,6 +14,7 @@ import numpy as np
 
 from aria_jax.config import RunConfig, with_overrides
 from aria_jax.presets import for_task
+from tests.tiny_models import SOLO_PIANO
 
 SETTINGS = [
     "seq_len=32",
@@ -51,7 +52,13 @@ class Case:
         made = for_task("tiny", self.task)  # type: ignore[arg-type]
         emb_size = 16 if self.task == "contrastive" else None
         model = dataclasses.replace(
-            made.model, d_model=16, n_heads=4, n_layers=1, max_seq_len=64, emb_size=emb_size
+            made.model,
+            d_model=16,
+            n_heads=4,
+            n_layers=1,
+            max_seq_len=64,
+            emb_size=emb_size,
+            vocabulary=SOLO_PIANO,
         )
         label = ["label=composer"] if self.task == "classify" else []
         axes = ("data", "fsdp", "tensor", "sequence")

@@ -59,7 +59,7 @@ def restored(workdir, failing, error):
     return [(out.strip() or err).splitlines()[-1] for out, err in told]
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_damage_that_one_process_sees_makes_both_go_back(tmp_path, failing):
     write(tmp_path, 2, 4)
     assert restored(tmp_path, failing, "DATA_LOSS: checksum") == ["step 2"] * 2

@@ -340,6 +340,8 @@ LONG = {
     "embed alone": ("{many} out.parquet --baseline pitch-class --workers 0", "embed: .*files"),
 }
 """verb -> arguments that keep it busy, and words after which it is."""
+ALIKE = {"bench-suite", "classify", "embed alone", "listening-test", "retrieve", "tokenizers"}
+"""Busy with what another verb is busy with."""
 
 
 @pytest.fixture(scope="module")
@@ -375,7 +377,9 @@ def test_what_ctrl_c_broke_off_does_not_complain():
         sys.unraisablehook = before
 
 
-@pytest.mark.parametrize("verb", LONG)
+@pytest.mark.parametrize(
+    "verb", [pytest.param(v, marks=[pytest.mark.slow] * (v in ALIKE)) for v in LONG]
+)
 def test_ctrl_c_is_answered_and_nothing_stays_behind(
     verb, many_files, big_table, tiny_models, tmp_path, monkeypatch
 ):

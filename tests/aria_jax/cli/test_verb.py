@@ -93,6 +93,7 @@ TABLE = {
     "data build": (["data", "build", "midi", "out-data", "--filters", "none", "--workers", "1",
                     "--val-fraction", "0.2"], ("0.2", "0.5")),
 }  # fmt: skip
+LONG = {"bench-suite", "classify", "generate"}
 
 
 def contents(folder):
@@ -100,7 +101,9 @@ def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in files}
 
 
-@pytest.mark.parametrize("verb", TABLE)
+@pytest.mark.parametrize(
+    "verb", [pytest.param(v, marks=[pytest.mark.slow] * (v in LONG)) for v in TABLE]
+)
 def test_nothing_finished_is_overwritten_unasked(verb, made, tmp_path, capsys):
     folder = tmp_path / "work"
     shutil.copytree(made, folder)

@@ -134,10 +134,17 @@ def definitions(pairs):
     return of
 
 
-@pytest.mark.parametrize("implementation", ["blockwise", "tpu-interpret", "gpu-interpret"])
+INTERPRETED = ["blockwise", "tpu-interpret", "gpu-interpret"]
+
+
 @pytest.mark.parametrize(
-    "variant,hardness", [("symmetric", 0.0), ("nt-xent", 0.0), ("symmetric", 0.7), ("nt-xent", 0.7)]
-)
+    "variant, hardness, implementation",
+    [
+        *((v, h, i) for v, h in (("symmetric", 0.0), ("nt-xent", 0.7)) for i in INTERPRETED),
+        *(pytest.param(v, h, i, marks=[pytest.mark.slow] * (i != "blockwise"))
+          for v, h in (("nt-xent", 0.0), ("symmetric", 0.7)) for i in INTERPRETED),
+    ],
+)  # fmt: skip
 def test_variants_equal_their_definitions(pairs, definitions, variant, hardness, implementation):
     """Value and gradients of both views and of a learned temperature."""
     z1, z2, composition = pairs
@@ -174,7 +181,10 @@ def on_one_device(pairs):
     )
 
 
-@pytest.mark.parametrize("devices,axes", [(2, (2, 1)), (4, (2, 2)), (8, (4, 2))])
+@pytest.mark.parametrize(
+    "devices,axes",
+    [(2, (2, 1)), pytest.param(4, (2, 2), marks=pytest.mark.slow), (8, (4, 2))],
+)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_global_negatives_equal_one_device(pairs, on_one_device, devices, axes, variant):
     """Loss, metrics and gradients of the ring are those of the whole batch on one device."""

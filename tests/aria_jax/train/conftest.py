@@ -10,6 +10,7 @@ from aria_jax.checkpoints.models import load_model
 from aria_jax.config import MeshConfig, RunConfig, with_overrides
 from aria_jax.models.heads import split_model
 from aria_jax.presets import for_task
+from tests.tiny_models import SOLO_PIANO
 
 COMMON = (
     "seq_len=64 global_batch=8 steps=4 log_every=1 eval_every=1000 eval_batches=2 "
@@ -38,6 +39,7 @@ def config():
     def make(task: str = "pretrain", *settings: str, mesh: MeshConfig | None = None) -> RunConfig:
         made = for_task("tiny", task)
         model = dataclasses.replace(made.model, d_model=32, n_heads=2, n_layers=2, max_seq_len=256)
+        model = dataclasses.replace(model, vocabulary=SOLO_PIANO)
         if task == "contrastive":
             model = dataclasses.replace(model, emb_size=16)
         made = dataclasses.replace(made, model=model, mesh=mesh or MeshConfig(1, 1, 1))

@@ -110,7 +110,7 @@ def test_a_diverged_run_stops_names_the_last_good_checkpoint_and_keeps_weights(
 
 def test_the_best_weights_are_kept_beside_the_last(config, corpus, tmp_path, recorder):
     seen = recorder()
-    settings = ("steps=12", "eval_every=2", "peak_lr=0.3", "warmup_steps=6", "schedule=constant")
+    settings = ("steps=12", "eval_every=2", "peak_lr=1", "warmup_steps=6", "schedule=constant")
     run(config("pretrain", *settings), corpus, tmp_path, sinks=[seen])
     losses = seen.losses("val")
     best = min(losses, key=losses.get)

@@ -74,8 +74,17 @@ def test_losses_of_groups_are_those_of_their_rows():
     assert aux["by_group"]["weight"].tolist() == [2, 3, 0, 0], "padding counts nowhere"
 
 
-@pytest.mark.parametrize("settings", [(), ("grad_accumulation=2",)])
-@pytest.mark.parametrize("task", ["pretrain", "contrastive", "classify"])
+@pytest.mark.parametrize(
+    "task, settings",
+    [
+        ("pretrain", ()),
+        ("contrastive", ("grad_accumulation=2",)),
+        ("classify", ()),
+        pytest.param("pretrain", ("grad_accumulation=2",), marks=pytest.mark.slow),
+        pytest.param("contrastive", (), marks=pytest.mark.slow),
+        pytest.param("classify", ("grad_accumulation=2",), marks=pytest.mark.slow),
+    ],
+)
 def test_losses_and_tokens_of_each_corpus_are_logged(
     config, mixture, corpus, second, recorder, tmp_path, task, settings
 ):
