@@ -141,7 +141,9 @@ def hurried(monkeypatch):
     monkeypatch.setattr("gcsfs.retry.asyncio", sleep)
 
 
-@pytest.mark.parametrize("kind", [429, 500, "slow", "cut", "drop"])
+@pytest.mark.parametrize(
+    "kind", [500, "slow", "cut", *(pytest.param(k, marks=pytest.mark.slow) for k in (429, "drop"))]
+)
 @pytest.mark.usefixtures("hurried")
 def test_a_failing_network_costs_time_and_nothing_else(bucket, folder, kind):
     bucket.put("in", folder)

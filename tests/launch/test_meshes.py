@@ -79,15 +79,16 @@ def base(tmp_path_factory):
     return str(folder)
 
 
-def test_two_processes_on_two_meshes(corpus, tmp_path, run_alone, base):
-    """One on which both hold the same rows, one on which each has its own."""
-    cases = [
-        Case("pretrain", (1, 1, 2, 1)),
-        Case("contrastive", (2, 1, 1, 1), SAVES, init_from=base, embed=True),
-    ]
-    for case, found in run_processes(2, cases, corpus, tmp_path).items():
-        assert_same_run(found, run_alone(case, 2))
-    saved = {path.name for path in (tmp_path / cases[1].name / "checkpoints").iterdir()}
+def test_two_processes_that_share_a_matrix_learn_from_the_same_rows(corpus, tmp_path, run_alone):
+    case = Case("pretrain", (1, 1, 2, 1))
+    assert_same_run(run_processes(2, [case], corpus, tmp_path)[case], run_alone(case, 2))
+
+
+@pytest.mark.slow
+def test_two_processes_with_rows_of_their_own(corpus, tmp_path, run_alone, base):
+    case = Case("contrastive", (2, 1, 1, 1), SAVES, init_from=base, embed=True)
+    assert_same_run(run_processes(2, [case], corpus, tmp_path)[case], run_alone(case, 2))
+    saved = {path.name for path in (tmp_path / case.name / "checkpoints").iterdir()}
     assert saved >= {"1", "2", "3"}, "the clock of process 0 said so, and both saved"
 
 

@@ -95,7 +95,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(c, marks=[pytest.mark.slow] * (c in ("several", "an instrument")))
+        for c in CASES
+    ],
+)
 def test_given_tracks_come_whole_and_in_their_time(case, weights, song):
     names, numbers, plays = CASES[case]
     given, made = accompanied(weights, song, *names)

@@ -61,7 +61,7 @@ def with_gradients(statistics, x, y, x_ids, y_ids, scale):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("n,m", [(1, 2), (60, 60), (129, 300)])
+@pytest.mark.parametrize("n,m", [(1, 2), pytest.param(60, 60, marks=pytest.mark.slow), (129, 300)])
 def test_equals_the_plain_computation(implementation, n, m):
     arguments = case(n, m, n_compositions=40)
     where = PairSharding(implementation)

@@ -47,7 +47,11 @@ def check(arguments, tolerance=5e-5):
 
 @pytest.mark.parametrize(
     "length, tile, heads, segments",
-    [(300, 128, 2, True), (512, 256, 2, False), (256, 256, 4, True)],
+    [
+        (300, 128, 2, True),
+        (512, 256, 2, False),
+        pytest.param(256, 256, 4, True, marks=pytest.mark.slow),
+    ],
 )
 def test_packed(monkeypatch, length, tile, heads, segments):
     monkeypatch.setattr(packed, "TILES", (tile,))
@@ -55,7 +59,7 @@ def test_packed(monkeypatch, length, tile, heads, segments):
     check(case(2, length, heads, 64, segments=segments))
 
 
-@pytest.mark.parametrize("width", [16, 32])
+@pytest.mark.parametrize("width", [16, pytest.param(32, marks=pytest.mark.slow)])
 def test_packed_with_heads_of_any_width_and_positions_of_its_own(width):
     check(case(2, 128, 256 // width, width, segments=True, own_positions=True))
 

@@ -60,7 +60,13 @@ def values_and_gradients(arguments, implementation):
 
 @pytest.mark.parametrize(
     "kind, length",
-    [("packed", 150), ("packed", 31), ("one", 96), ("each", 70), ("shuffled", 100), ("none", 65)],
+    [
+        ("packed", 150),
+        ("each", 70),
+        ("shuffled", 100),
+        ("none", 65),
+        *(pytest.param(*c, marks=pytest.mark.slow) for c in (("packed", 31), ("one", 96))),
+    ],
 )
 def test_equals_the_plain_attention(small_blocks, kind, length):
     arguments = case(kind, length)

@@ -60,7 +60,7 @@ def test_continuing_with_adapters(config, corpus, base, tmp_path, recorder, weig
 
 @pytest.mark.optimized
 def test_stopped_and_resumed_equals_straight(config, corpus, base, tmp_path, recorder, weights):
-    settings = config("continue", *LORA, "ema_decay=0.5")
+    settings = config("continue", *LORA, "ema_decay=0.5", "eval_every=1000")
     straight, resumed = recorder(), recorder()
     run(settings, corpus, tmp_path / "a", init_from=base, sinks=[straight])
     run(settings, corpus, tmp_path / "b", init_from=base, should_stop=lambda step: step == 2)

@@ -154,6 +154,7 @@ def test_nothing_else_is_drawn_scored_or_taken_as_a_prompt(closed_run):
     np.testing.assert_allclose(score.nll, -np.asarray(logits)[[0, 1], piece[1:]], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_resumes_and_serves_as_a_beginning(closed_run, config, corpus, tmp_path, weights):
     more = run(config("pretrain", CLOSED, "steps=6"), corpus, closed_run)
     assert (more.init.kind, more.final_step) == ("resume", 6)
