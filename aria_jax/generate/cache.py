@@ -61,9 +61,9 @@ def _as_cached(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def _queries_keys_values(
     block: LayerWeights, x_RxLxD: jax.Array, cos: jax.Array, sin: jax.Array, n_heads: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """[R, L, H, K] each; as in `models.transformer`, of three separate matrices."""
-    y_RxLxD = layer_norm(x_RxLxD, block["norm1_scale"], block["norm1_bias"])
-    q, k, v = (split_heads(y_RxLxD @ block[name], n_heads) for name in ("query", "key", "value"))
+    """[R, L, H, K] each; as in `models.transformer`, of one product."""
+    qkv_RxLx3xD = layer_norm(x_RxLxD, block["norm1_scale"], block["norm1_bias"]) @ block["qkv"]
+    q, k, v = (split_heads(qkv_RxLx3xD[:, :, part], n_heads) for part in range(3))
     return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
 
 

@@ -23,17 +23,18 @@ from data_pipeline.errors import UserError
 
 Precision = Literal["float32", "bfloat16", "int8"]
 LayerWeights = dict[str, Any]
-"""One block: query, key, value, out, gate, up and down as `DecodingMatrix`, which stands in for an
-array in a product, and the norms' vectors [D]."""
+"""One block: qkv, out, gate, up and down as `DecodingMatrix`, which stands in for an array in a
+product, and the norms' vectors [D]."""
 
 
 @flax.struct.dataclass
 class DecodingMatrix:
-    """Stands in for an array [I, O] wherever a block says `x @ weights[name].astype(dtype)`.
+    """Stands in for an array [I, O] wherever a block says `x @ weights[name].astype(dtype)`; or for
+    several that are multiplied by the same x, as parts: [P, O, I], whose product is [..., P, O].
 
     Attributes:
-        rows_OxI: float or int8.
-        scale_O: float32; the matrix is rows * scale. None for floats.
+        rows_OxI: float or int8; [P, O, I] for parts.
+        scale_O: float32, [P, O] for parts; the matrix is rows * scale. None for floats.
         on_cpu: whether rows are multiplied by `kernels.narrow_cpu`.
     """
 
@@ -47,27 +48,27 @@ class DecodingMatrix:
         return self
 
     def __rmatmul__(self, x_ZxI: jax.Array) -> jax.Array:
-        """x @ matrix, [..., O] in the dtype of x."""
-        rows_OxI, last = self.rows_OxI, x_ZxI.ndim - 1
+        """x @ matrix, [..., O] or [..., P, O] in the dtype of x."""
+        rows_OxI, scale_O, inputs = self.rows_OxI, self.scale_O, x_ZxI.shape[-1]
         if self.on_cpu:
-            x_RxI = x_ZxI.reshape(-1, x_ZxI.shape[-1])
+            x_RxI = x_ZxI.reshape(-1, inputs)
             if len(x_RxI) <= narrow_cpu.most_rows(rows_OxI.dtype):
-                y_RxO = narrow_cpu.narrow_matmul(x_RxI, rows_OxI, self.scale_O)
-                return y_RxO.reshape(*x_ZxI.shape[:-1], -1)
+                flat_scale = None if scale_O is None else scale_O.reshape(-1)
+                y_RxO = narrow_cpu.narrow_matmul(x_RxI, rows_OxI.reshape(-1, inputs), flat_scale)
+                return y_RxO.reshape(*x_ZxI.shape[:-1], *rows_OxI.shape[:-1])
             # Fused into the product, the conversion would be done once for every row of x.
             rows_OxI = jax.lax.optimization_barrier(rows_OxI.astype(x_ZxI.dtype))
         # Not x @ rows.T: XLA's CPU backend would write the transposed matrix to memory first.
-        y_ZxO = jax.lax.dot_general(
-            x_ZxI, rows_OxI.astype(x_ZxI.dtype), (((last,), (1,)), ((), ()))
-        )
-        return y_ZxO if self.scale_O is None else (y_ZxO * self.scale_O).astype(x_ZxI.dtype)
+        last = (x_ZxI.ndim - 1,), (rows_OxI.ndim - 1,)
+        y_ZxO = jax.lax.dot_general(x_ZxI, rows_OxI.astype(x_ZxI.dtype), (last, ((), ())))
+        return y_ZxO if scale_O is None else (y_ZxO * scale_O).astype(x_ZxI.dtype)
 
 
 def quantize(rows_OxI: jax.Array) -> DecodingMatrix:
     """The nearest int8 matrix: each row's greatest magnitude becomes 127."""
-    greatest_O = jnp.max(jnp.abs(rows_OxI), axis=1).astype(jnp.float32)
+    greatest_O = jnp.max(jnp.abs(rows_OxI), axis=-1).astype(jnp.float32)
     scale_O = jnp.where(greatest_O > 0, greatest_O, 1.0) / 127
-    return DecodingMatrix(jnp.round(rows_OxI / scale_O[:, None]).astype(jnp.int8), scale_O)
+    return DecodingMatrix(jnp.round(rows_OxI / scale_O[..., None]).astype(jnp.int8), scale_O)
 
 
 @flax.struct.dataclass
@@ -122,7 +123,7 @@ class DecoderWeights:
 def _rows(
     matrix_IxO: jax.Array, *, precision: Precision, sharding: NamedSharding | None
 ) -> DecodingMatrix:
-    rows_OxI = matrix_IxO.T
+    rows_OxI = jnp.moveaxis(matrix_IxO, 0, -1)
     if sharding is not None:
         rows_OxI = jax.lax.with_sharding_constraint(rows_OxI, sharding)
     on_cpu = precision != "float32" and sharding is None and narrow_cpu.on_cpu()
@@ -137,10 +138,10 @@ def _rows_sharding(array: jax.Array | jax.ShapeDtypeStruct, index: tuple) -> Nam
         return None
     spec = [*array.sharding.spec, *[None] * (array.ndim - len(array.sharding.spec))]
     taken = [*index, *[slice(None)] * (array.ndim - len(index))]
-    inputs, outputs = (
+    inputs, *outputs = (
         axis for axis, place in zip(spec, taken, strict=True) if isinstance(place, slice)
     )
-    return NamedSharding(array.sharding.mesh, PartitionSpec(outputs, inputs))
+    return NamedSharding(array.sharding.mesh, PartitionSpec(*outputs, inputs))
 
 
 def decoder_weights(model: Model, precision: Precision = "float32") -> DecoderWeights:
@@ -178,7 +179,7 @@ def abstract_decoder_weights(
     """Shapes, types and shardings of `decoder_weights` of a model that is sharded over a mesh."""
 
     def matrix(array: jax.ShapeDtypeStruct, index: tuple) -> DecodingMatrix:
-        shape = jax.eval_shape(lambda array: array[index].T, array).shape
+        shape = jax.eval_shape(lambda array: jnp.moveaxis(array[index], 0, -1), array).shape
         return DecodingMatrix(_shape(shape, dtype, _rows_sharding(array, index)))
 
     def vector(array: jax.ShapeDtypeStruct, index: tuple) -> Any:
@@ -222,13 +223,7 @@ def _decoder_layout(
         weights: LayerWeights = {}
         for name, spec in parameter_specs(config)["backbone"]["blocks"].items():
             stacked = params["backbone"]["blocks"][name]
-            if not spec.linear:
-                weights[name] = vector(stacked, (layer,))
-            elif spec.parts:
-                for number, part in enumerate(spec.parts):
-                    weights[part] = matrix(stacked, (layer, slice(None), number))
-            else:
-                weights[name] = matrix(stacked, (layer,))
+            weights[name] = (matrix if spec.linear else vector)(stacked, (layer,))
         return weights
 
     backbone = params["backbone"]

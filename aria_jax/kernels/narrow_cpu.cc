@@ -61,8 +61,8 @@ typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
 constexpr int64_t kAhead = 24 << 10;
 constexpr int64_t kLine = 64;
 inline void Prefetch(const void* from, int64_t bytes) {
-  const char* ahead = static_cast<const char*>(from) + kAhead;
-  for (int64_t byte = 0; byte < bytes; byte += kLine) __builtin_prefetch(ahead + byte, 0, 2);
+  for (int64_t byte = 0; byte < bytes; byte += kLine)
+    __builtin_prefetch(static_cast<const char*>(from) + byte, 0, 2);
 }
 
 template <typename Vector>
@@ -202,7 +202,7 @@ class FloatActivations {
     const Stored* in_order = rows;
     int64_t i = 0;
     for (; i + kGroup <= inputs_; i += kGroup) {
-      Prefetch(in_order, R * kGroup * sizeof(Stored));
+      Prefetch(in_order + kAhead / sizeof(Stored), R * kGroup * sizeof(Stored));
       in_order += R * kGroup;
       Multiply<R, 0>(rows + i, stride, &reordered_[B * i], sums);
     }
@@ -297,7 +297,7 @@ class DigitActivations {
       int64_t stop = std::min(inputs_, i + kMaxGroups * kGroup);
       Words sums[R][B][kDigits] = {};
       for (; i + kGroup <= stop; i += kGroup) {
-        Prefetch(in_order, R * kGroup);
+        Prefetch(in_order + kAhead, R * kGroup);
         in_order += R * kGroup;
         Bytes weights[R];
         for (int r = 0; r < R; ++r) weights[r] = LoadWeights(rows + r * stride + i);
@@ -388,17 +388,20 @@ using Float32Activations = FloatActivations<Float32, B>;
 // takes as long as half a product of 2 MB, and a step of a decoder has a hundred products.
 class Team {
  public:
-  // work(part) of all parts, by at most so many threads; returns when all is done. Of calls at the
-  // same time one has the threads, the others work alone: the machine is busy.
+  // work(part) of all parts, by at most so many threads; returns when all is done. Each thread does its
+  // own share in order, so that what it has asked memory for beyond a part is of its next one, and then
+  // the ends of others'. Of calls at the same time one has the threads, the others work alone: the
+  // machine is busy.
   template <typename Work>
   static void Run(int64_t threads, int64_t parts, const Work& work) {
     static Team* team = new Team;  // never deleted, as its threads never end
+    threads = std::min({threads, parts, kMostThreads});
     std::unique_lock<std::mutex> mine(team->caller_, std::defer_lock);
-    if (threads == 1 || parts == 1 || !mine.try_lock()) {
+    if (threads == 1 || parts > kMostParts || !mine.try_lock()) {
       for (int64_t part = 0; part < parts; ++part) work(part);
       return;
     }
-    team->Share(threads, parts, [](const void* work, int64_t part) {
+    team->Divide(threads, parts, [](const void* work, int64_t part) {
       (*static_cast<const Work*>(work))(part);
     }, &work);
   }
@@ -406,56 +409,80 @@ class Team {
  private:
   using Call = void (*)(const void*, int64_t);
   static constexpr std::chrono::microseconds kAwake{300};
+  static constexpr int64_t kMostThreads = 64, kMostParts = 0xFFFF;
 
-  void Share(int64_t threads, int64_t parts, Call call, const void* work) {
-    for (; n_helpers_ < threads - 1; ++n_helpers_) std::thread([this] { Help(); }).detach();
+  // What is left of a thread's parts, in one word: which call (32 bits), the first and the end (16 each).
+  struct alignas(kLine) Share {
+    std::atomic<uint64_t> left{0};
+    static int64_t First(uint64_t left) { return left >> 16 & 0xFFFF; }
+    static int64_t End(uint64_t left) { return left & 0xFFFF; }
+  };
+
+  void Divide(int64_t threads, int64_t parts, Call call, const void* work) {
     call_ = call;
     work_ = work;
     done_ = 0;
-    ticket_ = ((ticket_ >> 32) + 1) << 32 | uint64_t(parts);
+    ++n_calls_;
+    for (int64_t i = 0; i < threads; ++i)
+      shares_[i].left = n_calls_ << 32 | uint64_t(parts * i / threads << 16 | parts * (i + 1) / threads);
+    for (; n_threads_ < threads; ++n_threads_)
+      std::thread([this, me = int64_t{n_threads_}] { Help(me); }).detach();
     if (asleep_) {
       { std::lock_guard<std::mutex> none_falls_asleep_now(sleep_); }
       wake_.notify_all();
     }
-    while (Part()) continue;
+    while (Part(0)) continue;
     // Never for a part that nobody has begun: threads that get no core block nothing.
     while (done_ != parts) std::this_thread::yield();
   }
 
   // Does one part, if one is left.
-  bool Part() {
-    uint64_t ticket = ticket_;
-    int64_t left = uint32_t(ticket);
-    if (left == 0) return false;
-    Call call = call_;
-    const void* work = work_;
-    // Where the ticket is still the same, so is what was read after it.
-    if (ticket_.compare_exchange_strong(ticket, ticket - 1)) {
-      call(work, left - 1);
-      ++done_;
+  bool Part(int64_t me) {
+    int64_t threads = n_threads_;
+    for (int64_t i = 0; i < threads; ++i) {
+      Share& share = shares_[(me + i) % threads];
+      uint64_t left = share.left;
+      while (Share::First(left) != Share::End(left)) {
+        Call call = call_;
+        const void* work = work_;
+        // Where what is left is still the same, so is what was read after it.
+        if (share.left.compare_exchange_strong(left, i == 0 ? left + (1 << 16) : left - 1)) {
+          call(work, i == 0 ? Share::First(left) : Share::End(left) - 1);
+          ++done_;
+          return true;
+        }
+      }
     }
-    return true;
+    return false;
   }
 
-  void Help() {
+  bool AnyLeft() const {
+    return std::any_of(shares_, shares_ + kMostThreads, [](const Share& share) {
+      uint64_t left = share.left;
+      return Share::First(left) != Share::End(left);
+    });
+  }
+
+  void Help(int64_t me) {
     for (;;) {
       auto until = std::chrono::steady_clock::now() + kAwake;
       while (std::chrono::steady_clock::now() < until) {
-        if (Part()) until = std::chrono::steady_clock::now() + kAwake;
+        if (Part(me)) until = std::chrono::steady_clock::now() + kAwake;
         else std::this_thread::yield();
       }
       std::unique_lock<std::mutex> lock(sleep_);
       ++asleep_;
-      wake_.wait(lock, [this] { return uint32_t(ticket_) != 0; });
+      wake_.wait(lock, [this] { return AnyLeft(); });
       --asleep_;
     }
   }
 
   std::mutex caller_;
-  int64_t n_helpers_ = 0;
+  uint64_t n_calls_ = 0;
+  std::atomic<int64_t> n_threads_{1};  // the caller is one
   std::atomic<Call> call_{nullptr};
   std::atomic<const void*> work_{nullptr};
-  std::atomic<uint64_t> ticket_{0};  // upper half: which call; lower half: parts that are left
+  Share shares_[kMostThreads];
   std::atomic<int64_t> done_{0};
   std::mutex sleep_;
   std::condition_variable wake_;
@@ -507,7 +534,9 @@ ffi::Error AllRows(int64_t threads, const void* data, const float* scale,
     Activations<B> activations(x.typed_data() + b * inputs, inputs);
     float* to = y.typed_data() + b * outputs;
     Team::Run(threads, parts, [&](int64_t part) {
-      Multiply<B>(activations, rows, inputs, part * outputs / parts, (part + 1) * outputs / parts,
+      int64_t first = part * outputs / parts, last = (part + 1) * outputs / parts;
+      Prefetch(rows + first * inputs, std::min(kAhead, (last - first) * inputs * int64_t{sizeof(Stored)}));
+      Multiply<B>(activations, rows, inputs, first, last,
                   [&](int64_t output, int b, float product) {
                     to[b * outputs + output] = scale ? product * scale[output] : product;
                   });

@@ -35,14 +35,12 @@ class ParameterSpec:
             None where they have no such tensor.
         linear: the matrix of a linear layer: inputs [I], then outputs (one axis or several), behind
             the layer axis; published as [outputs, I].
-        parts: names of the linear layers along the first axis of several output axes.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     published: str | None = None
     linear: bool = False
-    parts: tuple[str, ...] = ()
 
     @property
     def stacked(self) -> bool:
@@ -61,7 +59,6 @@ def parameter(
     *,
     published: str | None = None,
     linear: bool = False,
-    parts: tuple[str, ...] = (),
 ) -> nnx.Param:
     """A parameter that says what it is; arguments as the attributes of `ParameterSpec`.
 
@@ -74,7 +71,7 @@ def parameter(
         raise ValueError(f"unknown logical axes {unknown}: sharding.LOGICAL_RULES lacks them")
     # Of a type that arithmetic does not change, or whatever takes it would be compiled twice.
     value = value.astype(value.dtype)
-    return nnx.Param(value, spec=ParameterSpec(value.shape, axes, published, linear, parts))
+    return nnx.Param(value, spec=ParameterSpec(value.shape, axes, published, linear))
 
 
 def uniform_init(key: jax.Array, shape: tuple[int, ...], fan_in: int) -> jax.Array:

@@ -77,19 +77,16 @@ class Blocks(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         n, d, f = config.n_layers, config.d_model, config.d_model * config.ff_mult
 
-        def linear(
-            shape: tuple[int, ...], axes: tuple[str | None, ...], name: str, **kwargs: Any
-        ) -> nnx.Param:
+        def linear(shape: tuple[int, ...], axes: tuple[str | None, ...], name: str) -> nnx.Param:
             value = uniform_init(rngs.params(), (n, *shape), shape[0])
             published = f"model.encode_layers.{{}}.{name}.weight"
-            return parameter(value, ("layer", *axes), published=published, linear=True, **kwargs)
+            return parameter(value, ("layer", *axes), published=published, linear=True)
 
         def vector(fill: float, name: str) -> nnx.Param:
             published = f"model.encode_layers.{{}}.{name}"
             return parameter(jnp.full((n, d), fill), ("layer", None), published=published)
 
-        parts = ("query", "key", "value")
-        self.qkv = linear((d, 3, d), ("embed", None, "heads"), "mixed_qkv", parts=parts)
+        self.qkv = linear((d, 3, d), ("embed", None, "heads"), "mixed_qkv")
         self.out = linear((d, d), ("heads", "embed"), "att_proj_linear")
         self.gate = linear((d, f), ("embed", "mlp"), "ff_gate_proj")
         self.up = linear((d, f), ("embed", "mlp"), "ff_up_proj")
