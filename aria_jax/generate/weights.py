@@ -29,17 +29,19 @@ product, and the norms' vectors [D]."""
 
 @flax.struct.dataclass
 class DecodingMatrix:
-    """Stands in for an array [I, O] wherever a block says `x @ weights[name].astype(dtype)`; or for
-    several that are multiplied by the same x, as parts: [P, O, I], whose product is [..., P, O].
+    """Stands in for an array [I, *outputs] wherever a block says `x @ weights[name].astype(dtype)`.
 
     Attributes:
-        rows_OxI: float or int8; [P, O, I] for parts.
-        scale_O: float32, [P, O] for parts; the matrix is rows * scale. None for floats.
+        rows_OxI: float or int8, O being all outputs; on a mesh [*outputs, I], as it is spread along
+            one of them.
+        scale_O: float32; the matrix is rows * scale. None for floats.
+        outputs: where one matrix is several side by side, their shape; () for that of the rows.
         on_cpu: whether rows are multiplied by `kernels.narrow_cpu`.
     """
 
     rows_OxI: jax.Array
     scale_O: jax.Array | None = None
+    outputs: tuple[int, ...] = flax.struct.field(pytree_node=False, default=())
     on_cpu: bool = flax.struct.field(pytree_node=False, default=False)
 
     def astype(self, dtype: jnp.dtype) -> "DecodingMatrix":
@@ -48,20 +50,21 @@ class DecodingMatrix:
         return self
 
     def __rmatmul__(self, x_ZxI: jax.Array) -> jax.Array:
-        """x @ matrix, [..., O] or [..., P, O] in the dtype of x."""
-        rows_OxI, scale_O, inputs = self.rows_OxI, self.scale_O, x_ZxI.shape[-1]
+        """x @ matrix, [..., *outputs] in the dtype of x."""
+        rows_OxI = self.rows_OxI
+        shape = (*x_ZxI.shape[:-1], *(self.outputs or rows_OxI.shape[:-1]))
         if self.on_cpu:
-            x_RxI = x_ZxI.reshape(-1, inputs)
+            x_RxI = x_ZxI.reshape(-1, x_ZxI.shape[-1])
             if len(x_RxI) <= narrow_cpu.most_rows(rows_OxI.dtype):
-                flat_scale = None if scale_O is None else scale_O.reshape(-1)
-                y_RxO = narrow_cpu.narrow_matmul(x_RxI, rows_OxI.reshape(-1, inputs), flat_scale)
-                return y_RxO.reshape(*x_ZxI.shape[:-1], *rows_OxI.shape[:-1])
+                return narrow_cpu.narrow_matmul(x_RxI, rows_OxI, self.scale_O).reshape(shape)
             # Fused into the product, the conversion would be done once for every row of x.
             rows_OxI = jax.lax.optimization_barrier(rows_OxI.astype(x_ZxI.dtype))
         # Not x @ rows.T: XLA's CPU backend would write the transposed matrix to memory first.
         last = (x_ZxI.ndim - 1,), (rows_OxI.ndim - 1,)
         y_ZxO = jax.lax.dot_general(x_ZxI, rows_OxI.astype(x_ZxI.dtype), (last, ((), ())))
-        return y_ZxO if scale_O is None else (y_ZxO * scale_O).astype(x_ZxI.dtype)
+        if self.scale_O is not None:
+            y_ZxO = (y_ZxO * self.scale_O).astype(x_ZxI.dtype)
+        return y_ZxO.reshape(shape)
 
 
 def quantize(rows_OxI: jax.Array) -> DecodingMatrix:
@@ -123,13 +126,23 @@ class DecoderWeights:
 def _rows(
     matrix_IxO: jax.Array, *, precision: Precision, sharding: NamedSharding | None
 ) -> DecodingMatrix:
-    rows_OxI = jnp.moveaxis(matrix_IxO, 0, -1)
+    rows_OxI = _by_output(matrix_IxO, sharding)
     if sharding is not None:
         rows_OxI = jax.lax.with_sharding_constraint(rows_OxI, sharding)
     on_cpu = precision != "float32" and sharding is None and narrow_cpu.on_cpu()
     if precision == "int8":
-        return dataclasses.replace(quantize(rows_OxI), on_cpu=on_cpu)
-    return DecodingMatrix(rows_OxI.astype(precision), on_cpu=on_cpu)
+        matrix = quantize(rows_OxI)
+    else:
+        matrix = DecodingMatrix(rows_OxI.astype(precision))
+    return dataclasses.replace(matrix, outputs=matrix_IxO.shape[1:], on_cpu=on_cpu)
+
+
+def _by_output(matrix_IxO: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    """`DecodingMatrix.rows_OxI` of a matrix [I, *outputs]."""
+    rows_OxI = jnp.moveaxis(matrix_IxO, 0, -1)
+    # By more axes than two XLA's CPU backend multiplies at half the speed; what is spread over a
+    # mesh along one of them keeps them.
+    return rows_OxI.reshape(-1, rows_OxI.shape[-1]) if sharding is None else rows_OxI
 
 
 def _rows_sharding(array: jax.Array | jax.ShapeDtypeStruct, index: tuple) -> NamedSharding | None:
@@ -179,8 +192,10 @@ def abstract_decoder_weights(
     """Shapes, types and shardings of `decoder_weights` of a model that is sharded over a mesh."""
 
     def matrix(array: jax.ShapeDtypeStruct, index: tuple) -> DecodingMatrix:
-        shape = jax.eval_shape(lambda array: jnp.moveaxis(array[index], 0, -1), array).shape
-        return DecodingMatrix(_shape(shape, dtype, _rows_sharding(array, index)))
+        sharding = _rows_sharding(array, index)
+        rows = jax.eval_shape(lambda array: _by_output(array[index], sharding), array)
+        outputs = jax.eval_shape(lambda array: array[index], array).shape[1:]
+        return DecodingMatrix(_shape(rows.shape, dtype, sharding), outputs=outputs)
 
     def vector(array: jax.ShapeDtypeStruct, index: tuple) -> Any:
         shape = jax.eval_shape(lambda array: array[index], array).shape
