@@ -38,7 +38,7 @@ COMPOSERS = {
     "chopin": "chopin",
 }
 # A late Beethoven quartet takes 20 s to parse, as long as 100 chorales. (.mxl is compressed.)
-MAX_BYTES = {".mxl": 60_000, ".krn": 60_000, ".abc": 60_000, ".xml": 600_000, ".musicxml": 600_000}
+MAX_BYTES = {".mxl": 60_000, ".krn": 60_000, ".abc": 60_000, ".xml": 300_000, ".musicxml": 300_000}
 TICKS_PER_BEAT = 480
 VELOCITY = 72  # scores carry no touch; a constant invents none
 GRACE_TICKS = 60
@@ -79,10 +79,13 @@ def sample(
     out_dir = Path(out_dir)
     if out_dir.is_file():
         raise UserError(f"{out_dir} is a file; name a directory for the corpus")
-    chosen = _choose(_corpus_dir(), per_composer)
+    corpus = _corpus_dir()
+    chosen = _choose(corpus, per_composer)
     rows = [_labels(score) for score in chosen]
     todo = [(s, out_dir / r["path"]) for s, r in zip(chosen, rows, strict=True)]
     todo = [(score, path) for score, path in todo if not path.exists()]
+    # The longest first, or at the end one process works on it alone.
+    todo.sort(key=lambda task: -_length(corpus / task[0]))
     failed: list[tuple[str, str]] = []
     if progress and todo:
         progress(0, len(todo))
@@ -106,6 +109,11 @@ def _corpus_dir() -> Path:
         if file.match("music21/corpus/__init__.py"):
             return Path(str(file.locate())).parent
     raise UserError("this music21 has no corpus; reinstall it: pip install 'aria-jax[demo]'")
+
+
+def _length(score: Path) -> float:
+    """How long a score takes to render, as a share of what is allowed."""
+    return score.stat().st_size / MAX_BYTES[score.suffix]
 
 
 def _choose(corpus: Path, per_composer: int) -> list[str]:
