@@ -85,7 +85,7 @@ def sample(
     todo = [(s, out_dir / r["path"]) for s, r in zip(chosen, rows, strict=True)]
     todo = [(score, path) for score, path in todo if not path.exists()]
     # The longest first, or at the end one process works on it alone.
-    todo.sort(key=lambda task: -_length(corpus / task[0]))
+    todo.sort(key=lambda task: _length(corpus / task[0]), reverse=True)
     failed: list[tuple[str, str]] = []
     if progress and todo:
         progress(0, len(todo))

@@ -193,9 +193,9 @@ def abstract_decoder_weights(
 
     def matrix(array: jax.ShapeDtypeStruct, index: tuple) -> DecodingMatrix:
         sharding = _rows_sharding(array, index)
-        rows = jax.eval_shape(lambda array: _by_output(array[index], sharding), array)
-        outputs = jax.eval_shape(lambda array: array[index], array).shape[1:]
-        return DecodingMatrix(_shape(rows.shape, dtype, sharding), outputs=outputs)
+        taken = jax.eval_shape(lambda array: array[index], array)
+        rows = jax.eval_shape(partial(_by_output, sharding=sharding), taken)
+        return DecodingMatrix(_shape(rows.shape, dtype, sharding), outputs=taken.shape[1:])
 
     def vector(array: jax.ShapeDtypeStruct, index: tuple) -> Any:
         shape = jax.eval_shape(lambda array: array[index], array).shape

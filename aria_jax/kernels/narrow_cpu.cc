@@ -416,6 +416,7 @@ class Team {
     std::atomic<uint64_t> left{0};
     static int64_t First(uint64_t left) { return left >> 16 & 0xFFFF; }
     static int64_t End(uint64_t left) { return left & 0xFFFF; }
+    static bool Any(uint64_t left) { return First(left) != End(left); }
   };
 
   void Divide(int64_t threads, int64_t parts, Call call, const void* work) {
@@ -442,7 +443,7 @@ class Team {
     for (int64_t i = 0; i < threads; ++i) {
       Share& share = shares_[(me + i) % threads];
       uint64_t left = share.left;
-      while (Share::First(left) != Share::End(left)) {
+      while (Share::Any(left)) {
         Call call = call_;
         const void* work = work_;
         // Where what is left is still the same, so is what was read after it.
@@ -457,10 +458,8 @@ class Team {
   }
 
   bool AnyLeft() const {
-    return std::any_of(shares_, shares_ + kMostThreads, [](const Share& share) {
-      uint64_t left = share.left;
-      return Share::First(left) != Share::End(left);
-    });
+    return std::any_of(shares_, shares_ + kMostThreads,
+                       [](const Share& share) { return Share::Any(share.left); });
   }
 
   void Help(int64_t me) {
@@ -535,6 +534,7 @@ ffi::Error AllRows(int64_t threads, const void* data, const float* scale,
     float* to = y.typed_data() + b * outputs;
     Team::Run(threads, parts, [&](int64_t part) {
       int64_t first = part * outputs / parts, last = (part + 1) * outputs / parts;
+      // The tiles ask for what lies kAhead behind them: not for the beginning.
       Prefetch(rows + first * inputs, std::min(kAhead, (last - first) * inputs * int64_t{sizeof(Stored)}));
       Multiply<B>(activations, rows, inputs, first, last,
                   [&](int64_t output, int b, float product) {

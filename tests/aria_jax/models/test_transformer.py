@@ -68,6 +68,7 @@ def straight(tokens):
 @pytest.mark.parametrize(
     "compute, dropout",
     [
+        pytest.param({"scan_layers": False}, False, marks=pytest.mark.slow),
         ({"scan_layers": False}, True),
         ({"remat": "dots"}, False),
         ({"remat": "full"}, True),

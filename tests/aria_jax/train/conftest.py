@@ -38,8 +38,8 @@ def config():
 
     def make(task: str = "pretrain", *settings: str, mesh: MeshConfig | None = None) -> RunConfig:
         made = for_task("tiny", task)
-        model = dataclasses.replace(made.model, d_model=32, n_heads=2, n_layers=2, max_seq_len=256)
-        model = dataclasses.replace(model, vocabulary=SOLO_PIANO)
+        sizes = {"d_model": 32, "n_heads": 2, "n_layers": 2, "max_seq_len": 256}
+        model = dataclasses.replace(made.model, **sizes, vocabulary=SOLO_PIANO)
         if task == "contrastive":
             model = dataclasses.replace(model, emb_size=16)
         made = dataclasses.replace(made, model=model, mesh=mesh or MeshConfig(1, 1, 1))
