@@ -15,6 +15,7 @@ from data_pipeline import storage
 from data_pipeline.errors import UserError, printable
 from data_pipeline.storage import buckets
 from tests.buckets import Fault
+from tests.marks import slow_among
 
 
 def test_a_path_without_scheme_is_itself(tmp_path):
@@ -141,9 +142,7 @@ def hurried(monkeypatch):
     monkeypatch.setattr("gcsfs.retry.asyncio", sleep)
 
 
-@pytest.mark.parametrize(
-    "kind", [500, "slow", "cut", *(pytest.param(k, marks=pytest.mark.slow) for k in (429, "drop"))]
-)
+@pytest.mark.parametrize("kind", slow_among([429, 500, "slow", "cut", "drop"], {429, "drop"}))
 @pytest.mark.usefixtures("hurried")
 def test_a_failing_network_costs_time_and_nothing_else(bucket, folder, kind):
     bucket.put("in", folder)

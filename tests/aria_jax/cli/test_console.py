@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 from aria_jax.cli import console
 from aria_jax.cli.console import Counter, Screen
 from tests.first_hour.uses import SILENCE_S, Silence, first_threads
+from tests.marks import slow_among
 
 SMALL = ["d_model=16", "n_heads=2", "n_layers=1", "seq_len=32", "global_batch=8"]
 
@@ -377,9 +378,7 @@ def test_what_ctrl_c_broke_off_does_not_complain():
         sys.unraisablehook = before
 
 
-@pytest.mark.parametrize(
-    "verb", [pytest.param(v, marks=[pytest.mark.slow] * (v in ALIKE)) for v in LONG]
-)
+@pytest.mark.parametrize("verb", slow_among(LONG, ALIKE))
 def test_ctrl_c_is_answered_and_nothing_stays_behind(
     verb, many_files, big_table, tiny_models, tmp_path, monkeypatch
 ):

@@ -15,6 +15,7 @@ from aria_jax.models.heads import build_model
 from data_pipeline.midi import write_midi
 from data_pipeline.tokenizers import Tokenizer
 from tests.corpora import random_performance
+from tests.marks import slow_among
 
 
 @pytest.fixture(scope="module")
@@ -101,9 +102,7 @@ def contents(folder):
     return {p.relative_to(folder): p.read_bytes() for p in files}
 
 
-@pytest.mark.parametrize(
-    "verb", [pytest.param(v, marks=[pytest.mark.slow] * (v in LONG)) for v in TABLE]
-)
+@pytest.mark.parametrize("verb", slow_among(TABLE, LONG))
 def test_nothing_finished_is_overwritten_unasked(verb, made, tmp_path, capsys):
     folder = tmp_path / "work"
     shutil.copytree(made, folder)

@@ -16,6 +16,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.midi import midi_bytes, note_programs, read_midi
 from data_pipeline.tokenizers import Tokenizer
 from data_pipeline.vocabulary import Kind
+from tests.marks import slow_among
 
 ARIA = Tokenizer.preset("aria")
 SETTINGS = Decoding(max_tokens=400, sampler=Temperature(temperature=1.0), chunk=400)
@@ -95,13 +96,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(c, marks=[pytest.mark.slow] * (c in ("several", "an instrument")))
-        for c in CASES
-    ],
-)
+@pytest.mark.parametrize("case", slow_among(CASES, {"several", "an instrument"}))
 def test_given_tracks_come_whole_and_in_their_time(case, weights, song):
     names, numbers, plays = CASES[case]
     given, made = accompanied(weights, song, *names)

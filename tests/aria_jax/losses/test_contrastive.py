@@ -1,6 +1,7 @@
 """The contrastive loss: the reference's values, and its invariances."""
 
 import functools
+import itertools
 import json
 import os
 import socket
@@ -16,6 +17,7 @@ import pytest
 from aria_jax.config import MeshConfig
 from aria_jax.losses.contrastive import contrastive_loss, grad_cache
 from aria_jax.sharding import batch_sharding, make_mesh
+from tests.marks import slow_among
 
 compiled_loss = jax.jit(
     contrastive_loss,
@@ -134,17 +136,15 @@ def definitions(pairs):
     return of
 
 
-INTERPRETED = ["blockwise", "tpu-interpret", "gpu-interpret"]
+INTERPRETED = ("tpu-interpret", "gpu-interpret")
+EACH_ONCE = {("symmetric", 0.0), ("nt-xent", 0.7)}
+CASES = list(itertools.product(["symmetric", "nt-xent"], [0.0, 0.7], ["blockwise", *INTERPRETED]))
 
 
 @pytest.mark.parametrize(
     "variant, hardness, implementation",
-    [
-        *((v, h, i) for v, h in (("symmetric", 0.0), ("nt-xent", 0.7)) for i in INTERPRETED),
-        *(pytest.param(v, h, i, marks=[pytest.mark.slow] * (i != "blockwise"))
-          for v, h in (("nt-xent", 0.0), ("symmetric", 0.7)) for i in INTERPRETED),
-    ],
-)  # fmt: skip
+    slow_among(CASES, [c for c in CASES if c[2] in INTERPRETED and c[:2] not in EACH_ONCE]),
+)
 def test_variants_equal_their_definitions(pairs, definitions, variant, hardness, implementation):
     """Value and gradients of both views and of a learned temperature."""
     z1, z2, composition = pairs
