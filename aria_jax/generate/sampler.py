@@ -13,6 +13,8 @@ import jax.numpy as jnp
 
 from data_pipeline.errors import UserError
 
+BLOCK = 128
+"""Weights whose sum is looked at before they are."""
 GUIDANCE_WARM_UP = 250
 """Steps over which guidance grows to its full strength (reference: sample_batch_cfg)."""
 
@@ -57,9 +59,8 @@ class Temperature:
 
     def draw(self, logits_BxV: jax.Array, keys_B: jax.Array) -> jax.Array:
         """One kept token per row, in proportion to its probability."""
-        scaled_BxV = logits_BxV.astype(jnp.float32) / self.temperature
-        kept_BxV = jnp.where(self.keep(logits_BxV), scaled_BxV, -jnp.inf)
-        return jax.vmap(jax.random.categorical)(keys_B, kept_BxV).astype(jnp.int32)
+        probs_BxV = self.probabilities(logits_BxV)
+        return draw_in_proportion(jnp.where(self.keep(logits_BxV), probs_BxV, 0.0), keys_B)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,8 +206,40 @@ def draw_min_p(
     scaled_BxV = logits_BxV.astype(jnp.float32) / temperature_B[:, None]
     probs_BxV = jax.nn.softmax(scaled_BxV, axis=-1)
     least_Bx1 = p_B[:, None] * probs_BxV.max(-1, keepdims=True)
-    kept_BxV = jnp.where((probs_BxV >= least_Bx1) & (probs_BxV > 0), scaled_BxV, -jnp.inf)
-    return jax.vmap(jax.random.categorical)(keys_B, kept_BxV).astype(jnp.int32)
+    return draw_in_proportion(jnp.where(probs_BxV >= least_Bx1, probs_BxV, 0.0), keys_B)
+
+
+@jax.jit
+def draw_in_proportion(weights_BxV: jax.Array, keys_B: jax.Array) -> jax.Array:
+    """One index per row, int32[B], in proportion to weights that need not sum to 1; never one whose
+    weight is 0.
+
+    One random number finds its place in the running sum, first among sums of blocks. (Gumbel's
+    noise, `jax.random.categorical`, is a random number and two logarithms for every id: a
+    millisecond for 17,727 on a CPU, half of a small network's step.)
+    """
+    n_blocks = -(-weights_BxV.shape[-1] // BLOCK)
+    padding = n_blocks * BLOCK - weights_BxV.shape[-1]
+    blocks = jnp.pad(weights_BxV, ((0, 0), (0, padding))).reshape(-1, n_blocks, BLOCK)
+    of_blocks_BxN = blocks.sum(-1)
+    place_B = jax.vmap(jax.random.uniform)(keys_B) * of_blocks_BxN.sum(-1)
+    block_B, place_B = _find(of_blocks_BxN, place_B)
+    in_block_BxK = jnp.take_along_axis(blocks, block_B[:, None, None], axis=1)[:, 0]
+    return block_B * BLOCK + _find(in_block_BxK, place_B)[0]
+
+
+def _find(weights_BxN: jax.Array, place_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Where the running sum of a row passes `place`, int32[B], and the place behind what is before
+    that, float32[B].
+    """
+    sums_BxN = jnp.cumsum(weights_BxN, axis=-1)
+    passed_BxN = (sums_BxN > place_B[:, None]) & (weights_BxN > 0)
+    # Sums of another order may end below a place that is in the last weight.
+    last_B = weights_BxN.shape[-1] - 1 - jnp.argmax(weights_BxN[:, ::-1] > 0, axis=-1)
+    index_B = jnp.where(passed_BxN.any(-1), jnp.argmax(passed_BxN, axis=-1), last_B)
+    before_BxN = sums_BxN - weights_BxN
+    before_B = jnp.take_along_axis(before_BxN, index_B[:, None], axis=-1)[:, 0]
+    return index_B.astype(jnp.int32), place_B - before_B
 
 
 def combine_branches(

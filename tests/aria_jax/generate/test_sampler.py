@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from aria_jax.generate import sampler as sampling
 from data_pipeline.errors import UserError
@@ -57,6 +59,38 @@ def test_draws_follow_the_renormalised_probabilities():
     # Four standard errors of a share of 20,000 draws.
     np.testing.assert_allclose(share, expected, atol=4 * np.sqrt(0.25 / n))
     assert share[3] == share[4] == 0
+
+
+def test_draws_among_many_follow_their_weights():
+    """Over several blocks, the last one not full, with weights of very different sizes."""
+    n, size = 40_000, 2 * sampling.BLOCK + 45
+    weights = np.random.default_rng(0).lognormal(0, 3, size)
+    weights[:140], weights[-1] = 0, weights.max()
+    drawn = sampling.draw_in_proportion(jnp.tile(jnp.asarray(weights)[None], (n, 1)), keys(n))
+    shares = weights / weights.sum()
+    counted = np.bincount(drawn, minlength=size)
+    assert not counted[weights == 0].any()
+    # Five standard errors, and one draw for what is too rare to have any.
+    np.testing.assert_array_less(abs(counted - n * shares), 5 * np.sqrt(n * shares) + 1)
+
+
+@settings(deadline=None)  # the first compiles
+@given(
+    st.lists(st.sampled_from([0.0, 1e-30, 1e-7, 0.3, 1.0, 1e30]), min_size=1, max_size=300).filter(
+        any
+    )
+)
+def test_never_one_without_weight(weights):
+    row = np.zeros(300, np.float32)
+    row[: len(weights)] = weights
+    rows = jnp.tile(jnp.asarray(row), (64, 1))
+    assert (row[np.asarray(sampling.draw_in_proportion(rows, keys(64)))] > 0).all()
+
+
+def test_a_place_behind_rounded_sums_is_in_the_last_weight():
+    weights = jnp.array([[0.5, 0.25, 0.0]])
+    index, _ = sampling._find(weights, jnp.array([0.75]))
+    assert index.tolist() == [1]
 
 
 def test_forbidden_tokens_are_never_drawn():
