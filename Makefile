@@ -137,8 +137,9 @@ compile-table: setup ## the table of docs/tpu.md (an hour)
 	$(BIN)/python -m benchmarks.compile_table v5p:4x4x4 v5p:4x8x8 v5e:8x8 v5e:16x16 v6e:8x8 v6e:16x16
 
 compile-table-gpu: $(GPU_VENV)/.ready ## the table of docs/gpu.md (half an hour)
-	for task in pretrain contrastive embed decode; do $(GPU_VENV)/bin/python -m benchmarks.compile_table \
+	for task in pretrain contrastive embed; do $(GPU_VENV)/bin/python -m benchmarks.compile_table \
 	  h100:1 h100:8 '2x h100:8' h200:8 a100:8 b200:8 rtx4090:1 l4:1 -- --task $$task; done
+	$(GPU_VENV)/bin/python -m benchmarks.compile_table h100:1 h200:1 -- --task decode global_batch=128
 
 calibrate: setup $(GPU_VENV)/.ready ## estimates for TPUs and GPUs against public measured runs (an hour)
 	@$(PIP) -e '.[aot]'

@@ -29,6 +29,7 @@ MEASURED = {
     "h100": (0.62, 0.90),
     "v5e": (1.42, 1.42),
     "v5p": (0.51, 0.91),
+    "v6e": (1.34, 1.34),
 }
 """Estimated over measured time of public runs on such chips, least and most: `make calibrate`, and
 the tables of docs/tpu.md and docs/gpu.md. Estimates for other chips were held against nothing."""
