@@ -158,14 +158,36 @@ def grammar_seconds(prompt: np.ndarray, repeats: int, n: int = 200) -> float:
         grammar, state, logits_BxV, token = carry
         return grammar, state, logits_BxV, draw(logits_BxV + 0.0 * token[0], step)
 
-    first = grammar, state, logits, jnp.zeros(1, jnp.int32)
-    loops = [jax.jit(partial(jax.lax.fori_loop, 0, n, body)) for body in (with_grammar, without)]
+    with_it, alone = in_turns(
+        (with_grammar, without), (grammar, state, logits, jnp.zeros(1, jnp.int32)), repeats, n
+    )
+    return with_it - alone
+
+
+def draw_seconds(repeats: int, n: int = 200) -> tuple[float, float]:
+    """Seconds that min-p takes to choose a token, and that it would with Gumbel's noise."""
+    logits = 3 * jax.random.normal(jax.random.key(0), (1, TOKENIZER.vocab_size))
+
+    def with_gumbel(logits_BxV: jax.Array, keys_B: jax.Array) -> jax.Array:
+        kept_BxV = jnp.where(MinP().keep(logits_BxV), logits_BxV / MinP().temperature, -jnp.inf)
+        return jax.vmap(jax.random.categorical)(keys_B, kept_BxV).astype(jnp.int32)
+
+    def body(draw: Callable, step: jax.Array, token: jax.Array) -> jax.Array:
+        return draw(logits + 0.0 * token[0], step_keys(jax.random.key(0), jnp.arange(1), step))
+
+    draws = partial(body, MinP().draw), partial(body, with_gumbel)
+    ours, gumbel = in_turns(draws, jnp.zeros(1, jnp.int32), repeats, n)
+    return float(ours), float(gumbel)
+
+
+def in_turns(bodies: tuple[Callable, Callable], first: object, repeats: int, n: int) -> np.ndarray:
+    """Least seconds of a turn of either loop over `n` turns of `body(step, carry)`."""
+    loops = [jax.jit(partial(jax.lax.fori_loop, 0, n, body)) for body in bodies]
     rounds = [
         [best_seconds(lambda loop=loop: jax.block_until_ready(loop(first)), 1) for loop in loops]
         for _ in range(repeats + 3)
     ]
-    with_it, alone = np.min(rounds, axis=0)
-    return (with_it - alone) / n
+    return np.min(rounds, axis=0) / n
 
 
 def torch_seconds(model, n_prompt: int, n_tokens: int, repeats: int) -> float | None:
@@ -276,6 +298,8 @@ def main() -> None:
         seconds = float(np.median(speeds.one))
         if precision == "float32":
             result["grammar_share"] = grammar_seconds(prompt, args.rounds) / seconds
+            ours, gumbel = draw_seconds(args.rounds)
+            result["draw_ms"], result["draw_gumbel_ms"] = 1e3 * ours, 1e3 * gumbel
         # Of the generated tokens so many are there on average.
         read = bytes_per_token(weights, len(prompt) + args.tokens * (args.rounds + 2) // 2)
         result[precision] = {
@@ -311,6 +335,10 @@ def _table(result: dict) -> str:
             )
     if "grammar_share" in result:
         lines.append(f"  grammar: {result['grammar_share']:+.2%} time a token")
+        lines.append(
+            f"  drawing a token: {result['draw_ms']:.3f} ms, by Gumbel's noise "
+            f"{result['draw_gumbel_ms']:.3f} ms"
+        )
     torch_speed = result["torch_tokens_per_s"]
     lines.append(
         "  PyTorch: not installed (pip install 'aria-jax[bench]')"
