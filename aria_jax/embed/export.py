@@ -33,6 +33,8 @@ VERSION = 1
 """Of what an export makes of its inputs; one more when the same inputs give other numbers."""
 FILES_PER_PART = 256
 """Bounds the memory and what a kill can lose, and still gives full batches of like length."""
+TOKENS_AT_ONCE = 1 << 18
+"""Of files that are encoded together, between two looks at how far it is."""
 _SHORTEST_WAIT_S, _LONGEST_WAIT_S = 0.05, 5.0
 """Before looking again whether others are done: at first, and at last."""
 
@@ -232,10 +234,10 @@ class _Work:
         self._tell()
         return left
 
-    def _tell(self) -> None:
+    def _tell(self, n_of_part: int = 0) -> None:
         if self._progress is not None:
             done = sum(len(self._files(part)) for part in self._parts.done)
-            self._progress(done, self._n_files)
+            self._progress(done + n_of_part, self._n_files)
 
     def _files(self, part: int) -> range:
         return range(
@@ -265,7 +267,9 @@ class _Work:
         good = [piece for piece in pieces if isinstance(piece, Piece)]
         table = None
         if good:
-            table, n_kept = _embed(good, self._encode, self._per_slice, self._pool, self._known)
+            table, n_kept = _embed(
+                good, self._encode, self._per_slice, self._pool, self._known, tell=self._tell
+            )
             self.n_kept += n_kept
             self.n_embedded += len(good) - n_kept
         rejected = [piece for piece in pieces if isinstance(piece, Rejection)]
@@ -293,15 +297,17 @@ def _embed(
     pool: str,
     known: KnownVectors,
     fingerprint: str = "",
+    tell: Callable[[int], None] = lambda n_pieces: None,
 ) -> tuple[Embeddings, int]:
     """Rows of files, and of how many the vectors were known."""
     vectors = [known.rows(piece.sha256) for piece in pieces]
     new = [i for i, rows in enumerate(vectors) if rows is None]
-    if new:
-        encoded = encode([ids for i in new for ids in pieces[i].slices])
-        ends = np.cumsum([len(pieces[i].slices) for i in new])
-        for i, own in zip(new, np.split(encoded, ends[:-1]), strict=True):
+    for group in _groups(pieces, new) if new else ():
+        encoded = encode([ids for i in group for ids in pieces[i].slices])
+        ends = np.cumsum([len(pieces[i].slices) for i in group])
+        for i, own in zip(group, np.split(encoded, ends[:-1]), strict=True):
             vectors[i] = own if per_slice else pool_slices(own, pool)[None]
+        tell(int(group[-1]) + 1)
     rows: list[tuple[Piece, str, np.ndarray, int]] = []
     for piece, own in zip(pieces, map(np.asarray, vectors), strict=True):
         if per_slice:
@@ -319,6 +325,12 @@ def _embed(
         fingerprint=fingerprint,
     )
     return table, len(pieces) - len(new)
+
+
+def _groups(pieces: Sequence[Piece], chosen: Sequence[int]) -> list[np.ndarray]:
+    """Those of the pieces that are chosen, in order, by about `TOKENS_AT_ONCE`."""
+    ends = np.cumsum([sum(map(len, pieces[i].slices)) for i in chosen])
+    return np.split(np.array(chosen), np.flatnonzero(np.diff(ends // TOKENS_AT_ONCE)) + 1)
 
 
 @contextmanager

@@ -73,6 +73,18 @@ def counting():
     return baseline_encoder("statistics", TOKENIZER)
 
 
+def test_how_far_a_part_is_gets_told(midis, tmp_path, monkeypatch):
+    source, told = opened(midis, tmp_path), []
+    export(source, counting(), tmp_path / "whole.parquet", settings=SETTINGS)
+    monkeypatch.setattr("aria_jax.embed.export.TOKENS_AT_ONCE", 500)
+    out = tmp_path / "out.parquet"
+    export(source, counting(), out, settings=SETTINGS, progress=lambda *n: told.append(n))
+    assert sorted(told) == told and told[-1] == (12, 12) and len(set(told)) > 4
+    assert {total for _, total in told} == {12}
+    whole = read_embeddings(tmp_path / "whole.parquet")
+    np.testing.assert_array_equal(read_embeddings(out).embedding, whole.embedding)
+
+
 # --- the numbers ---
 
 
