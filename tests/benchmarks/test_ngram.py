@@ -120,3 +120,12 @@ def test_what_is_drawn_has_the_probability_that_is_told():
         for seed in (1, 1, 2)
     )
     assert again == same != other
+
+
+def test_a_silence_without_end_ends_the_piece():
+    """Where a silence goes on more often than it ends anywhere, min-p leaves nothing else."""
+    steps = np.array([0, *(20 * LONGER + np.arange(1, 4))] * 8)
+    piece = Notes(steps, *(np.full(len(steps), value) for value in (60, 6, 20)))
+    model = NoteNgram.fit([piece] * 4, [piece])
+    drawn = model.continue_notes(piece, 50, np.random.default_rng(0), min_p=0.5)
+    assert len(drawn) < 50
