@@ -139,7 +139,7 @@ compile-table: setup ## the table of docs/tpu.md (an hour)
 compile-table-gpu: $(GPU_VENV)/.ready ## the table of docs/gpu.md (half an hour)
 	for task in pretrain contrastive embed; do $(GPU_VENV)/bin/python -m benchmarks.compile_table \
 	  h100:1 h100:8 '2x h100:8' h200:8 a100:8 b200:8 rtx4090:1 l4:1 -- --task $$task; done
-	$(GPU_VENV)/bin/python -m benchmarks.compile_table h100:1 h200:1 -- --task decode global_batch=128
+	$(GPU_VENV)/bin/python -m benchmarks.compile_table h100:1 -- --task decode global_batch=128
 
 calibrate: setup $(GPU_VENV)/.ready ## estimates for TPUs and GPUs against public measured runs (an hour)
 	@$(PIP) -e '.[aot]'

@@ -176,12 +176,12 @@ def draw_seconds(repeats: int, n: int = 200) -> tuple[float, float]:
         return draw(logits + 0.0 * token[0], step_keys(jax.random.key(0), jnp.arange(1), step))
 
     draws = partial(body, MinP().draw), partial(body, with_gumbel)
-    ours, gumbel = in_turns(draws, jnp.zeros(1, jnp.int32), repeats, n)
-    return float(ours), float(gumbel)
+    one_number, gumbel = in_turns(draws, jnp.zeros(1, jnp.int32), repeats, n)
+    return float(one_number), float(gumbel)
 
 
 def in_turns(bodies: tuple[Callable, Callable], first: object, repeats: int, n: int) -> np.ndarray:
-    """Least seconds of a turn of either loop over `n` turns of `body(step, carry)`."""
+    """Least seconds per iteration of `fori_loop(0, n, body, first)`, for each body."""
     loops = [jax.jit(partial(jax.lax.fori_loop, 0, n, body)) for body in bodies]
     rounds = [
         [best_seconds(lambda loop=loop: jax.block_until_ready(loop(first)), 1) for loop in loops]
@@ -298,8 +298,8 @@ def main() -> None:
         seconds = float(np.median(speeds.one))
         if precision == "float32":
             result["grammar_share"] = grammar_seconds(prompt, args.rounds) / seconds
-            ours, gumbel = draw_seconds(args.rounds)
-            result["draw_ms"], result["draw_gumbel_ms"] = 1e3 * ours, 1e3 * gumbel
+            one_number, gumbel = draw_seconds(args.rounds)
+            result["draw_ms"], result["draw_gumbel_ms"] = 1e3 * one_number, 1e3 * gumbel
         # Of the generated tokens so many are there on average.
         read = bytes_per_token(weights, len(prompt) + args.tokens * (args.rounds + 2) // 2)
         result[precision] = {

@@ -30,10 +30,10 @@ from data_pipeline.vocabulary import SEGMENT_MS, STEP_MS, VELOCITY_STEP, Kind
 
 STEPS = SEGMENT_MS // STEP_MS
 LONGER, END = STEPS, STEPS + 1
-MOST_LONGER = 12
+"""Of the time since the last onset: 5 s and more to come; the piece ends."""
+MAX_SILENT_STEPS = 12 * STEPS
 """Behind a silence of a minute a piece has ended: cut off at min-p, `LONGER` can be all that may
 follow itself, for ever."""
-"""Of the time since the last onset: 5 s and more to come; the piece ends."""
 FACTORS = {"time": STEPS + 2, "pitch": 128, "velocity": 13, "duration": STEPS + 1}
 """What is predicted, in order: name -> number of symbols."""
 MIN_ORDER, MAX_ORDER = 3, 6
@@ -363,7 +363,7 @@ class NoteNgram:
             recent = Notes(*(np.array([*column[-MAX_ORDER:], 0]) for column in columns))
             features = contexts(recent, "time")[-1]
             symbol = draw("time", features)
-            while symbol == LONGER and recent.step[-1] < MOST_LONGER * STEPS:
+            while symbol == LONGER and recent.step[-1] < MAX_SILENT_STEPS:
                 recent.step[-1] += STEPS
                 features[0] = _AGAIN
                 symbol = draw("time", features)

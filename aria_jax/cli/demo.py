@@ -28,16 +28,15 @@ example:
 
 # Small enough for two CPU cores and a few minutes; two thirds of a step would be logits of ids that
 # no score has.
-_CLOSED = "vocabulary=corpus"
 PRETRAIN = (
     "steps=200 warmup_steps=20 eval_every=50 checkpoint_every=50 seq_len=256 global_batch=8 "
-    f"{_CLOSED}"
+    "vocabulary=corpus"
 )
 # Scores carry no touch: all notes are equally loud, and a change of velocity moves a slice further
 # than another piece is away. Augmented, so short a run collapses to one point.
 _SLICES = (
     "peak_lr=5e-4 global_batch=16 seq_len=256 min_slice_notes=60 max_slice_notes=85 augment=false "
-    f"{_CLOSED}"
+    "vocabulary=corpus"
 )
 CONTRASTIVE = f"steps=100 warmup_steps=10 eval_every=25 checkpoint_every=25 {_SLICES}"
 UNTRAINED = f"steps=0 {_SLICES}"
